@@ -1,0 +1,36 @@
+"""Exact reversible unrolling; knows nothing of distillation, datasets, files or the command line."""
+
+from revdistill.engine.adjoints import Backprop, Checkpoint, Reversible, StoreAll, UnrollStats
+from revdistill.engine.compiled import CompileWarning
+from revdistill.engine.errors import (
+    ArtifactError,
+    NonFiniteError,
+    RangeError,
+    ReversalError,
+    RevdistillError,
+    UnsupportedError,
+)
+from revdistill.engine.fixedpoint import FixedPoint
+from revdistill.engine.modules import from_module, stack_modules
+from revdistill.engine.optimizers import SGD
+from revdistill.engine.unroll import unroll
+
+__all__ = [
+    "SGD",
+    "ArtifactError",
+    "Backprop",
+    "Checkpoint",
+    "CompileWarning",
+    "FixedPoint",
+    "NonFiniteError",
+    "RangeError",
+    "Reversible",
+    "ReversalError",
+    "RevdistillError",
+    "StoreAll",
+    "UnrollStats",
+    "UnsupportedError",
+    "from_module",
+    "stack_modules",
+    "unroll",
+]

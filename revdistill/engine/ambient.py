@@ -1,0 +1,129 @@
+"""What surrounds every call of the loss, made the same on the way forward and on the way back.
+
+Random numbers (seeded from (seed, step)), autocast, the number of threads, deterministic kernels, TensorFloat-32 off, and
+the attention kernel that has second derivatives. All of it is restored afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_CUBLAS_VARIABLE, _CUBLAS_SETTING = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+
+
+def draw_seed() -> int:
+    """A seed from torch's default generator: two unrolls in a row differ, and torch.manual_seed repeats both."""
+    return int(torch.randint(0, 2**62, ()).item())
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """seed: of this unroll; the rest is what the caller of the forward pass had set."""
+
+    device: torch.device
+    seed: int
+    threads: int
+    autocast: bool
+    autocast_dtype: torch.dtype
+
+    @classmethod
+    def capture(cls, device: torch.device, seed: int) -> Ambient:
+        kind = device.type
+        return cls(
+            device, seed, torch.get_num_threads(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        )
+
+    @contextmanager
+    def passage(self) -> Iterator[None]:
+        """Around a whole pass, forward or back."""
+        with ExitStack() as stack:
+            stack.enter_context(_threads(self.threads))
+            stack.enter_context(_deterministic())
+            if self.device.type == "cuda":
+                stack.enter_context(_repeatable_cuda())
+            # The only attention kernel with second derivatives; the fused ones cannot give a Hessian product.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+    @contextmanager
+    def step(self, k: int) -> Iterator[None]:
+        """Around one evaluation of the loss and its derivatives: the same random numbers in both directions."""
+        generators = [torch.default_generator]
+        if self.device.type == "cuda":
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            generators.append(torch.cuda.default_generators[index])
+        states = [generator.get_state() for generator in generators]
+        for generator in generators:
+            # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
+            generator.manual_seed((self.seed + k * 0x1E3779B97F4A7C15) % 2**63)
+        try:
+            # The cache would keep casts of theta from one step to the next.
+            with torch.autocast(
+                self.device.type, enabled=self.autocast, dtype=self.autocast_dtype, cache_enabled=False
+            ), torch.enable_grad():
+                yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Sums are split by thread, so another number of threads rounds differently."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's aid for debugging; it costs a write per tensor
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def _repeatable_cuda() -> Iterator[None]:
+    """autograd runs backward on a thread with its own cuBLAS handle: without a fixed workspace the two may differ."""
+    workspace = os.environ.get(_CUBLAS_VARIABLE)
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    if workspace not in (":4096:8", ":16:8"):
+        os.environ[_CUBLAS_VARIABLE] = _CUBLAS_SETTING
+    _set_tf32(False, False)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+        _set_tf32(*tf32)
+        if workspace is None:
+            os.environ.pop(_CUBLAS_VARIABLE, None)
+        else:
+            os.environ[_CUBLAS_VARIABLE] = workspace
+
+
+def _set_tf32(matmul: bool, cudnn: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer releases deprecate these switches but keep them
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

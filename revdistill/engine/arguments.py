@@ -1,0 +1,129 @@
+"""The checks of rd.unroll's arguments: each error names the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.adjoints import Backprop, FixedPointAdjoint
+from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.gradient import check_arity
+from revdistill.engine.optimizers import SGD
+
+
+def check_arguments(
+    loss: Any,
+    params: Any,
+    batches: Any,
+    optimizer: Any,
+    *,
+    steps: Any,
+    hyper: Any,
+    adjoint: Any,
+    on_step: Any,
+    seed: Any,
+) -> None:
+    """Raise ValueError or TypeError on the first argument that will not do."""
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedError("rd.unroll needs gradients inside and cannot run in torch.inference_mode(); use torch.no_grad()")
+    check_arity(loss, hyper is not None)
+    device = _check_params(params)
+    _check_int("steps", steps, least=0)
+    _check_batches(batches, device)
+    _check_hyper(hyper, device)
+    if not isinstance(optimizer, SGD):
+        raise TypeError(f"optimizer must be rd.SGD(...), got {_kind(optimizer)}")
+    if adjoint is not None and not isinstance(adjoint, (FixedPointAdjoint, Backprop)):
+        raise TypeError(
+            "adjoint must be rd.Reversible(), rd.Checkpoint(), rd.StoreAll(), rd.Backprop() or None, "
+            f"got {adjoint.__name__ if isinstance(adjoint, type) else _kind(adjoint)}"
+        )
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step must be callable as on_step(k, params, loss), got {_kind(on_step)}")
+    if seed is not None:
+        _check_int("seed", seed, least=0)
+
+
+def _check_params(params: Any) -> torch.device:
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must be a dict from name to tensor, got {_kind(params)}")
+    if not params:
+        raise ValueError("params is empty; it must hold at least one tensor")
+    for name, p in params.items():
+        if not isinstance(name, str):
+            raise TypeError(f"params must have str keys, got {name!r}")
+        label = f"params[{name!r}]"
+        _check_tensor(label, p)
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{label} has dtype {p.dtype}; accepted are torch.float32 and torch.float64")
+    first_name, first = next(iter(params.items()))
+    for name, p in params.items():
+        if (p.dtype, p.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"params[{name!r}] is {p.dtype} on {p.device}, but params[{first_name!r}] is {first.dtype} on {first.device}; all "
+                "must have one dtype and one device"
+            )
+    if not sum(p.numel() for p in params.values()):
+        raise ValueError("params holds no numbers: every tensor in it is empty")
+    device: torch.device = first.device
+    return device
+
+
+def _check_batches(batches: Any, device: torch.device) -> None:
+    if callable(batches):
+        return
+    if not isinstance(batches, (tuple, list)):
+        raise TypeError(f"batches must be a tuple of tensors [s, ...] or a function k -> batch, got {_kind(batches)}")
+    if not batches:
+        raise ValueError("batches is empty; it must hold at least one tensor [s, ...]")
+    for i, t in enumerate(batches):
+        _check_tensor(f"batches[{i}]", t)
+        if not t.ndim or not len(t):
+            raise ValueError(f"batches[{i}] has shape {list(t.shape)}; its first dimension must be the number of batches, at least 1")
+        if len(t) != len(batches[0]):
+            raise ValueError(f"batches[{i}] holds {len(t)} batches (its first dimension), but batches[0] holds {len(batches[0])}")
+        _check_device(f"batches[{i}]", t, device)
+
+
+def _check_hyper(hyper: Any, device: torch.device) -> None:
+    if hyper is None:
+        return
+    if isinstance(hyper, Tensor):
+        entries: dict[str, Any] = {"hyper": hyper}
+    elif isinstance(hyper, Mapping):
+        entries = {f"hyper[{name!r}]": t for name, t in hyper.items()}
+    elif isinstance(hyper, (tuple, list)):
+        entries = {f"hyper[{i}]": t for i, t in enumerate(hyper)}
+    else:
+        raise TypeError(f"hyper must be a tensor, or a tuple or dict of tensors, got {_kind(hyper)}")
+    for label, t in entries.items():
+        _check_tensor(label, t)
+        _check_device(label, t, device)
+
+
+def _check_tensor(label: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{label} must be a tensor, got {_kind(t)}")
+    if t.layout != torch.strided:
+        raise ValueError(f"{label} has layout {t.layout}; accepted are dense tensors: call .to_dense()")
+    if t.is_inference():
+        raise UnsupportedError(f"{label} was made in torch.inference_mode() and cannot be differentiated; make it outside, or clone it")
+
+
+def _check_device(label: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise ValueError(f"{label} is on {t.device}, but params are on {device}; move it with .to({str(device)!r})")
+
+
+def _check_int(label: str, value: Any, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{label} must be an int, got {_kind(value)}")
+    if value < least:
+        raise ValueError(f"{label} must be at least {least}, got {value}")
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__

@@ -1,0 +1,71 @@
+"""Plain autograd through the loop in floating point: the reference that every other adjoint is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.errors import NonFiniteError
+from revdistill.engine.gradient import Loss, check_loss, named_errors
+from revdistill.engine.moves import GRADIENT, THETA, Add, Factor
+from revdistill.engine.schedules import Table
+from revdistill.engine.trajectory import Problem
+
+
+def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
+    """theta_T from theta_0 (float [numel]), with the graph of every step. Differentiable any number of times."""
+    update, data, layout = problem.update, problem.data, problem.update.layout
+    # unbind once: its backward is one stack, where indexing step by step would fill a zero tensor per step.
+    rows: Sequence[Sequence[Tensor]] = [t.unbind(0) for t in data.tensors]
+    hyper = data.pack_hyper(data.hypers)
+    values = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in update.slots}
+    keep_graph = torch.is_grad_enabled()
+    for k in range(problem.steps):
+        batch = data.batch(k, ()) if data.function is not None else tuple(r[data.row(k)] for r in rows)
+        start = values[THETA]
+        at = start if start.requires_grad else start.detach().requires_grad_()
+        with problem.ambient.step(k), named_errors():
+            value = loss(layout.views(at), batch, *hyper)
+            if k == 0:
+                check_loss(value)
+            (gradient,) = torch.autograd.grad(value, at, create_graph=keep_graph)
+        _check_finite(problem, k, value, gradient)
+        if problem.on_step is not None:
+            problem.on_step(k, layout.views(start.detach()), value.detach())
+        seen = values | {THETA: start, GRADIENT: gradient}
+        for decay in update.decays:
+            values[decay.slot] = values[decay.slot] * _at(decay.table, k, theta.dtype)
+        for add in (*update.kicks, *update.drifts):
+            source = values[add.source] if add.source in update.slots else seen[add.source]
+            values[add.target] = values[add.target] + source * _factor(add, k, theta.dtype)
+    return values[THETA]
+
+
+def _at(table: Table, k: int, dtype: torch.dtype) -> float | Tensor:
+    """Step k's values, differentiable where the table is."""
+    if not table.values.requires_grad and table.index is None:
+        return table.row(k)[0]
+    row = table.values[k if len(table.host) > 1 else 0]
+    return (row[0] if table.index is None else row[table.index]).to(dtype)
+
+
+def _factor(add: Add, k: int, dtype: torch.dtype) -> float | Tensor:
+    factor: Factor = add.factor
+    value: float | Tensor = factor.constant if k else factor.first
+    if isinstance(value, Tensor):
+        value = value.to(dtype)
+    for table in factor.tables:
+        value = value * _at(table, k, dtype)
+    return value
+
+
+def _check_finite(problem: Problem, k: int, value: Tensor, gradient: Tensor) -> None:
+    if (k + 1) % problem.check_interval and k + 1 < problem.steps:
+        return
+    name = problem.update.layout.first_nonfinite(gradient.detach())
+    if name is not None or not math.isfinite(float(value.detach())):
+        what = f"the gradient of params[{name!r}]" if name else "the loss"
+        raise NonFiniteError(f"{what} is not finite at step {k}", parameter=name, step=k)

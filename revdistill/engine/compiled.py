@@ -1,0 +1,241 @@
+"""torch.compile for the gradient, the product and the integer work: compared with eager on first use, dropped where it differs.
+
+The compiled gradient serves both directions, so exactness does not rest on its agreeing with eager autograd to the bit;
+its values are compared because a compiled function can be silently wrong (torch 2.13: the gradient of a LeNet, 55 % off).
+The compiled product computes a gradient of its own, which feeds the reversal only if it was bit-equal on first use.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.ambient import Ambient
+from revdistill.engine.gradient import Data, Gradient, Linearization, Loss, Products, named_errors
+from revdistill.engine.layout import Layout
+from revdistill.engine.trajectory import Adds, Kernels, Pushes
+
+# Normwise relative difference that reordered sums explain; a wrong kernel is off by far more.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+
+
+class CompileWarning(UserWarning):
+    """A part was not compiled, or its compiled form was dropped; the result is exact all the same."""
+
+
+class CompiledKernels(Kernels):
+    """The integer work, fused. Integers have no rounding: anything but the same bits drops it."""
+
+    def __init__(self) -> None:
+        self._forward = _Checked(Kernels().forward)
+        self._inverse = _Checked(Kernels().inverse)
+
+    def forward(self, pushes: Pushes, adds: Adds) -> None:
+        self._forward(pushes, adds)
+
+    def inverse(self, pushes: Pushes, adds: Adds) -> None:
+        self._inverse(pushes, adds)
+
+
+class _Checked:
+    """One in-place integer function, compiled; each combination of operand counts is compared on its first use."""
+
+    def __init__(self, eager: Callable[[Pushes, Adds], None]) -> None:
+        self._eager = eager
+        self._compiled: Callable[[Pushes, Adds], None] | None = torch.compile(eager, dynamic=False)
+        self._seen: set[tuple[int, int]] = set()
+
+    def __call__(self, pushes: Pushes, adds: Adds) -> None:
+        if self._compiled is None:
+            self._eager(pushes, adds)
+            return
+        # Scalars as 0-dim tensors: a new value is then no reason to compile again.
+        pushes = [(slot, head, _scalar(n, torch.int64)) for slot, head, n in pushes]
+        adds = [(target, source, _scalar(factor, torch.float64)) for target, source, factor in adds]
+        key = (len(pushes), len(adds))
+        if key in self._seen:
+            self._compiled(pushes, adds)
+            return
+        self._seen.add(key)
+        changed = {id(t): t for t in (*(t for p in pushes for t in p[:2]), *(a[0] for a in adds))}
+        before = {key: t.clone() for key, t in changed.items()}
+        self._eager(pushes, adds)
+        expected = {key: t.clone() for key, t in changed.items()}
+        for i, t in changed.items():
+            t.copy_(before[i])
+        try:
+            self._compiled(pushes, adds)
+        except Exception as error:  # whatever the compiler raises, eager is right
+            _warn("the fixed-point step could not be compiled", error)
+            self._compiled = None
+        if self._compiled and not all(torch.equal(t, expected[i]) for i, t in changed.items()):
+            _warn("the compiled fixed-point step has other bits than eager")
+            self._compiled = None
+        for i, t in changed.items():
+            t.copy_(expected[i])
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+
+
+@dataclass
+class _Functions:
+    """The compiled functions of one loss; they outlive an unroll, so that an outer loop compiles once."""
+
+    gradient: Callable[..., tuple[Tensor, Tensor]] | None
+    product: Callable[..., tuple[Tensor, tuple[Tensor, ...]]] | None
+    gradient_checked: bool = False
+    product_checked: bool = False
+    product_gradient_is_equal: bool = field(default=False)
+
+
+_functions: weakref.WeakKeyDictionary[Loss, dict[Any, _Functions]] = weakref.WeakKeyDictionary()
+
+
+class CompiledGradient(Gradient):
+    """Gradient, with both functions compiled where that works."""
+
+    def __init__(self, loss: Loss, layout: Layout, data: Data, ambient: Ambient) -> None:
+        super().__init__(loss, layout, data, ambient)
+        self.wanted = tuple(t.requires_grad for t in (*data.tensors, *data.hypers))
+        key = (layout, self.wanted, data.hyper_names, data.hyper_kind, data.function is None)
+        self.functions = _functions.setdefault(loss, {}).setdefault(key, _Functions(*self._compile()))
+
+    def _compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        layout, wanted, batches = self.layout, self.wanted, len(self.data.tensors)
+        pack_hyper, from_table = self.data.pack_hyper, self.data.function is None
+        loss_of = weakref.ref(self.loss)  # the cache must not keep its own key alive
+
+        def value(theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> Tensor:
+            loss = loss_of()
+            assert loss is not None
+            hyper = pack_hyper(extra[batches:])
+            return loss(layout.views(theta), extra[:batches] if from_table else batch, *hyper)
+
+        def gradient(theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> tuple[Tensor, Tensor]:
+            found, loss = torch.func.grad_and_value(value)(theta, extra, batch)
+            return found, loss
+
+        def product(theta: Tensor, extra: tuple[Tensor, ...], batch: Any, vector: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            def at(theta: Tensor, *differentiated: Tensor) -> Tensor:
+                rest = iter(differentiated)
+                merged = tuple(next(rest) if want else t for t, want in zip(extra, wanted, strict=True))
+                found: Tensor = torch.func.grad(value)(theta, merged, batch)
+                return found
+
+            found, vjp = torch.func.vjp(at, theta, *(t for t, want in zip(extra, wanted, strict=True) if want))
+            return found, vjp(vector)
+
+        return torch.compile(gradient), torch.compile(product)
+
+    def linearize(self, k: int, theta: Tensor) -> Linearization:  # type: ignore[override]
+        functions = self.functions
+        if functions.gradient is None:
+            return super().linearize(k, theta)
+        row = self.data.row(k) if self.data.tensors else 0
+        extra = (*(t.detach()[row] for t in self.data.tensors), *(t.detach() for t in self.data.hypers))
+        batch = self.data.batch(k, ()) if self.data.function is not None else None
+        if not self._checked:  # the checks of eager: scalar loss, tensors that reach it by closure
+            eager = super().linearize(k, theta)
+            if not functions.gradient_checked:
+                functions.gradient_checked = True
+                if not self._gradient_agrees(k, theta, extra, batch, eager.gradient):
+                    functions.gradient = None
+                    return eager
+        return CompiledLinearization(self, k, theta.detach(), extra, batch)
+
+    def _gradient_agrees(self, k: int, theta: Tensor, extra: tuple[Tensor, ...], batch: Any, eager: Tensor) -> bool:
+        assert self.functions.gradient is not None
+        try:
+            with self.ambient.step(k):
+                found, _ = self.functions.gradient(theta.detach(), extra, batch)
+        except Exception as error:  # whatever the compiler raises, eager is right
+            _warn("the gradient could not be compiled", error)
+            return False
+        return _agrees("gradient", found, eager)
+
+    def eager_product(self, k: int, theta: Tensor, vector: Tensor) -> Products:
+        return super().linearize(k, theta).product(vector)
+
+
+class CompiledLinearization:
+    def __init__(self, owner: CompiledGradient, k: int, theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> None:
+        self._owner, self._k, self._theta, self._extra, self._batch = owner, k, theta, extra, batch
+        self._from_product: Tensor | None = None
+
+    @cached_property
+    def _gradient_and_loss(self) -> tuple[Tensor, Tensor]:
+        function = self._owner.functions.gradient
+        assert function is not None
+        with self._owner.ambient.step(self._k), named_errors():
+            found, loss = function(self._theta, self._extra, self._batch)
+        return found.detach(), loss.detach()
+
+    @property
+    def loss(self) -> Tensor:
+        return self._gradient_and_loss[1]
+
+    @property
+    def gradient(self) -> Tensor:
+        if self._from_product is not None and self._owner.functions.product_gradient_is_equal:
+            return self._from_product
+        return self._gradient_and_loss[0]
+
+    def product(self, vector: Tensor) -> Products:
+        functions = self._owner.functions
+        if functions.product is None:
+            return self._owner.eager_product(self._k, self._theta, vector)
+        if not functions.product_checked:
+            functions.product_checked = True
+            eager = self._owner.eager_product(self._k, self._theta, vector)
+            if not self._product_agrees(vector, eager):
+                functions.product = None
+                return eager
+        return self._compiled_product(vector)
+
+    def _compiled_product(self, vector: Tensor) -> Products:
+        function, wanted = self._owner.functions.product, self._owner.wanted
+        assert function is not None
+        with self._owner.ambient.step(self._k):
+            found, products = function(self._theta, self._extra, self._batch, vector.detach())
+        self._from_product = found.detach()
+        rest = iter(products[1:])
+        extra = tuple(next(rest) if want else None for want in wanted)
+        split = len(self._owner.data.tensors)
+        return Products(products[0], extra[:split], extra[split:])
+
+    def _product_agrees(self, vector: Tensor, eager: Products) -> bool:
+        try:
+            found = self._compiled_product(vector)
+        except Exception as error:  # whatever the compiler raises, eager is right
+            _warn("the Hessian product could not be compiled", error)
+            return False
+        pairs = zip((found.theta, *found.batch, *found.hyper), (eager.theta, *eager.batch, *eager.hyper), strict=True)
+        for a, b in pairs:
+            if a is not None and not _agrees("Hessian product", a, torch.zeros_like(a) if b is None else b):
+                return False
+        assert self._from_product is not None
+        self._owner.functions.product_gradient_is_equal = torch.equal(self._from_product, self._gradient_and_loss[0])
+        return True
+
+
+def _agrees(what: str, compiled: Tensor, eager: Tensor) -> bool:
+    difference = float(torch.linalg.vector_norm(compiled - eager))
+    scale = float(torch.linalg.vector_norm(eager))
+    if difference <= _TOLERANCE[eager.dtype] * max(scale, torch.finfo(eager.dtype).tiny):
+        return True
+    _warn(f"the compiled {what} differs from eager by {difference / max(scale, 1e-300):.1e} of its norm")
+    return False
+
+
+def _warn(what: str, error: Exception | None = None) -> None:
+    reason = f" ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})" if error else ""
+    warnings.warn(f"compile=True: {what}{reason}; running it without torch.compile", CompileWarning, stacklevel=2)

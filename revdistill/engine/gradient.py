@@ -1,0 +1,230 @@
+"""The one gradient function of an unroll, and its product with a vector.
+
+Both directions call `Gradient.linearize`, which always evaluates the gradient with a graph: plain autograd takes other
+kernels for some operators when no graph is asked for (torch's gelu and silu, forward-mode for all of them), and a gradient
+that is one bit different on the way back ruins the reversal (invariant 1 of the engine).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.ambient import Ambient
+from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.layout import Layout
+
+Batch = tuple[Any, ...]
+Loss = Callable[..., Tensor]
+Hyper = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Products:
+    """d<g, vector>/d(theta, batch entries, hyper entries): float tensors, None where there is no dependence."""
+
+    theta: Tensor | None
+    batch: tuple[Tensor | None, ...]
+    hyper: tuple[Tensor | None, ...]
+
+
+class Linearization(Protocol):
+    """The loss and its gradient at one theta and step."""
+
+    loss: Tensor
+
+    @property
+    def gradient(self) -> Tensor:
+        """[numel], detached; bit-identical in both directions."""
+
+    def product(self, vector: Tensor) -> Products:
+        """One double-backward product with vector [numel]; once only."""
+
+
+class Data:
+    """What the loss takes beside the parameters: batches (a table of s of them, or a function of k) and hyper.
+
+    tensors: the table's tensors, [s, ...] each, or () for a function. Gradients flow to those that require grad.
+    """
+
+    def __init__(self, batches: Sequence[Tensor] | Callable[[int], Any], hyper: Hyper) -> None:
+        self.function = batches if callable(batches) else None
+        self.tensors: tuple[Tensor, ...] = () if callable(batches) else tuple(batches)
+        self.hyper_names = tuple(hyper) if isinstance(hyper, Mapping) else None
+        self.hyper_kind = type(hyper)
+        if hyper is None:
+            self.hypers: tuple[Tensor, ...] = ()
+        elif isinstance(hyper, Tensor):
+            self.hypers = (hyper,)
+        else:
+            self.hypers = tuple(hyper.values() if isinstance(hyper, Mapping) else hyper)
+
+    def row(self, k: int) -> int:
+        """The row of the table that step k uses."""
+        return k % len(self.tensors[0])
+
+    def batch(self, k: int, table: Sequence[Tensor]) -> Any:
+        """Step k's batch; `table` stands in for `tensors`."""
+        if self.function is None:
+            return tuple(t[self.row(k)] for t in table)
+        batch = self.function(k)
+        wanting = [t for t in (batch if isinstance(batch, (tuple, list)) else [batch]) if _wants_gradient(t)]
+        if wanting:
+            raise ValueError(
+                f"batches({k}) returned a tensor of shape {list(wanting[0].shape)} that requires grad, but batches given as a "
+                "function are not differentiated; pass a tuple of tensors as batches, or pass the tensor in hyper="
+            )
+        return batch
+
+    def pack_hyper(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The loss's arguments after the batch: none, or hyper in the form it was given in."""
+        if self.hyper_kind is type(None):
+            return ()
+        if self.hyper_names is not None:
+            return (dict(zip(self.hyper_names, tensors, strict=True)),)
+        return (tensors[0],) if issubclass(self.hyper_kind, Tensor) else (tuple(tensors),)
+
+
+class Gradient:
+    """The gradient of one loss, by eager autograd."""
+
+    def __init__(self, loss: Loss, layout: Layout, data: Data, ambient: Ambient) -> None:
+        self.loss, self.layout, self.data, self.ambient = loss, layout, data, ambient
+        self._checked = False
+
+    def linearize(self, k: int, theta: Tensor) -> EagerLinearization:
+        """Evaluate at theta [numel] and step k; the result holds the graph of this one evaluation."""
+        leaf = theta.detach().requires_grad_()
+        batch, batch_leaves = self._batch(k)
+        hyper_leaves = tuple(_leaf(t, t.requires_grad) for t in self.data.hypers)
+        with self.ambient.step(k), named_errors():
+            value = self.loss(self.layout.views(leaf), batch, *self.data.pack_hyper(hyper_leaves))
+            self._check(value, leaf, (*batch_leaves, *hyper_leaves))
+            (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+        return EagerLinearization(value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.ambient, k)
+
+    def _batch(self, k: int) -> tuple[Any, tuple[Tensor, ...]]:
+        if self.data.function is not None:
+            return self.data.batch(k, ()), ()
+        row = self.data.row(k)
+        leaves = tuple(_leaf(t.detach()[row], t.requires_grad) for t in self.data.tensors)
+        return leaves, leaves
+
+    def _check(self, value: object, leaf: Tensor, leaves: tuple[Tensor, ...]) -> None:
+        if self._checked:
+            return
+        check_loss(value)
+        assert isinstance(value, Tensor)
+        strangers = [t for t in reached_leaves(value) if t is not leaf and not any(t is known for known in leaves)]
+        if strangers:
+            raise ValueError(
+                f"the loss uses a tensor of shape {list(strangers[0].shape)} that requires grad but was not passed to unroll, so "
+                "it would silently get no gradient; pass it in params (what is trained), batches (a tuple of tensors "
+                "[s, ...]) or hyper= (anything else), or detach it"
+            )
+        if not value.requires_grad:
+            raise ValueError("the loss does not depend on params: loss(params, batch) must be computed from its first argument")
+        self._checked = True
+
+
+@dataclass
+class EagerLinearization:
+    loss: Tensor
+    leaf: Tensor
+    batch_leaves: tuple[Tensor, ...]
+    hyper_leaves: tuple[Tensor, ...]
+    graph: Tensor
+    ambient: Ambient
+    k: int
+
+    @property
+    def gradient(self) -> Tensor:
+        return self.graph.detach()
+
+    def product(self, vector: Tensor) -> Products:
+        leaves = (self.leaf, *self.batch_leaves, *self.hyper_leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found: Iterator[Tensor | None] = iter([None] * len(wanted))
+        if self.graph.requires_grad:  # a loss that is linear in theta has no second derivative at all
+            with self.ambient.step(self.k), named_errors():
+                found = iter(torch.autograd.grad(self.graph, wanted, grad_outputs=vector, allow_unused=True))
+        values = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        split = 1 + len(self.batch_leaves)
+        return Products(values[0], tuple(values[1:split]), tuple(values[split:]))
+
+
+def check_loss(value: object) -> None:
+    """Raise unless `value` is a scalar floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss must return a scalar tensor, got {type(value).__name__}")
+    if value.ndim or not value.is_floating_point():
+        raise ValueError(f"loss must return a scalar floating-point tensor, got shape {list(value.shape)}, {value.dtype}")
+
+
+def check_arity(loss: Loss, has_hyper: bool) -> None:
+    """Raise where `loss` cannot take (params, batch) or, with hyper, (params, batch, hyper)."""
+    if not callable(loss):
+        raise TypeError(f"loss must be callable as loss(params, batch), got {type(loss).__name__}")
+    arguments = [None] * (3 if has_hyper else 2)
+    try:
+        inspect.signature(loss).bind(*arguments)
+    except TypeError:
+        wanted = "loss(params, batch, hyper), because hyper= is given" if has_hyper else "loss(params, batch)"
+        raise TypeError(f"loss must be callable as {wanted}; its signature is {inspect.signature(loss)}") from None
+    except ValueError:
+        return  # a builtin without a signature: the call itself will tell
+
+
+def reached_leaves(value: Tensor) -> list[Tensor]:
+    """The tensors that backward from `value` would accumulate gradients into."""
+    found: list[Tensor] = []
+    if value.grad_fn is None:
+        return [value] if value.requires_grad else found
+    seen: set[Any] = set()
+    queue: list[Any] = [value.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        queue.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return found
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """Turn torch's errors about operators that cannot serve here into UnsupportedError."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "does not have a deterministic implementation" in text or "deterministic" in text and "CuBLAS" in text:
+            raise UnsupportedError(
+                "the loss uses an operator that has no deterministic implementation on this device, so the way back could differ; "
+                f"replace it, or use adjoint=rd.Backprop(), which needs no second evaluation. torch said: {text}"
+            ) from error
+        if "differentiate twice" in text or ("derivative for" in text and "is not implemented" in text) or (
+            "double backwards is not supported" in text
+        ):
+            raise UnsupportedError(
+                "the loss uses an operator without second derivatives, which a hypergradient needs; replace it by one built of "
+                f"differentiable operations (for cuDNN recurrent layers: torch.backends.cudnn.flags(enabled=False)). torch said: {text}"
+            ) from error
+        raise
+
+
+def _leaf(t: Tensor, wants_gradient: bool) -> Tensor:
+    """A leaf over the same memory."""
+    return t.detach().requires_grad_(wants_gradient)
+
+
+def _wants_gradient(t: object) -> bool:
+    return isinstance(t, Tensor) and t.requires_grad

@@ -1,0 +1,161 @@
+"""Nothing wraps around, saturates or turns NaN in silence (invariant 4 of the engine).
+
+The guard keeps a proved upper bound on |theta| and on each slot, advanced by the largest gradient entry of each step. Only
+where a bound reaches the limit is the data itself looked at, move by move, before the integers are touched.
+
+On the CPU every step is checked before it is made. On a GPU that would wait for the device at each step, so the largest
+entries are noted there and read every `interval` steps; what was wrong is then found by running again with interval 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.errors import NonFiniteError, RangeError
+from revdistill.engine.fixedpoint import FixedPoint
+from revdistill.engine.moves import GRADIENT, THETA, Add, State, Update
+
+GPU_INTERVAL = 32
+_SLACK = 1.0 + 1e-9  # the bounds are floats themselves
+
+
+class Suspicion(Exception):
+    """Something in the last interval may have gone wrong: run again, checking each step."""
+
+
+class Guard:
+    """fixed: the number format; interval: steps between looks at the device."""
+
+    def __init__(self, update: Update, fixed: FixedPoint, interval: int) -> None:
+        self._update, self._fixed, self._interval = update, fixed, interval
+        self._bounds: dict[str, float] = {}
+        self._notes: list[Tensor] = []
+        self._first_note = 0
+
+    def start(self, theta: Tensor) -> None:
+        """Check the parameters at the start (float, [numel])."""
+        layout = self._update.layout
+        largest = _largest(theta)
+        if not math.isfinite(largest):
+            name = layout.first_nonfinite(theta)
+            raise NonFiniteError(f"params[{name!r}] is not finite at the start", parameter=name, step=0)
+        if not largest < self._fixed.limit:
+            self._raise_range(theta.double(), -1, "theta")
+        self._bounds = {THETA: largest} | dict.fromkeys(self._update.slots, 0.0)
+        self._notes, self._first_note = [], 0
+
+    def before_step(self, k: int, loss: Tensor, gradient: Tensor, state: State) -> bool:
+        """Look at step k's loss and gradient before any integer changes. False: make the moves one at a time, with `before_add`."""
+        if self._interval > 1:
+            if len(self._notes) == self._interval:
+                self.flush(state)
+            self._notes.append(torch.stack([_largest_on_device(gradient).double(), loss.double()]))
+            return True
+        largest, value = _largest(gradient), float(loss)
+        if not (math.isfinite(largest) and math.isfinite(value)):
+            self._raise_nonfinite(k, value, gradient)
+        if self._advance(k, largest):
+            return True
+        self._tighten(state)
+        return self._advance(k, largest)
+
+    def flush(self, state: State) -> None:
+        """Read the notes, all of steps that `state` has behind it. Raises Suspicion."""
+        if not self._notes:
+            return
+        for offset, (largest, value) in enumerate(torch.stack(self._notes).tolist()):
+            if not (math.isfinite(largest) and math.isfinite(value)) or not self._advance(self._first_note + offset, largest):
+                raise Suspicion
+        self._first_note += len(self._notes)
+        self._notes = []
+        self._tighten(state)
+
+    def before_add(self, k: int, add: Add, state: State, gradient: Tensor) -> None:
+        """Raise RangeError if this move would leave the range."""
+        resolution = self._fixed.resolution
+        source = gradient.double() if add.source == GRADIENT else state.fixed[add.source].double() * resolution
+        after = state.fixed[add.target].double() * resolution + source * add.factor.at(k)
+        if not _largest(after) < self._fixed.limit:
+            self._raise_range(after, k, add.target)
+        self._bounds[add.target] = _largest(after)
+
+    def _advance(self, k: int, largest_gradient: float) -> bool:
+        """Advance the bounds over step k; False, and no change, if one would reach the limit."""
+        bounds = self._bounds | {GRADIENT: largest_gradient}
+        for decay in self._update.decays:
+            bounds[decay.slot] = bounds[decay.slot] * decay.table.largest(k) * _SLACK + self._fixed.resolution
+        for add in (*self._update.kicks, *self._update.drifts):
+            amount = add.factor.largest(k) * bounds[add.source] + self._fixed.resolution
+            bounds[add.target] = (bounds[add.target] + amount) * _SLACK
+            if not bounds[add.target] < self._fixed.limit:
+                return False
+        del bounds[GRADIENT]
+        self._bounds = bounds
+        return True
+
+    def _tighten(self, state: State) -> None:
+        self._bounds = {name: _largest(t) * self._fixed.resolution * _SLACK for name, t in state.fixed.items()}
+
+    def _raise_nonfinite(self, k: int, loss: float, gradient: Tensor) -> None:
+        name = self._update.layout.first_nonfinite(gradient)
+        what = f"the gradient of params[{name!r}] is not finite" if name else "the loss is not finite"
+        raise NonFiniteError(
+            f"{what} at step {k} (loss {loss:g}); a smaller lr, or a loss that stays finite there, avoids it", parameter=name, step=k
+        )
+
+    def _raise_range(self, values: Tensor, k: int, target: str) -> None:
+        position = int(values.abs().argmax())
+        name, value = self._update.layout.name_at(position), float(values[position])
+        what = f"params[{name!r}]" if target == THETA else f"the velocity of params[{name!r}]"
+        when = "at the start" if k < 0 else f"at step {k}"
+        raise RangeError(
+            f"{what} left the fixed-point range {when}: {value:.6g}, where |value| < {self._fixed.limit:g} with "
+            f"fractional_bits={self._fixed.fractional_bits}; a smaller lr or fewer fractional_bits in the adjoint avoids it",
+            parameter=name,
+            step=k,
+            value=value,
+        )
+
+
+class FiniteWatch:
+    """Notices, on the way back, a hypergradient that is no longer finite, without waiting for a GPU at each step."""
+
+    def __init__(self, update: Update, interval: int) -> None:
+        self._update, self._interval = update, interval
+        self._notes: list[tuple[int, Tensor]] = []
+
+    def after_step(self, k: int, theta_bar: Tensor) -> None:
+        self._notes.append((k, _largest_on_device(theta_bar)))
+        if len(self._notes) >= self._interval:
+            self.flush(theta_bar)
+
+    def flush(self, theta_bar: Tensor) -> None:
+        if not self._notes:
+            return
+        values = torch.stack([note for _, note in self._notes]).tolist()
+        for (k, _), value in zip(self._notes, values, strict=True):
+            if not math.isfinite(value):
+                name = self._update.layout.first_nonfinite(theta_bar)
+                raise NonFiniteError(
+                    f"the hypergradient of params[{name!r}] stopped being finite at step {k} on the way back, though loss and "
+                    "gradient are finite there: the product of the loss's Hessian with it is infinite or NaN (a second derivative "
+                    "such as sqrt's at 0), or it exploded; a smoother loss, a smaller lr or fewer steps avoid it",
+                    parameter=name,
+                    step=k,
+                )
+        self._notes = []
+
+
+def _largest_on_device(x: Tensor) -> Tensor:
+    """0-dim: the largest magnitude; NaN or inf where there is one."""
+    low, high = torch.aminmax(x)
+    return torch.maximum(low.abs(), high)
+
+
+def _largest(x: Tensor) -> float:
+    low, high = torch.aminmax(x)
+    low, high = float(low), float(high)
+    return high if math.isnan(high) else max(-low, high)

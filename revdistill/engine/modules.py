@@ -1,0 +1,92 @@
+"""A torch.nn.Module and a criterion as the pure function that rd.unroll wants; one network, or several stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PureLoss = Callable[[dict[str, Tensor], Any], Tensor]
+
+
+def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureLoss, dict[str, Tensor]]:
+    """(loss, params) with loss(params, (x, y)) = criterion(net(x), y), evaluated with `params` in the place of net's own.
+
+    params: the parameters of `net` that require grad, the very tensors (so params[name].grad is filled by backward). A batch
+    of more than two entries is (*inputs, target). Frozen parameters stay as they are. Buffers are those of this moment,
+    and are left untouched: BatchNorm in training mode uses batch statistics. Parameters shared between layers are one.
+
+    Errors: TypeError for anything but a module and a callable, ValueError when no parameter requires grad.
+    """
+    _check(net, criterion)
+    buffers = _detached_buffers(net)
+    params: dict[str, Tensor] = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("net has no parameter that requires grad, so there is nothing to train")
+
+    def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
+        *inputs, target = batch
+        # Fresh copies each time: what the module writes into them (running statistics) must not reach the next call.
+        state = {**params, **{name: b.clone() for name, b in buffers.items()}}
+        return criterion(torch.func.functional_call(net, state, tuple(inputs)), target)
+
+    return loss, params
+
+
+def stack_modules(
+    nets: Sequence[nn.Module], criterion: Callable[..., Tensor], *, shared_batches: bool = True
+) -> tuple[PureLoss, dict[str, Tensor]]:
+    """(loss, params) for E networks of one architecture trained side by side in one unroll, the loss summed over them.
+
+    params: name -> [E, ...], new leaf tensors that require grad. The networks do not interact, so each one's training and
+    hypergradient is what it would be alone. lr may then have shape [T, E]: a rate per step and network.
+    shared_batches: all networks see the same batch (x, y); otherwise each entry of a batch has a leading dimension E, an own
+    one for each network.
+
+    Cost: one batched evaluation (torch.func.vmap). Random numbers (dropout) differ between networks.
+    Errors: TypeError, ValueError when the networks' parameters differ in name or shape, or `nets` is empty.
+    """
+    if not nets:
+        raise ValueError("nets is empty; give at least one module")
+    for net in nets:
+        _check(net, criterion)
+    first = nets[0]
+    _check_alike(nets)
+    trained = [name for name, p in first.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("nets have no parameter that requires grad, so there is nothing to train")
+    tensors = [dict(net.named_parameters()) | dict(net.named_buffers()) for net in nets]
+    params = {name: torch.stack([t[name].detach() for t in tensors]).requires_grad_() for name in trained}
+    rest = {name: torch.stack([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
+
+    def one(params: dict[str, Tensor], rest: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        *inputs, target = batch
+        return criterion(torch.func.functional_call(first, {**params, **rest}, tuple(inputs)), target)
+
+    every = torch.func.vmap(one, in_dims=(0, 0, None if shared_batches else 0), randomness="different")
+
+    def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
+        summed: Tensor = every(params, {name: t.clone() for name, t in rest.items()}, tuple(batch)).sum()
+        return summed
+
+    return loss, params
+
+
+def _check(net: object, criterion: object) -> None:
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    if not callable(criterion):
+        raise TypeError(f"criterion must be callable as criterion(output, target), got {type(criterion).__name__}")
+
+
+def _check_alike(nets: Sequence[nn.Module]) -> None:
+    shapes = [{name: tuple(t.shape) for name, t in net.named_parameters()} for net in nets]
+    for i, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(f"nets[{i}] has other parameters than nets[0]; stacked networks must have one architecture")
+
+
+def _detached_buffers(net: nn.Module) -> dict[str, Tensor]:
+    return {name: b.detach().clone() for name, b in net.named_buffers()}

@@ -1,0 +1,91 @@
+"""The adjoint recurrence: dL/d(...) carried from the last step to the first, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.gradient import Linearization
+from revdistill.engine.guard import FiniteWatch
+from revdistill.engine.moves import GRADIENT, THETA, Bars
+from revdistill.engine.trajectory import Problem
+
+
+@dataclass(frozen=True)
+class Hypergradients:
+    """theta: float [numel]; tables: float64 by name; batches, hypers: like the tensors, None where not wanted."""
+
+    theta: Tensor
+    tables: dict[str, Tensor]
+    batches: list[Tensor | None]
+    hypers: list[Tensor | None]
+
+
+class Sweep:
+    """theta_bar: dL/dtheta_T, float [numel] (copied)."""
+
+    def __init__(self, problem: Problem, theta_bar: Tensor) -> None:
+        self.problem = problem
+        update, data = problem.update, problem.data
+        flat = {THETA: theta_bar.clone(), GRADIENT: torch.zeros_like(theta_bar)}
+        flat |= {slot: torch.zeros_like(theta_bar) for slot in update.slots}
+        tables = {name: torch.zeros_like(t.values) for name, t in update.tables.items() if t.values.requires_grad}
+        self.bars = Bars(flat, tables)
+        self._batches = [torch.zeros_like(t) if t.requires_grad else None for t in data.tensors]
+        self._hypers = [torch.zeros_like(t) if t.requires_grad else None for t in data.hypers]
+        self._watch = FiniteWatch(update, problem.check_interval)
+        moves = (*update.kicks, *update.drifts)
+        self._wants_gradient = any(a.source == GRADIENT and tables.keys() & set(a.factor.names) for a in moves)
+
+    def step(
+        self,
+        k: int,
+        theta: Tensor,
+        at: Linearization,
+        after: dict[str, Tensor],
+        before: Callable[[], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """From dL/d(theta_{k+1}, slots_{k+1}) to dL/d(theta_k, slots_k).
+
+        theta: theta_k; at: the loss linearised there; after: the slots after step k; before: gives them as before step k,
+        called last, when the gradient of step k is known, and returned. Both may be empty where `wants_slots` is False.
+        """
+        update, bars = self.problem.update, self.bars
+        values = after | {THETA: theta}
+        if self._wants_gradient:
+            values[GRADIENT] = at.gradient
+        bars.flat[GRADIENT].zero_()
+        for add in reversed((*update.kicks, *update.drifts)):
+            add.adjoint(k, values, bars)
+        products = at.product(bars.flat[GRADIENT])
+        if products.theta is not None:
+            bars.flat[THETA].add_(products.theta)
+        for bar, product in zip(self._batches, products.batch, strict=False):
+            if bar is not None and product is not None:
+                bar[self.problem.data.row(k)].add_(product)
+        for bar, product in zip(self._hypers, products.hyper, strict=True):
+            if bar is not None and product is not None:
+                bar.add_(product)
+        self._watch.after_step(k, bars.flat[THETA])
+        slots_before = before()
+        for decay in reversed(update.decays):
+            decay.adjoint(k, slots_before, bars)
+        return slots_before
+
+    def finish(self) -> Hypergradients:
+        self._watch.flush(self.bars.flat[THETA])
+        return Hypergradients(self.bars.flat[THETA], self.bars.tables, self._batches, self._hypers)
+
+
+def wants_slots(problem: Problem) -> bool:
+    """Whether the sweep will need the slots: some wanted hyperparameter multiplies one."""
+    update = problem.update
+    wanted = {name for name, table in update.tables.items() if table.values.requires_grad}
+    multiplied = {decay.name for decay in update.decays}
+    for add in (*update.kicks, *update.drifts):
+        if add.source in update.slots:
+            multiplied |= set(add.factor.names)
+    return bool(wanted & multiplied)

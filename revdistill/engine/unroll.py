@@ -1,0 +1,200 @@
+"""rd.unroll: a whole training run as one differentiable function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.adjoints import Adjoint, Backprop, FixedPointAdjoint, Recording, UnrollStats, default_adjoint
+from revdistill.engine.ambient import Ambient, draw_seed
+from revdistill.engine.arguments import check_arguments
+from revdistill.engine.backprop import unroll_with_graph
+from revdistill.engine.compiled import CompiledGradient, CompiledKernels
+from revdistill.engine.errors import ReversalError, UnsupportedError
+from revdistill.engine.gradient import Data, Gradient, Hyper, Loss
+from revdistill.engine.layout import Layout
+from revdistill.engine.optimizers import SGD
+from revdistill.engine.sweep import Sweep
+from revdistill.engine.trajectory import Kernels, OnStep, Problem
+
+Batches = Sequence[Tensor] | Callable[[int], Any]
+
+
+@overload
+def unroll(
+    loss: Loss,
+    params: Mapping[str, Tensor],
+    batches: Batches,
+    optimizer: SGD,
+    *,
+    steps: int,
+    hyper: Hyper = ...,
+    adjoint: Adjoint | None = ...,
+    compile: bool = ...,
+    on_step: OnStep | None = ...,
+    return_stats: Literal[False] = ...,
+    seed: int | None = ...,
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def unroll(
+    loss: Loss,
+    params: Mapping[str, Tensor],
+    batches: Batches,
+    optimizer: SGD,
+    *,
+    steps: int,
+    hyper: Hyper = ...,
+    adjoint: Adjoint | None = ...,
+    compile: bool = ...,
+    on_step: OnStep | None = ...,
+    return_stats: Literal[True],
+    seed: int | None = ...,
+) -> tuple[dict[str, Tensor], UnrollStats]: ...
+
+
+def unroll(
+    loss: Loss,
+    params: Mapping[str, Tensor],
+    batches: Batches,
+    optimizer: SGD,
+    *,
+    steps: int,
+    hyper: Hyper = None,
+    adjoint: Adjoint | None = None,
+    compile: bool = False,
+    on_step: OnStep | None = None,
+    return_stats: bool = False,
+    seed: int | None = None,
+) -> dict[str, Tensor] | tuple[dict[str, Tensor], UnrollStats]:
+    """The parameters after `steps` optimizer steps, differentiable with respect to all that went in.
+
+    loss: `loss(params, batch)`, or `loss(params, batch, hyper)` when hyper is given, returning a scalar tensor; any
+    deterministic differentiable torch code (torch's own random numbers are seeded from (seed, step) around each call).
+    params: name -> float32 or float64 tensor, all of one dtype and device.
+    batches: a tuple of tensors [s, ...], step k gets `tuple(t[k % s] for t in batches)`; or a function k -> batch, which must
+    be deterministic and is not differentiated.
+    optimizer: `SGD(...)`; its tensors may require grad.
+    hyper: a tensor, or a tuple or dict of tensors, given to the loss as it is.
+    adjoint: how the backward pass gets theta_k back; see `Reversible` (the default where momentum > 0 at every step),
+    `Checkpoint` (the default otherwise), `StoreAll` and `Backprop`. All give the same hypergradient.
+    compile: torch.compile for the gradient, the Hessian product and the integer work; each is compared with eager on its first
+    use, and dropped with a CompileWarning where it differs or cannot be compiled. Keep one `loss` object to compile once.
+    on_step: called as on_step(k, theta_k, loss_k) at each step of the forward pass, with detached tensors.
+    return_stats: also return an `UnrollStats`.
+    seed: of the random numbers inside the loss; by default drawn from torch's default generator.
+
+    Returns a dict like params. Gradients flow to params, batches, hyper, lr, momentum and weight_decay; once: a second backward
+    through the same unroll, and a derivative of the hypergradient, are UnsupportedErrors (`Backprop` can do both).
+
+    Cost: see the adjoint. Errors: ValueError and TypeError for arguments; RangeError, NonFiniteError, ReversalError,
+    UnsupportedError. Source: Maclaurin, Duvenaud & Adams 2015, algorithms 1 to 3.
+    """
+    check_arguments(loss, params, batches, optimizer, steps=steps, hyper=hyper, adjoint=adjoint, on_step=on_step, seed=seed)
+    layout = Layout.of(params)
+    data = Data(batches, hyper)
+    ambient = Ambient.capture(layout.device, draw_seed() if seed is None else seed)
+    theta0 = layout.flatten(params)
+    problem = Problem(
+        gradient=(CompiledGradient if compile else Gradient)(loss, layout, data, ambient),
+        update=optimizer.resolve(layout, steps),
+        data=data,
+        ambient=ambient,
+        steps=steps,
+        kernels=CompiledKernels() if compile else Kernels(),
+        on_step=on_step,
+    )
+    theta, stats = _run(problem, loss, theta0, adjoint or default_adjoint(problem))
+    result = layout.views(theta)
+    return (result, stats) if return_stats else result
+
+
+def _run(problem: Problem, loss: Loss, theta0: Tensor, adjoint: Adjoint) -> tuple[Tensor, UnrollStats]:
+    if isinstance(adjoint, Backprop):
+        with problem.ambient.passage():
+            theta = unroll_with_graph(problem, loss, theta0)
+        state_bytes = (1 + len(problem.update.slots)) * theta0.nbytes
+        return theta, UnrollStats(problem.steps, theta0.numel(), state_bytes, None)
+    tables = [table.values for table in problem.update.tables.values()]
+    inputs = (*tables, *problem.data.tensors, *problem.data.hypers)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (theta0, *inputs)):
+        run = _Run(problem, adjoint)
+        theta = _Unroll.apply(run, theta0, *inputs)  # type: ignore[no-untyped-call]
+        assert run.recording is not None
+        return theta, run.recording.stats
+    with torch.no_grad(), problem.ambient.passage():
+        return adjoint.forward_only(problem, theta0)
+
+
+@dataclass
+class _Run:
+    """One unroll between its forward and its backward pass."""
+
+    problem: Problem
+    adjoint: FixedPointAdjoint
+    recording: Recording | None = None
+    versions: tuple[int, ...] = ()
+
+    def data_versions(self) -> tuple[int, ...]:
+        """torch counts the in-place changes of each tensor."""
+        return tuple(t._version for t in (*self.problem.data.tensors, *self.problem.data.hypers))
+
+
+class _Unroll(torch.autograd.Function):
+    """Inputs: the run, theta_0 and every differentiable tensor; output theta_T. The mathematics is the adjoint's."""
+
+    @staticmethod
+    def forward(ctx: Any, run: _Run, theta0: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.run = run
+        with run.problem.ambient.passage():
+            run.recording = run.adjoint.record(run.problem, theta0.detach())
+        run.versions = run.data_versions()
+        return run.recording.theta
+
+    @staticmethod
+    def backward(ctx: Any, theta_bar: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        run: _Run = ctx.run
+        recording, run.recording = run.recording, None  # used up, even if the way back fails
+        if recording is None:
+            raise UnsupportedError(
+                "this unroll was already gone back through, which used it up; add the losses before one backward(), call "
+                "rd.unroll again, or use adjoint=rd.Backprop() with retain_graph=True"
+            )
+        if run.data_versions() != run.versions:
+            raise ReversalError(
+                "a tensor in batches or hyper was changed in place between the forward and the backward pass, so the way back "
+                "would see other data; change it after backward(), or pass a clone"
+            )
+        with torch.no_grad(), run.problem.ambient.passage():
+            sweep = Sweep(run.problem, theta_bar.contiguous())
+            found = recording.backward(sweep)
+        tables = [found.tables.get(name) for name in run.problem.update.tables]
+        gradients = (found.theta, *tables, *found.batches, *found.hypers)
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            gradients = _OnceOnly.wrap(gradients)
+        return (None, *gradients)
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Passes gradients through, and says what to do when they are differentiated in their turn."""
+
+    @staticmethod
+    def forward(ctx: Any, marker: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        raise UnsupportedError(
+            "a hypergradient of rd.unroll cannot be differentiated again with this adjoint; use adjoint=rd.Backprop(), or "
+            "backward() without create_graph=True"
+        )
+
+    @classmethod
+    def wrap(cls, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        marker = torch.zeros((), requires_grad=True)
+        return tuple(None if g is None else cls.apply(marker, g) for g in gradients)  # type: ignore[no-untyped-call]

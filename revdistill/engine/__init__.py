@@ -6,8 +6,8 @@ from revdistill.engine.errors import (
     ArtifactError,
     NonFiniteError,
     RangeError,
-    ReversalError,
     RevdistillError,
+    ReversalError,
     UnsupportedError,
 )
 from revdistill.engine.fixedpoint import FixedPoint

@@ -309,7 +309,8 @@ class Backprop:
     """Plain autograd through the floating-point loop: the reference, and the baseline of the benchmarks.
 
     Cost: the graphs of all steps are kept, so memory grows with T by the activations of a step and its backward. Use it for
-    short unrolls, for losses that are not deterministic, and where a second backward or a derivative of the hypergradient is needed.
+    short unrolls, for losses that are not deterministic, and where a second backward, or a derivative of the hypergradient,
+    is needed.
     """
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,9 +37,7 @@ class Ambient:
     @classmethod
     def capture(cls, device: torch.device, seed: int) -> Ambient:
         kind = device.type
-        return cls(
-            device, seed, torch.get_num_threads(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        )
+        return cls(device, seed, torch.get_num_threads(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     @contextmanager
     def passage(self) -> Iterator[None]:
@@ -65,9 +64,10 @@ class Ambient:
             generator.manual_seed((self.seed + k * 0x1E3779B97F4A7C15) % 2**63)
         try:
             # The cache would keep casts of theta from one step to the next.
-            with torch.autocast(
-                self.device.type, enabled=self.autocast, dtype=self.autocast_dtype, cache_enabled=False
-            ), torch.enable_grad():
+            with (
+                torch.autocast(self.device.type, enabled=self.autocast, dtype=self.autocast_dtype, cache_enabled=False),
+                torch.enable_grad(),
+            ):
                 yield
         finally:
             for generator, state in zip(generators, states, strict=True):
@@ -90,16 +90,17 @@ def _threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's aid for debugging; it costs a write per tensor
+    # Not use_deterministic_algorithms: the same switch, but it imports torch's compiler, two seconds on the first call.
+    mode = torch.get_deterministic_debug_mode()
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    settings.fill_uninitialized_memory = False  # torch's aid for debugging; it costs a write per tensor
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fill
 
 
 @contextmanager

@@ -82,7 +82,9 @@ def _check_batches(batches: Any, device: torch.device) -> None:
     for i, t in enumerate(batches):
         _check_tensor(f"batches[{i}]", t)
         if not t.ndim or not len(t):
-            raise ValueError(f"batches[{i}] has shape {list(t.shape)}; its first dimension must be the number of batches, at least 1")
+            raise ValueError(
+                f"batches[{i}] has shape {list(t.shape)}; its first dimension must be the number of batches, at least 1"
+            )
         if len(t) != len(batches[0]):
             raise ValueError(f"batches[{i}] holds {len(t)} batches (its first dimension), but batches[0] holds {len(batches[0])}")
         _check_device(f"batches[{i}]", t, device)
@@ -110,7 +112,9 @@ def _check_tensor(label: str, t: Any) -> None:
     if t.layout != torch.strided:
         raise ValueError(f"{label} has layout {t.layout}; accepted are dense tensors: call .to_dense()")
     if t.is_inference():
-        raise UnsupportedError(f"{label} was made in torch.inference_mode() and cannot be differentiated; make it outside, or clone it")
+        raise UnsupportedError(
+            f"{label} was made in torch.inference_mode() and cannot be differentiated; make it outside, or clone it"
+        )
 
 
 def _check_device(label: str, t: Tensor, device: torch.device) -> None:

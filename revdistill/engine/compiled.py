@@ -131,7 +131,7 @@ class CompiledGradient(Gradient):
                 found: Tensor = torch.func.grad(value)(theta, merged, batch)
                 return found
 
-            found, vjp = torch.func.vjp(at, theta, *(t for t, want in zip(extra, wanted, strict=True) if want))
+            found, vjp, *_ = torch.func.vjp(at, theta, *(t for t, want in zip(extra, wanted, strict=True) if want))
             return found, vjp(vector)
 
         return torch.compile(gradient), torch.compile(product)
@@ -167,6 +167,8 @@ class CompiledGradient(Gradient):
 
 
 class CompiledLinearization:
+    """The loss and its gradient at one theta and step, evaluated when first asked for."""
+
     def __init__(self, owner: CompiledGradient, k: int, theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> None:
         self._owner, self._k, self._theta, self._extra, self._batch = owner, k, theta, extra, batch
         self._from_product: Tensor | None = None

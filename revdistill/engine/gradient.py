@@ -37,7 +37,9 @@ class Products:
 class Linearization(Protocol):
     """The loss and its gradient at one theta and step."""
 
-    loss: Tensor
+    @property
+    def loss(self) -> Tensor:
+        """0-dim, detached."""
 
     @property
     def gradient(self) -> Tensor:
@@ -121,7 +123,14 @@ class Gradient:
             return
         check_loss(value)
         assert isinstance(value, Tensor)
-        strangers = [t for t in reached_leaves(value) if t is not leaf and not any(t is known for known in leaves)]
+        nodes = graph_nodes(value)
+        if any(map(is_once_differentiable, nodes)):
+            raise UnsupportedError(
+                "the loss uses an operator marked once_differentiable, which has no second derivatives, and a hypergradient needs "
+                "them; replace it by one built of differentiable operations"
+            )
+        leaves_reached = [node.variable for node in nodes if hasattr(node, "variable")]
+        strangers = [t for t in leaves_reached if t is not leaf and not any(t is known for known in leaves)]
         if strangers:
             raise ValueError(
                 f"the loss uses a tensor of shape {list(strangers[0].shape)} that requires grad but was not passed to unroll, so "
@@ -135,6 +144,8 @@ class Gradient:
 
 @dataclass
 class EagerLinearization:
+    """The loss and its gradient at one theta and step, with the graph of the gradient."""
+
     loss: Tensor
     leaf: Tensor
     batch_leaves: tuple[Tensor, ...]
@@ -181,22 +192,29 @@ def check_arity(loss: Loss, has_hyper: bool) -> None:
         return  # a builtin without a signature: the call itself will tell
 
 
-def reached_leaves(value: Tensor) -> list[Tensor]:
-    """The tensors that backward from `value` would accumulate gradients into."""
-    found: list[Tensor] = []
-    if value.grad_fn is None:
-        return [value] if value.requires_grad else found
+def graph_nodes(value: Tensor) -> list[Any]:
+    """Every node of the autograd graph behind `value`."""
     seen: set[Any] = set()
     queue: list[Any] = [value.grad_fn]
     while queue:
         node = queue.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        queue.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return found
+        queue.extend(parent for parent, _ in node.next_functions)
+    return list(seen)
+
+
+def is_once_differentiable(node: Any) -> bool:
+    """Whether a node is a custom Function whose backward torch.autograd.function.once_differentiable wraps.
+
+    Such a backward drops what its result depends on through saved tensors: a second derivative would be 0 in silence.
+    """
+    function = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return getattr(function, "__code__", None) is _ONCE_DIFFERENTIABLE
+
+
+_ONCE_DIFFERENTIABLE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
 @contextmanager
@@ -206,17 +224,20 @@ def named_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        if "does not have a deterministic implementation" in text or "deterministic" in text and "CuBLAS" in text:
+        if "does not have a deterministic implementation" in text or ("deterministic" in text and "CuBLAS" in text):
             raise UnsupportedError(
                 "the loss uses an operator that has no deterministic implementation on this device, so the way back could differ; "
                 f"replace it, or use adjoint=rd.Backprop(), which needs no second evaluation. torch said: {text}"
             ) from error
-        if "differentiate twice" in text or ("derivative for" in text and "is not implemented" in text) or (
-            "double backwards is not supported" in text
+        if (
+            "differentiate twice" in text
+            or ("derivative for" in text and "is not implemented" in text)
+            or ("double backwards is not supported" in text)
         ):
             raise UnsupportedError(
                 "the loss uses an operator without second derivatives, which a hypergradient needs; replace it by one built of "
-                f"differentiable operations (for cuDNN recurrent layers: torch.backends.cudnn.flags(enabled=False)). torch said: {text}"
+                "differentiable operations (for cuDNN recurrent layers: torch.backends.cudnn.flags(enabled=False)). "
+                f"torch said: {text}"
             ) from error
         raise
 

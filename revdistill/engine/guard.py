@@ -22,7 +22,7 @@ GPU_INTERVAL = 32
 _SLACK = 1.0 + 1e-9  # the bounds are floats themselves
 
 
-class Suspicion(Exception):
+class SuspicionError(Exception):
     """Something in the last interval may have gone wrong: run again, checking each step."""
 
 
@@ -63,12 +63,12 @@ class Guard:
         return self._advance(k, largest)
 
     def flush(self, state: State) -> None:
-        """Read the notes, all of steps that `state` has behind it. Raises Suspicion."""
+        """Read the notes, all of steps that `state` has behind it. Raises SuspicionError."""
         if not self._notes:
             return
         for offset, (largest, value) in enumerate(torch.stack(self._notes).tolist()):
             if not (math.isfinite(largest) and math.isfinite(value)) or not self._advance(self._first_note + offset, largest):
-                raise Suspicion
+                raise SuspicionError
         self._first_note += len(self._notes)
         self._notes = []
         self._tighten(state)
@@ -103,7 +103,9 @@ class Guard:
         name = self._update.layout.first_nonfinite(gradient)
         what = f"the gradient of params[{name!r}] is not finite" if name else "the loss is not finite"
         raise NonFiniteError(
-            f"{what} at step {k} (loss {loss:g}); a smaller lr, or a loss that stays finite there, avoids it", parameter=name, step=k
+            f"{what} at step {k} (loss {loss:g}); a smaller lr, or a loss that stays finite there, avoids it",
+            parameter=name,
+            step=k,
         )
 
     def _raise_range(self, values: Tensor, k: int, target: str) -> None:
@@ -156,6 +158,5 @@ def _largest_on_device(x: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> float:
-    low, high = torch.aminmax(x)
-    low, high = float(low), float(high)
+    low, high = (float(end) for end in torch.aminmax(x))
     return high if math.isnan(high) else max(-low, high)

@@ -81,13 +81,13 @@ class FileHistory:
     def __init__(self, path: Path, device: torch.device) -> None:
         self._device = device
         folder, prefix = (path, "revdistill-") if path.is_dir() else (path.parent, path.name)
-        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder, prefix=prefix, buffering=0)
+        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder, prefix=prefix, buffering=0)  # noqa: SIM115, it outlives this call
         weakref.finalize(self, self._file.close)  # closing it gives its space back
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
         self.nbytes = 0
 
     def push(self, words: Tensor) -> None:
-        data = memoryview(words.cpu().contiguous().numpy()).cast("B")
+        data = words.cpu().contiguous().numpy().data.cast("B")
         self._file.seek(self.nbytes)
         while len(data):  # an unbuffered write may take a part only
             data = data[self._file.write(data) :]
@@ -99,7 +99,7 @@ class FileHistory:
         words = torch.empty(shape, dtype=dtype)
         self.nbytes -= words.nbytes
         self._file.seek(self.nbytes)
-        data = memoryview(words.numpy()).cast("B")
+        data = words.numpy().data.cast("B")
         while len(data):
             count = self._file.readinto(data)  # type: ignore[attr-defined]
             if not count:

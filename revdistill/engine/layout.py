@@ -43,7 +43,7 @@ class Layout:
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The parameters as views of `flat`, differentiable: one split, whose backward is one concatenation."""
-        parts = flat.split(self.sizes)
+        parts = torch.split(flat, self.sizes)
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def name_at(self, position: int) -> str:

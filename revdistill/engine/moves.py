@@ -95,10 +95,7 @@ class Decay:
         """(slot, store, n) per segment."""
         row, slot = self.table.row(k), state.fixed[self.slot]
         stores = state.stores[self.slot]
-        return [
-            (slot[part], store, quantise(row[column]))
-            for (part, column), store in zip(self.segments, stores, strict=True)
-        ]
+        return [(slot[part], store, quantise(row[column])) for (part, column), store in zip(self.segments, stores, strict=True)]
 
     def loses_everything(self, k: int) -> bool:
         return not any(self.table.row(k))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,9 +99,9 @@ class _StraightThrough(torch.autograd.Function):
     """Forward: the rounded values, exactly. Backward: the identity."""
 
     @staticmethod
-    def forward(ctx: object, values: Tensor, rounded: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: Tensor, rounded: Tensor) -> Tensor:
         return rounded.clone()
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None

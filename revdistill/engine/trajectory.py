@@ -12,9 +12,9 @@ from revdistill.engine.ambient import Ambient
 from revdistill.engine.bitstore import divide_, multiply_
 from revdistill.engine.fixedpoint import FixedPoint, add_rounded_
 from revdistill.engine.gradient import Data, Gradient, Linearization
-from revdistill.engine.guard import GPU_INTERVAL, Guard, Suspicion
+from revdistill.engine.guard import GPU_INTERVAL, Guard, SuspicionError
 from revdistill.engine.history import History
-from revdistill.engine.moves import GRADIENT, THETA, Add, State, Update
+from revdistill.engine.moves import GRADIENT, THETA, Add, Update
 
 # (slot, head, n) for each decay of a step; (target, source, factor) for each kick or drift.
 Pushes = list[tuple[Tensor, Tensor, int | Tensor]]
@@ -75,12 +75,14 @@ class Trajectory:
         """All steps forward, with a call before and after each; then the checks that are still open."""
         try:
             self._run(before_step, after_step, self.problem.on_step)
-        except Suspicion:
+        except SuspicionError:
             # The same steps again, looked at one by one: raises the named error, or shows that nothing was wrong.
             self._reset(interval=1)
             self._run(before_step, after_step, on_step=None)
 
-    def _run(self, before_step: Callable[[int], None], after_step: Callable[[int, Linearization], None], on_step: OnStep | None) -> None:
+    def _run(
+        self, before_step: Callable[[int], None], after_step: Callable[[int, Linearization], None], on_step: OnStep | None
+    ) -> None:
         for k in range(self.problem.steps):
             before_step(k)
             theta = self.theta().clone() if on_step is not None else None

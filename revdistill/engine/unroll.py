@@ -151,13 +151,14 @@ class _Unroll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, theta0: Tensor, *inputs: Tensor) -> Tensor:
         ctx.run = run
+        ctx.save_for_backward(theta0, *inputs)
         with run.problem.ambient.passage():
             run.recording = run.adjoint.record(run.problem, theta0.detach())
         run.versions = run.data_versions()
         return run.recording.theta
 
     @staticmethod
-    def backward(ctx: Any, theta_bar: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, theta_bar: Tensor) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
         recording, run.recording = run.recording, None  # used up, even if the way back fails
         if recording is None:
@@ -176,25 +177,24 @@ class _Unroll(torch.autograd.Function):
         tables = [found.tables.get(name) for name in run.problem.update.tables]
         gradients = (found.theta, *tables, *found.batches, *found.hypers)
         if torch.is_grad_enabled():  # backward(create_graph=True)
-            gradients = _OnceOnly.wrap(gradients)
+            inputs = ctx.saved_tensors
+            gradients = tuple(None if g is None else _OnceOnly.apply(g, *inputs) for g in gradients)  # type: ignore[no-untyped-call]
         return (None, *gradients)
 
 
 class _OnceOnly(torch.autograd.Function):
-    """Passes gradients through, and says what to do when they are differentiated in their turn."""
+    """Passes a hypergradient through, and says what to do when it is differentiated in its turn.
+
+    It hangs on everything that the hypergradient depends on: a derivative with respect to any of it comes past here.
+    """
 
     @staticmethod
-    def forward(ctx: Any, marker: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
         raise UnsupportedError(
             "a hypergradient of rd.unroll cannot be differentiated again with this adjoint; use adjoint=rd.Backprop(), or "
             "backward() without create_graph=True"
         )
-
-    @classmethod
-    def wrap(cls, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        marker = torch.zeros((), requires_grad=True)
-        return tuple(None if g is None else cls.apply(marker, g) for g in gradients)  # type: ignore[no-untyped-call]

@@ -224,7 +224,9 @@ def test_finite_differences(adjoint: Any) -> None:
     leaves = [t.clone().requires_grad_() for t in at]
     found = torch.autograd.grad(end(*leaves), leaves)
     h = 2.0**-10
-    for i, direction in enumerate([torch.randn_like(at[0]), torch.ones(()).double(), torch.ones(()).double(), torch.randn_like(at[3])]):
+    for i, direction in enumerate(
+        [torch.randn_like(at[0]), torch.ones(()).double(), torch.ones(()).double(), torch.randn_like(at[3])]
+    ):
         shifted = [[t + sign * h * direction if i == j else t for j, t in enumerate(at)] for sign in (1, -1)]
         difference = float((end(*shifted[0]) - end(*shifted[1])).detach()) / (2 * h)
         assert float((found[i] * direction).sum()) == pytest.approx(difference, rel=2e-4)  # h^2 times a third derivative

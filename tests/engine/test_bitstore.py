@@ -142,7 +142,11 @@ def test_a_store_that_is_not_empty_says_so() -> None:
 
 
 def test_histories_are_stacks(tmp_path: Path) -> None:
-    words = [torch.randint(-(2**31), 2**31 - 1, (7,), dtype=torch.int32), torch.tensor([2**62, -1]), torch.zeros(0, dtype=torch.int32)]
+    words = [
+        torch.randint(-(2**31), 2**31 - 1, (7,), dtype=torch.int32),
+        torch.tensor([2**62, -1]),
+        torch.zeros(0, dtype=torch.int32),
+    ]
     for history in (DeviceHistory(), HostHistory(CPU), FileHistory(tmp_path, CPU), open_history(tmp_path / "bits.bin", CPU)):
         for w in words:
             history.push(w.clone())

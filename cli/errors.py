@@ -1,0 +1,38 @@
+"""What is the user's to put right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from revdistill.distill.artifact import FILE_NAME, Artifact, read
+from revdistill.engine import ArtifactError
+
+
+class UserError(Exception):
+    """One line for the user; exit code 2."""
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Around the checks of what the user gave: their errors are the user's."""
+    try:
+        yield
+    except (ValueError, ArtifactError) as error:
+        raise UserError(str(error)) from error
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: permission denied") from error
+
+
+def read_run(run: Path) -> tuple[Path, Artifact]:
+    """The run's directory and artifact; `run` may also be the artifact itself."""
+    path = run / FILE_NAME if run.is_dir() else run
+    with user_input():
+        if not run.exists():
+            raise ValueError(f"RUN is {str(run)!r}, which does not exist; accepted is a directory made by revdistill train")
+        if not path.exists():
+            raise ValueError(
+                f"RUN is {str(run)!r}, which holds no {FILE_NAME}; accepted is a directory of a finished revdistill train"
+            )
+        return path.parent, read(path)

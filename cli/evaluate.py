@@ -1,0 +1,54 @@
+"""revdistill evaluate"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from revdistill.distill import evaluation as evaluations
+from revdistill.distill import models
+from revdistill.distill.data import load
+from revdistill.distill.schedules import SCHEDULES
+
+from . import options
+from .errors import read_run, user_input
+from .table import evaluation_table
+
+
+@click.command(short_help="Train fresh networks on distilled data and measure them.")
+@click.argument("run", type=click.Path(path_type=Path))
+@options.arch
+@click.option("--restarts", type=click.IntRange(min=1), default=10, show_default=True, help="Fresh networks to train.")
+@click.option(
+    "--schedule",
+    type=click.Choice(list(SCHEDULES)),
+    default="raw",
+    show_default=True,
+    help="raw: the learned step sizes; the strategies train for 50 epochs (1: rates of its own, 2: the learned epochs repeated "
+    "with decay, 3: the last epoch repeated with decay).",
+)
+@options.device
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(run: Path, architectures: tuple[str, ...], restarts: int, schedule: str, device: str, as_json: bool) -> None:
+    """Train fresh networks on the distilled data of RUN with plain SGD, and measure their test accuracy.
+
+    Without --arch, the architectures that the data were distilled for.
+    """
+    _, artifact = read_run(run)
+    found = {}
+    with user_input():
+        data = load(artifact.dataset)
+        for name in architectures or _own(artifact.architectures):
+            result = evaluations.evaluate(artifact, data, name, restarts=restarts, schedule=schedule, device=device)
+            found[name] = result.to_dict()
+    click.echo(json.dumps(found, indent=2) if as_json else evaluation_table(found))
+
+
+def _own(names: list[str]) -> list[str]:
+    """The artifact's architectures. A file does not get to say which code is imported: that must be asked for by name."""
+    own = [name for name in names if ":" in name]
+    if own:
+        raise ValueError(f"the data were distilled for {own[0]}; give --arch {own[0]} to import it from your own code")
+    return [models.canonical(name) for name in names]

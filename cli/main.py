@@ -1,0 +1,58 @@
+"""Entry point: every error of the user's is one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+import revdistill
+from revdistill.engine import RevdistillError
+
+from .errors import UserError
+from .evaluate import evaluate
+from .show import show
+from .train import train
+from .verify import verify
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(revdistill.__version__, prog_name="revdistill")
+def cli() -> None:
+    """Distil datasets by differentiating through whole training runs, exactly, in the memory of one step.
+
+    \b
+    revdistill train --steps 30 --epochs 3     distil the digits dataset into runs/digits
+    revdistill show runs/digits                what came out, with pictures
+    revdistill evaluate runs/digits            train fresh networks on it
+    """
+
+
+for command in (train, evaluate, show, verify):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit: 0 done, 2 the user's input, 1 anything else, 130 on Ctrl-C."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        code = cli.main(args=None if arguments is None else list(arguments), prog_name="revdistill", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except (click.ClickException, UserError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"revdistill: {' '.join(message.split())}", err=True)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("revdistill: interrupted", err=True)
+        return 130
+    except (RevdistillError, OSError) as error:
+        click.echo(f"revdistill: {' '.join(str(error).split())}", err=True)
+        return 1

@@ -1,0 +1,48 @@
+"""Option types that several commands share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from revdistill.distill import models
+from revdistill.distill.config import check_device
+
+
+class _Checked(click.ParamType[Any]):
+    """A text that a function of the library checks."""
+
+    def __init__(self, name: str, check: Any) -> None:
+        self.name, self._check = name, check
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            found = self._check(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return value if found is None else found
+
+
+def _device_name(name: str) -> str:
+    if name == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(name)
+    return name
+
+
+ARCHITECTURE = _Checked("name", models.canonical)
+DEVICE = _Checked("device", _device_name)
+
+arch = click.option(
+    "--arch",
+    "architectures",
+    type=ARCHITECTURE,
+    multiple=True,
+    metavar="NAME",
+    help=f"Network: {', '.join(models.ARCHITECTURES)}, or your own factory package.module:function, called with "
+    "(input_shape, classes). Repeat it for several.",
+)
+device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")

@@ -1,0 +1,58 @@
+"""revdistill show"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+
+from revdistill.distill.artifact import Artifact
+from revdistill.distill.data import load
+from revdistill.distill.evaluation import check_compatible
+from revdistill.distill.run import METRICS, read_metrics
+
+from .errors import read_run, user_input
+from .table import evaluation_table, table
+
+
+@click.command(short_help="Summary in the terminal, pictures to RUN/plots.")
+@click.argument("run", type=click.Path(path_type=Path))
+def show(run: Path) -> None:
+    """Print what RUN holds and draw its pictures to RUN/plots."""
+    directory, artifact = read_run(run)
+    with user_input():
+        data = load(artifact.dataset)
+        check_compatible(artifact, data)
+        metrics = read_metrics(directory / METRICS)
+        from revdistill.distill.plots import draw_all
+
+        pictures = draw_all(directory, artifact, data, metrics)
+    click.echo(_summary(artifact))
+    if artifact.evaluation:
+        with user_input():
+            try:
+                click.echo(evaluation_table(artifact.evaluation))
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{directory}: attribute 'evaluation' of the artifact is not one of this release ({error})"
+                ) from error
+    click.echo("pictures: " + ", ".join(str(p) for p in pictures))
+
+
+def _summary(a: Artifact) -> str:
+    def span(values: np.ndarray) -> str:
+        return f"{values.min():.4g} to {values.max():.4g}, mean {values.mean():.4g}"
+
+    rows = [
+        ("dataset", a.dataset),
+        ("distilled for", ", ".join(a.architectures)),
+        ("synthetic data", f"{a.batches} batches of {a.x.shape[1]}, each {' x '.join(map(str, a.x.shape[2:]))}"),
+        ("labels", "soft" if a.has_soft_labels else "hard"),
+        ("inner steps", f"{a.steps} ({a.epochs} epochs)"),
+        ("step sizes", span(a.lr)),
+        ("momentum", span(a.momentum)),
+        ("seed", str(a.seed)),
+        ("written by", f"revdistill {a.revdistill_version}, torch {a.torch_version}"),
+    ]
+    return table(("what", "value"), rows)

@@ -1,0 +1,19 @@
+"""Tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest entry."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+    return "\n".join("  " + line for line in lines)
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> str:
+    """architecture -> what `Evaluation.to_dict` gives."""
+    rows = [(name, e["schedule"], str(e["restarts"]), f"{e['mean']:.2%} +- {e['std']:.2%}") for name, e in evaluation.items()]
+    return table(("architecture", "schedule", "restarts", "test accuracy"), rows)

@@ -1,0 +1,134 @@
+"""revdistill train"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
+from revdistill.distill.checkpoint import read_config, written_by
+from revdistill.distill.config import ADJOINTS, INITS, STARTS, Config
+from revdistill.distill.data import BUILT_IN
+from revdistill.distill.run import METRICS, InterruptedRunError, Run, read_metrics
+
+from . import options
+from .errors import UserError, user_input
+from .table import evaluation_table
+
+FC = TypeVar("FC", bound=Callable[..., Any])
+_DEFAULT = Config()
+
+
+def _option(flag: str, help: str, **kwargs: Any) -> Callable[[FC], FC]:
+    """An option for the field of Config of the same name, with its default."""
+    name = flag.strip("-").replace("-", "_")
+    return click.option(flag, name, default=getattr(_DEFAULT, name), show_default=True, help=help, **kwargs)
+
+
+_COUNT = click.IntRange(min=1)
+_RATE = click.FloatRange(min=0, min_open=True)
+
+
+@click.command(short_help="Distil a dataset.")
+@_option("--dataset", f"{', '.join(BUILT_IN)}, or a .npz file with x and y.")
+@options.arch
+@_option("--steps", "Synthetic batches.", type=_COUNT)
+@_option("--epochs", "How often they are gone through: steps x epochs inner steps.", type=_COUNT)
+@_option("--per-class", "Synthetic samples per class in a batch.", type=_COUNT)
+@_option("--momentum", "Momentum of the inner SGD.", type=click.FloatRange(0, 1))
+@_option("--learn-momentum", "Learn a momentum per inner step, from --momentum.", is_flag=True)
+@_option("--learn-labels", "Learn soft labels.", is_flag=True)
+@_option("--lr", "Inner step sizes at the start; one is learned per inner step.", type=_RATE)
+@_option("--init", "Distil for new random networks at every outer step, or for one fixed network.", type=click.Choice(INITS))
+@_option("--inits", "Networks per outer step (and architecture), trained side by side.", type=_COUNT)
+@_option("--start", "Synthetic data start as noise or as real samples.", type=click.Choice(STARTS))
+@_option("--outer-steps", "Adam steps on data and step sizes.", type=_COUNT)
+@_option("--outer-lr", "Adam's rate, decayed to 0 by a cosine.", type=_RATE)
+@_option("--batch-size", "Real samples per outer step.", type=_COUNT)
+@_option("--clip", "Largest norm of a hypergradient; 0 for no clipping.", type=click.FloatRange(min=0))
+@click.option("--adjoint", type=click.Choice(list(ADJOINTS)), help="How the way back is done.  [default: the engine chooses]")
+@options.device
+@_option("--seed", "Of every random draw.", type=click.IntRange(0, 2**31 - 1))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="The run's directory.  [default: runs/DATASET]")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, to the same result bit for bit.")
+@click.option("--save-every", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds between checkpoints.")
+@click.pass_context
+def train(ctx: click.Context, /, out: Path | None, resume: bool, save_every: float, **values: Any) -> None:
+    """Learn a small synthetic dataset with its step sizes, such that a fresh network trained on it does well on the real one.
+
+    The result is OUT/distilled.h5; beside it metrics.jsonl, pictures in plots/, and checkpoint.h5 for --resume.
+    """
+    values["architectures"] = values["architectures"] or _DEFAULT.architectures
+    out = out or Path("runs") / Path(values["dataset"]).stem
+    with user_input():
+        config = _resumed(ctx, out, values) if resume else Config(**values)
+        run = Run(out, config, resume=resume, save_every=save_every)
+    click.echo(_headline(run))
+    if resume:
+        click.echo(f"resuming after outer step {run.distiller.outer_step} of {config.outer_steps}")
+    started = time.monotonic()
+    try:
+        with _directory_in_use():
+            result = run.distil()
+    except InterruptedRunError as stopped:
+        click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
+        click.echo(f"  revdistill train --resume --out {shlex.quote(str(out))}", err=True)
+        ctx.exit(130)
+    click.echo(f"distilled in {time.monotonic() - started:.0f} s; test accuracy of fresh networks trained on it:")
+    click.echo(evaluation_table(result.evaluation))
+    from revdistill.distill.plots import draw_all
+
+    pictures = draw_all(out, result, run.data, read_metrics(out / METRICS))
+    click.echo(f"wrote {out / 'distilled.h5'} and {', '.join(p.name for p in pictures)} in {out / 'plots'}")
+
+
+def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> Config:
+    """The configuration of the run in `out`; options given now must agree with it."""
+    path = out / CHECKPOINT
+    if not path.exists():
+        raise ValueError(f"--resume: {out} holds no {CHECKPOINT}")
+    saved = read_config(path)
+    for name, value in values.items():
+        given = ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+        before = getattr(saved, name)
+        if given and value != before:
+            flag = "--arch" if name == "architectures" else "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} is {_plain(value)}, but the run in {out} has {_plain(before)}; resume without it, or start a new run"
+            )
+    version = written_by(path)
+    import revdistill
+
+    if version != revdistill.__version__:
+        click.echo(f"note: the checkpoint was written by revdistill {version}, this is {revdistill.__version__}", err=True)
+    return saved
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _headline(run: Run) -> str:
+    c, data = run.config, run.data
+    synthetic = run.distiller.synthetic.x.shape[:2].numel()
+    return (
+        f"{Path(data.name).name}: {len(data.x)} training samples into {synthetic} ({c.steps} batches of {synthetic // c.steps}), "
+        f"{c.inner_steps} inner steps, {', '.join(c.architectures)}, {c.outer_steps} outer steps on {c.device}"
+    )
+
+
+class _directory_in_use:  # noqa: N801, reads as a context
+    """The lock's ValueError is the user's to put right; anything else is not."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError) and "in use by another run" in str(error):
+            raise UserError(str(error)) from error

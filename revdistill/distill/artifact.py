@@ -1,0 +1,128 @@
+"""RUN/distilled.h5: the distilled batches with their step sizes, readable by anyone (HDF5, no pickle)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+import revdistill
+from revdistill.distill.files import replacing
+from revdistill.distill.hdf5 import Reader, reading
+
+FORMAT_VERSION = 1
+FILE_NAME = "distilled.h5"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """x: float32 [s, B, ...]; y: int64 [s, B] or float32 [s, B, C]; lr, momentum: float32 [T], T = s x epochs.
+
+    Use without this project: for k in range(T), one torch.optim.SGD step on (x[k % s], y[k % s]) with lr[k], momentum[k].
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    lr: np.ndarray
+    momentum: np.ndarray
+    dataset: str
+    architectures: list[str]
+    epochs: int
+    seed: int
+    normalisation: dict[str, Any]
+    config: dict[str, Any]
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    revdistill_version: str = ""
+    torch_version: str = ""
+
+    @property
+    def batches(self) -> int:
+        """s"""
+        return len(self.x)
+
+    @property
+    def steps(self) -> int:
+        """T"""
+        return len(self.lr)
+
+    @property
+    def has_soft_labels(self) -> bool:
+        return self.y.ndim == 3
+
+
+def write(path: Path, artifact: Artifact) -> None:
+    """Write the file whole, or leave what was there."""
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        for name in ("x", "y", "lr", "momentum"):
+            file.create_dataset(name, data=getattr(artifact, name))
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["revdistill_version"] = revdistill.__version__
+        file.attrs["torch_version"] = str(torch.__version__)
+        file.attrs["dataset"] = artifact.dataset
+        file.attrs["steps"] = artifact.batches
+        file.attrs["epochs"] = artifact.epochs
+        file.attrs["seed"] = artifact.seed
+        for name in ("architectures", "normalisation", "config", "evaluation"):
+            file.attrs[name] = json.dumps(getattr(artifact, name))
+
+
+def read(path: Path) -> Artifact:
+    """Read and check the file. Errors: ArtifactError that names the file and what is wrong with it."""
+    with reading(path) as file:
+        version = file.integer("format_version")
+        if version != FORMAT_VERSION:
+            raise file.fail(f"has format version {version}; this release reads version {FORMAT_VERSION}")
+        soft = _is_soft(file)
+        artifact = Artifact(
+            x=file.array("x", "float32"),
+            y=file.array("y", "float32", 3) if soft else file.array("y", "int64", 2),
+            lr=file.array("lr", "float32", 1),
+            momentum=file.array("momentum", "float32", 1),
+            dataset=file.text("dataset"),
+            architectures=file.json("architectures", list),
+            epochs=file.integer("epochs"),
+            seed=file.integer("seed"),
+            normalisation=file.json("normalisation", dict),
+            config=file.json("config", dict),
+            evaluation=file.json("evaluation", dict),
+            revdistill_version=file.text("revdistill_version"),
+            torch_version=file.text("torch_version"),
+        )
+        _check(file, artifact)
+        return artifact
+
+
+def _is_soft(file: Reader) -> bool:
+    try:
+        file.array("y", "int64")
+    except revdistill.ArtifactError:
+        file.array("y", "float32")  # neither: its error tells
+        return True
+    return False
+
+
+def _check(file: Reader, a: Artifact) -> None:
+    if a.x.ndim < 3 or 0 in a.x.shape:
+        raise file.fail(f"'x' has shape {list(a.x.shape)}; expected [batches, batch size, ...]")
+    if a.y.shape[:2] != a.x.shape[:2]:
+        raise file.fail(f"'y' has shape {list(a.y.shape)}, which does not go with x of shape {list(a.x.shape)}")
+    if not 1 <= a.epochs <= 10**6 or a.steps != a.batches * a.epochs or a.momentum.shape != a.lr.shape:
+        raise file.fail(
+            f"'lr' has shape {list(a.lr.shape)} and 'momentum' {list(a.momentum.shape)}; expected [{a.batches * a.epochs}], "
+            f"{a.batches} batches x {a.epochs} epochs"
+        )
+    if (a.lr < 0).any() or (a.momentum < 0).any() or (a.momentum > 1).any():
+        raise file.fail("'lr' must be at least 0 and 'momentum' between 0 and 1")
+    if not a.has_soft_labels and (a.y.min() < 0 or a.y.max() > 10**6):
+        raise file.fail("'y' has classes below 0 or beyond 10^6")
+    if not all(isinstance(name, str) for name in a.architectures):
+        raise file.fail("attribute 'architectures' must list names")
+    for key in ("mean", "std"):
+        values = a.normalisation.get(key)
+        if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
+            raise file.fail(f"attribute 'normalisation' must hold a list of numbers {key!r}")

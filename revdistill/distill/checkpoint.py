@@ -1,0 +1,92 @@
+"""RUN/checkpoint.h5: everything that a distillation needs to go on to the same result, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+from torch import Tensor
+
+import revdistill
+from revdistill.distill.config import Config
+from revdistill.distill.distiller import Distiller
+from revdistill.distill.files import replacing
+from revdistill.distill.hdf5 import reading
+
+FORMAT_VERSION = 1
+FILE_NAME = "checkpoint.h5"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(path: Path, distiller: Distiller) -> None:
+    """Write the file whole, or leave what was there."""
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["revdistill_version"] = revdistill.__version__
+        file.attrs["config"] = distiller.config.to_json()
+        file.attrs["outer_step"] = distiller.outer_step
+        file.attrs["adam_step"] = _adam_step(distiller)
+        for name, leaf in distiller.synthetic.leaves.items():
+            file.create_dataset(name, data=leaf.detach().cpu().numpy())
+            state = distiller.optimizer.state.get(leaf, {})
+            for moment in _MOMENTS:
+                value: Tensor = state.get(moment, torch.zeros_like(leaf))
+                file.create_dataset(f"{name}.{moment}", data=value.cpu().numpy())
+
+
+def read_config(path: Path) -> Config:
+    """The configuration of the run that wrote the checkpoint. Errors: ArtifactError."""
+    with reading(path) as file:
+        version = file.integer("format_version")
+        if version != FORMAT_VERSION:
+            raise file.fail(f"has format version {version}; this release reads version {FORMAT_VERSION}")
+        values = file.json("config", dict)
+        try:
+            return Config.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise file.fail(f"attribute 'config' is not a configuration of this release ({error})") from error
+
+
+def written_by(path: Path) -> str:
+    """The version of revdistill that wrote the checkpoint."""
+    with reading(path) as file:
+        return file.text("revdistill_version")
+
+
+def restore(path: Path, distiller: Distiller) -> None:
+    """Put a distiller of the same configuration where `save` was called. Errors: ArtifactError."""
+    with reading(path) as file:
+        outer_step, adam_step = file.integer("outer_step"), file.integer("adam_step")
+        if not 0 <= adam_step <= outer_step <= distiller.config.outer_steps:
+            raise file.fail(f"attributes outer_step {outer_step} and adam_step {adam_step} do not go with its configuration")
+        tensors: dict[str, Tensor] = {}
+        for name, leaf in distiller.synthetic.leaves.items():
+            for key in (name, *(f"{name}.{moment}" for moment in _MOMENTS)):
+                values = torch.from_numpy(file.array(key, "float32"))
+                if values.shape != leaf.shape:
+                    raise file.fail(f"{key!r} has shape {list(values.shape)}; expected {list(leaf.shape)}")
+                tensors[key] = values.to(leaf.device)
+    for name, leaf in distiller.synthetic.leaves.items():
+        with torch.no_grad():
+            leaf.copy_(tensors[name])
+        if adam_step:
+            state: dict[str, Any] = {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
+            distiller.optimizer.state[leaf] = {"step": torch.tensor(float(adam_step)), **state}
+    distiller.outer_step = outer_step
+
+
+def _adam_step(distiller: Distiller) -> int:
+    states = list(distiller.optimizer.state.values())
+    return int(states[0]["step"]) if states else 0
+
+
+def describe_difference(ours: Config, theirs: Config) -> str | None:
+    """The first field in which two configurations differ, in words."""
+    a, b = json.loads(ours.to_json()), json.loads(theirs.to_json())
+    for name in a:
+        if a[name] != b[name]:
+            return f"{name} is {a[name]!r} here, but {b[name]!r} in the run to be resumed"
+    return None

@@ -1,0 +1,107 @@
+"""Everything that defines a distillation: what is needed to run it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from revdistill.distill import models
+from revdistill.engine import Backprop, Checkpoint, Reversible, StoreAll
+from revdistill.engine.adjoints import Adjoint
+
+ADJOINTS: dict[str, type[Adjoint]] = {
+    "reversible": Reversible,
+    "checkpoint": Checkpoint,
+    "store-all": StoreAll,
+    "backprop": Backprop,
+}
+INITS = ("random", "fixed")
+STARTS = ("noise", "real")
+
+
+@dataclass(frozen=True)
+class Config:
+    """dataset: a name or a .npz file. architectures: distilled for all of them at once.
+
+    steps: s, the number of synthetic batches; epochs: how often they are gone through, T = s x epochs inner steps; per_class:
+    images of each class in one batch. momentum: of the inner SGD; lr: its learned step sizes at the start.
+    init: "random" draws new networks at every outer step, "fixed" distils for one network; inits: networks per outer step
+    and architecture. start: synthetic data from noise or from real samples. learn_labels, learn_momentum: learn them too.
+    outer_steps, outer_lr, batch_size: Adam steps, their rate (decayed to 0 by a cosine), real samples in each. clip: the largest
+    norm of a hypergradient, 0 for none. adjoint: a name of ADJOINTS, None for the engine's choice.
+
+    Errors: ValueError that names the field, what came and what is accepted.
+    """
+
+    dataset: str = "digits"
+    architectures: tuple[str, ...] = ("MLP",)
+    steps: int = 30
+    epochs: int = 3
+    per_class: int = 1
+    momentum: float = 0.9
+    learn_momentum: bool = False
+    inits: int = 2
+    outer_steps: int = 300
+    batch_size: int = 512
+    lr: float = 0.02
+    outer_lr: float = 0.02
+    init: str = "random"
+    start: str = "real"
+    learn_labels: bool = False
+    clip: float = 1.0
+    adjoint: str | None = None
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "per_class", "inits", "outer_steps", "batch_size"):
+            self._need(name, getattr(self, name) >= 1, "an integer of at least 1")
+        self._need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
+        self._need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
+        self._need("lr", 0 < self.lr < 1e4, "a number above 0")
+        self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0")
+        self._need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
+        self._need("init", self.init in INITS, " or ".join(INITS))
+        self._need("start", self.start in STARTS, " or ".join(STARTS))
+        self._need("adjoint", self.adjoint is None or self.adjoint in ADJOINTS, ", ".join(ADJOINTS))
+        self._need("architectures", bool(self.architectures), "at least one name")
+        if self.learn_momentum:
+            self._need("momentum", 0 < self.momentum < 1, "a number between 0 and 1 to start from, with learn_momentum")
+        object.__setattr__(self, "architectures", tuple(models.canonical(name) for name in self.architectures))
+        check_device(self.device)
+
+    def _need(self, name: str, fine: bool, accepted: str) -> None:
+        if not fine:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; accepted is {accepted}")
+
+    @property
+    def inner_steps(self) -> int:
+        """T"""
+        return self.steps * self.epochs
+
+    def make_adjoint(self) -> Adjoint | None:
+        return None if self.adjoint is None else ADJOINTS[self.adjoint]()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """From what `to_json` wrote; TypeError or ValueError where it did not."""
+        return cls(**(values | {"architectures": tuple(values.get("architectures", ()))}))
+
+
+def check_device(name: str) -> torch.device:
+    """The device, or a ValueError where this machine does not have it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; accepted are cpu, cuda and cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; accepted are cpu, cuda and cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    return device

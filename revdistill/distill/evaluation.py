@@ -1,0 +1,96 @@
+"""What distilled data are worth: train fresh networks on them with plain torch.optim.SGD, measure test accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from revdistill.distill.artifact import Artifact
+from revdistill.distill.data import Dataset
+from revdistill.distill.distiller import fixed_network_seed
+from revdistill.distill.population import Population
+from revdistill.distill.schedules import SCHEDULES, momentum_for
+
+# Far from the seeds of training, so that no network evaluated was ever distilled for.
+SEED_OFFSET = 2**40
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """accuracies: of each restart; std: over them (n - 1), 0 for one."""
+
+    schedule: str
+    restarts: int
+    mean: float
+    std: float
+    accuracies: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    artifact: Artifact, data: Dataset, architecture: str, *, restarts: int = 10, schedule: str = "raw", device: str = "cpu"
+) -> Evaluation:
+    """Train `restarts` fresh networks side by side on the artifact's batches and measure them on the test data.
+
+    A network distilled with init="fixed" is evaluated from that initialisation. Errors: ValueError where the data or the
+    architecture do not go with the artifact.
+    """
+    check_compatible(artifact, data)
+    where = torch.device(device)
+    data = data.to(where)
+    population = Population(architecture, restarts, data.input_shape, data.classes, where)
+    params = population.sample(_seed(artifact))
+    if artifact.config.get("init") == "fixed":
+        params = _fixed_start(artifact, data, architecture, restarts, where)
+    rates = SCHEDULES[schedule](artifact.lr.tolist(), artifact.batches)
+    train_plainly(artifact, population, params, rates)
+    found = population.accuracies(params, data.x_test, data.y_test).double().cpu()
+    std = float(found.std()) if restarts > 1 else 0.0
+    return Evaluation(schedule, restarts, float(found.mean()), std, found.tolist())
+
+
+def train_plainly(artifact: Artifact, population: Population, params: dict[str, torch.Tensor], rates: Sequence[float]) -> None:
+    """One torch.optim.SGD step per rate, on the artifact's batches in turn; changes params in place."""
+    device = next(iter(params.values())).device
+    x, y = torch.from_numpy(artifact.x).to(device), torch.from_numpy(artifact.y).to(device)
+    for p in params.values():
+        p.requires_grad_()
+    optimizer = torch.optim.SGD(params.values(), lr=0.0)
+    momenta = momentum_for(list(rates), artifact.momentum.tolist())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed(artifact))
+        for k, (lr, momentum) in enumerate(zip(rates, momenta, strict=True)):
+            for group in optimizer.param_groups:
+                group["lr"], group["momentum"] = lr, momentum
+            optimizer.zero_grad(set_to_none=True)
+            population.loss(params, (x[k % len(x)], y[k % len(x)])).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+
+def check_compatible(artifact: Artifact, data: Dataset) -> None:
+    """ValueError where distilled and real data have different shapes or classes."""
+    if tuple(artifact.x.shape[2:]) != data.input_shape:
+        raise ValueError(
+            f"the distilled data have entries of shape {list(artifact.x.shape[2:])}, "
+            f"but dataset {data.name!r} of {list(data.input_shape)}"
+        )
+    classes = artifact.y.shape[2] if artifact.has_soft_labels else int(artifact.y.max()) + 1
+    if classes > data.classes or (artifact.has_soft_labels and classes != data.classes):
+        raise ValueError(f"the distilled data have {classes} classes, but dataset {data.name!r} has {data.classes}")
+
+
+def _seed(artifact: Artifact) -> int:
+    return SEED_OFFSET + artifact.seed
+
+
+def _fixed_start(
+    artifact: Artifact, data: Dataset, architecture: str, restarts: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    index = artifact.architectures.index(architecture) if architecture in artifact.architectures else 0
+    one = Population(architecture, 1, data.input_shape, data.classes, device).sample(fixed_network_seed(artifact.seed, index))
+    return {name: p.expand(restarts, *p.shape[1:]).clone() for name, p in one.items()}

@@ -1,0 +1,107 @@
+"""Reading HDF5 files that may come from strangers: every object is looked at before anything is allocated or followed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from revdistill.engine import ArtifactError
+
+MAX_TEXT = 4 * 1024 * 1024  # bytes of one attribute
+
+
+class Reader:
+    """An open file; every method raises ArtifactError that names the file and what is wrong."""
+
+    def __init__(self, path: Path, file: h5py.File, size: int) -> None:
+        self.path, self._file, self._size = path, file, size
+
+    def fail(self, what: str) -> ArtifactError:
+        return ArtifactError(f"{self.path}: {what}")
+
+    def names(self) -> list[str]:
+        return sorted(self._file)
+
+    def array(self, name: str, dtype: str, ndim: int | None = None) -> np.ndarray:
+        """A dataset of exactly this dtype, whose values are in this very file, finite where they are floats."""
+        link = self._file.get(name, getlink=True) if name in self.names() else None
+        if link is None:
+            raise self.fail(f"has no dataset {name!r}")
+        if not isinstance(link, h5py.HardLink):
+            raise self.fail(f"{name!r} is a link to somewhere else; only datasets in the file itself are read")
+        node = self._file[name]
+        if not isinstance(node, h5py.Dataset):
+            raise self.fail(f"{name!r} is not a dataset")
+        if node.external or node.is_virtual:
+            raise self.fail(f"{name!r} keeps its values in another file; only datasets in the file itself are read")
+        if node.dtype != np.dtype(dtype):
+            raise self.fail(f"{name!r} has dtype {node.dtype}; expected {dtype}")
+        if ndim is not None and node.ndim != ndim:
+            raise self.fail(f"{name!r} has shape {list(node.shape)}; expected {ndim} dimensions")
+        declared = math.prod(node.shape) * node.dtype.itemsize
+        # Stored without compression or in chunks that exist: a file cannot hold more values than it has bytes.
+        if declared > self._size or node.compression is not None or node.scaleoffset is not None:
+            raise self.fail(f"{name!r} declares {declared} bytes of values, more than an honest file of {self._size} bytes holds")
+        values: np.ndarray = node[()]
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise self.fail(f"{name!r} has entries that are not finite")
+        return values
+
+    def text(self, name: str) -> str:
+        value = self._attribute(name)
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        if not isinstance(value, str):
+            raise self.fail(f"attribute {name!r} is {type(value).__name__}; expected text")
+        return value
+
+    def integer(self, name: str) -> int:
+        value = self._attribute(name)
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+            raise self.fail(f"attribute {name!r} is {type(value).__name__}; expected an integer")
+        return int(value)
+
+    def json(self, name: str, kind: type) -> Any:
+        """An attribute that holds JSON text of one kind (dict or list)."""
+        try:
+            value = json.loads(self.text(name))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise self.fail(f"attribute {name!r} is not JSON ({error})") from error
+        if not isinstance(value, kind):
+            raise self.fail(f"attribute {name!r} holds a JSON {type(value).__name__}; expected a {kind.__name__}")
+        return value
+
+    def _attribute(self, name: str) -> Any:
+        attributes = self._file.attrs
+        if name not in attributes:
+            raise self.fail(f"has no attribute {name!r}")
+        space = attributes.get_id(name)
+        if space.shape != () or space.get_storage_size() > MAX_TEXT:
+            raise self.fail(f"attribute {name!r} has shape {list(space.shape)} and {space.get_storage_size()} bytes; too large")
+        value = attributes[name]
+        if isinstance(value, (str, bytes)) and len(value) > MAX_TEXT:
+            raise self.fail(f"attribute {name!r} is a text of {len(value)} characters; at most {MAX_TEXT} are accepted")
+        return value
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Reader]:
+    """Open `path` for reading. What h5py raises on a damaged file becomes ArtifactError."""
+    try:
+        size = path.stat().st_size
+        with h5py.File(path, "r", locking=False) as file:
+            yield Reader(path, file, size)
+    except ArtifactError:
+        raise
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file") from None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError, OverflowError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError(f"{path}: is damaged or not an HDF5 file ({reason})") from error

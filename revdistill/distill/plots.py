@@ -1,0 +1,156 @@
+"""Pictures of a run: what was distilled, with which rates, and how the outer loop went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+
+from revdistill.distill.artifact import Artifact
+from revdistill.distill.data import Dataset
+from revdistill.distill.evaluation import train_plainly
+from revdistill.distill.files import replacing
+from revdistill.distill.population import Population, predictions
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+MAX_IMAGE_ROWS = 10
+GRID = 200  # points per side of a decision picture
+_COLOURS = plt.get_cmap("tab10")
+
+
+def draw_all(directory: Path, artifact: Artifact, data: Dataset, metrics: list[dict[str, Any]]) -> list[Path]:
+    """Write every picture that fits the run to directory/plots and return the files."""
+    figures: dict[str, Figure] = {"rates": rates(artifact)}
+    if metrics:
+        figures["outer"] = outer(metrics)
+    if data.is_image:
+        figures["images"] = images(artifact)
+    elif data.input_shape == (2,):
+        figures["points"] = points(artifact, data)
+        names = [name for name in artifact.architectures if ":" not in name]
+        if names:
+            figures["decisions"] = decisions(artifact, data, names)
+    folder = directory / "plots"
+    folder.mkdir(exist_ok=True)
+    written = []
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def images(artifact: Artifact) -> Figure:
+    """The synthetic batches, one a row, classes in columns, their rates beside them (Wang et al. 2018, figure 3)."""
+    s, size = artifact.x.shape[:2]
+    shown = np.unique(np.linspace(0, s - 1, min(s, MAX_IMAGE_ROWS)).round().astype(int))
+    columns = min(size, 20)
+    taken = np.unique(np.linspace(0, size - 1, columns).round().astype(int))
+    rate_table = artifact.lr.reshape(artifact.epochs, s)
+    figure, axes = plt.subplots(
+        len(shown), len(taken), figsize=(0.62 * len(taken) + 2.6, 0.62 * len(shown) + 0.9), squeeze=False, layout="constrained"
+    )
+    low, high = np.quantile(artifact.x, [0.005, 0.995])
+    for i, batch in enumerate(shown):
+        for j, position in enumerate(taken):
+            ax = axes[i, j]
+            image = np.clip((artifact.x[batch, position] - low) / max(high - low, 1e-12), 0, 1)
+            ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if i == 0:
+                ax.set_title(_label(artifact, batch, position), fontsize=9)
+        axes[i, 0].set_ylabel(f"batch {batch + 1}", rotation=0, ha="right", va="center", fontsize=8)
+        text = "  ".join(f"{rate:.3f}" for rate in rate_table[:4, batch]) + ("  ..." if artifact.epochs > 4 else "")
+        axes[i, -1].annotate(text, (1.15, 0.5), xycoords="axes fraction", va="center", fontsize=8, annotation_clip=False)
+    epochs = "epoch" if artifact.epochs == 1 else "epochs"
+    figure.suptitle(f"{s * size} distilled images; right: step size in each of {artifact.epochs} {epochs}", fontsize=10)
+    figure.get_layout_engine().set(rect=(0, 0, 1 - 0.13 * min(artifact.epochs, 4), 1))  # type: ignore[union-attr, call-arg]
+    return figure
+
+
+def _label(artifact: Artifact, batch: int, position: int) -> str:
+    y = artifact.y[batch, position]
+    return str(int(y.argmax()) if artifact.has_soft_labels else int(y))
+
+
+def _hard(y: np.ndarray) -> np.ndarray:
+    return y.argmax(-1) if y.ndim == 3 else y
+
+
+def points(artifact: Artifact, data: Dataset) -> Figure:
+    """The synthetic points of four batches, spread over the sequence, over the faded real data."""
+    s = artifact.batches
+    shown = np.unique(np.linspace(0, s - 1, min(s, 4)).round().astype(int))
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(3.2 * len(shown), 3.3), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    y = _hard(artifact.y)
+    for ax, batch in zip(axes[0], shown, strict=True):
+        ax.scatter(*data.x.T, c=_COLOURS(data.y.numpy()), s=5, alpha=0.15, linewidths=0)
+        ax.scatter(*artifact.x[batch].T, c=_COLOURS(y[batch]), s=45, edgecolors="black", linewidths=0.8)
+        ax.set_title(f"batch {batch + 1} of {s}", fontsize=10)
+    figure.suptitle("synthetic points over the real data", fontsize=11)
+    return figure
+
+
+def decisions(artifact: Artifact, data: Dataset, architectures: list[str]) -> Figure:
+    """What a fresh network of each architecture decides after training on the distilled data."""
+    count = len(architectures)
+    figure, axes = plt.subplots(1, count, figsize=(3.8 * count, 3.6), squeeze=False, sharex=True, sharey=True, layout="constrained")
+    low, high = data.x.amin(0) - 0.4, data.x.amax(0) + 0.4
+    grid_x, grid_y = np.meshgrid(*(np.linspace(float(a), float(b), GRID) for a, b in zip(low, high, strict=True)))
+    grid = torch.from_numpy(np.stack([grid_x, grid_y], -1).reshape(-1, 2).astype(np.float32))
+    for ax, name in zip(axes[0], architectures, strict=True):
+        population = Population(name, 1, data.input_shape, data.classes, torch.device("cpu"))
+        params = population.sample(artifact.seed)
+        train_plainly(artifact, population, params, artifact.lr.tolist())
+        with torch.no_grad():
+            decided = predictions(population.logits(params, grid))[0].reshape(GRID, GRID).numpy()
+            accuracy = float(population.accuracies(params, data.x_test, data.y_test)[0])
+        levels = np.arange(data.classes + 1) - 0.5
+        ax.contourf(grid_x, grid_y, decided, levels=levels, colors=[_COLOURS(c) for c in range(data.classes)], alpha=0.25)
+        ax.scatter(*data.x_test.T, c=_COLOURS(data.y_test.numpy()), s=7, linewidths=0)
+        ax.set_title(f"{name}: test accuracy {accuracy:.1%}", fontsize=10)
+    figure.suptitle("decisions of one fresh network trained on the distilled data, over the test data", fontsize=11)
+    return figure
+
+
+def rates(artifact: Artifact) -> Figure:
+    """Learned step sizes over the inner steps, and momenta where they vary."""
+    varies = float(np.ptp(artifact.momentum)) > 0
+    figure, axes = plt.subplots(1 + varies, 1, figsize=(7, 3.2 + 1.8 * varies), squeeze=False, sharex=True, layout="constrained")
+    for ax, values, name in zip(axes[:, 0], (artifact.lr, artifact.momentum), ("step size", "momentum"), strict=False):
+        ax.plot(np.arange(1, artifact.steps + 1), values, marker=".", markersize=3, linewidth=1)
+        for epoch in range(1, artifact.epochs):
+            ax.axvline(epoch * artifact.batches + 0.5, color="grey", linewidth=0.6, linestyle=":")
+        ax.set_ylabel(name)
+        ax.grid(alpha=0.25)
+    axes[0, 0].set_title(f"learned step sizes; {artifact.epochs} epochs of {artifact.batches} batches", fontsize=11)
+    axes[-1, 0].set_xlabel("inner step")
+    return figure
+
+
+def outer(metrics: list[dict[str, Any]]) -> Figure:
+    """Loss on real data and held-out accuracy over the outer steps."""
+    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    losses = [(m["step"] + 1, m["loss"]) for m in metrics if isinstance(m.get("loss"), (int, float))]
+    ax.plot(*zip(*losses, strict=True), color=_COLOURS(0), linewidth=1) if losses else None
+    ax.set_xlabel("outer step")
+    ax.set_ylabel("loss on real data after training", color=_COLOURS(0))
+    ax.set_yscale("log")
+    ax.grid(alpha=0.25)
+    accuracies = [(m["step"] + 1, m["held_out_accuracy"]) for m in metrics if isinstance(m.get("held_out_accuracy"), (int, float))]
+    if accuracies:
+        right = ax.twinx()
+        right.plot(*zip(*accuracies, strict=True), color=_COLOURS(1), marker="o", markersize=3)
+        right.set_ylabel("held-out accuracy", color=_COLOURS(1))
+    return figure

@@ -1,0 +1,108 @@
+"""E networks of one architecture, freshly drawn from P0 and evaluated side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revdistill.distill import models
+from revdistill.engine import stack_modules
+
+Params = dict[str, Tensor]
+
+
+def classification_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of logits [B, C] with classes [B] or probabilities [B, C]; binary where there is one logit [B, 1]."""
+    if logits.shape[-1] == 1:
+        target = y[..., 1] if y.is_floating_point() else y
+        return F.binary_cross_entropy_with_logits(logits[..., 0], target.to(logits.dtype))
+    return F.cross_entropy(logits, y)
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """The class of highest score, from logits [..., C] or [..., 1]."""
+    return (logits[..., 0] > 0).long() if logits.shape[-1] == 1 else logits.argmax(-1)
+
+
+class Population:
+    """name: the architecture; size: E. `loss(params, (x, y))` sums the networks' losses on one shared batch.
+
+    P0 is Xavier-normal weights and zero biases for the registered architectures, as in the study and in Wang et al. 2018;
+    a user's own factory draws its parameters itself.
+    """
+
+    def __init__(self, name: str, size: int, input_shape: tuple[int, ...], classes: int, device: torch.device) -> None:
+        self.name, self.size = name, size
+        self._input_shape, self._classes, self._device = input_shape, classes, device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self._net = models.build(name, input_shape, classes).to(device)
+        self.loss, _ = stack_modules([self._net] * size, classification_loss)
+        self._shapes = {n: p.shape for n, p in self._net.named_parameters() if p.requires_grad}
+        self._rest = {n: p for n, p in (*self._net.named_parameters(), *self._net.named_buffers()) if n not in self._shapes}
+
+    def sample(self, seed: int) -> Params:
+        """Fresh parameters [E, ...], the same for the same seed, on every device."""
+        if self.name not in models.ARCHITECTURES:
+            return self._sample_own(seed)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {name: _xavier(self.size, shape, generator) for name, shape in self._shapes.items()}
+        return {name: p.to(self._device) for name, p in drawn.items()}
+
+    def _sample_own(self, seed: int) -> Params:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            nets = [models.build(self.name, self._input_shape, self._classes) for _ in range(self.size)]
+        states = [dict(net.named_parameters()) for net in nets]
+        return {name: torch.stack([s[name].detach() for s in states]).to(self._device) for name in self._shapes}
+
+    def logits(self, params: Params, x: Tensor) -> Tensor:
+        """[E, B, outputs] as in evaluation: dropout off; BatchNorm with the statistics of this very batch."""
+
+        def one(params: Params, rest: Params) -> Tensor:
+            found: Tensor = torch.func.functional_call(self._net, {**params, **rest}, (x,))
+            return found
+
+        # Copies, one per network: BatchNorm writes its running statistics into them.
+        rest = {name: t.detach().expand(self.size, *t.shape).clone() for name, t in self._rest.items()}
+        with _evaluating(self._net):
+            result: Tensor = torch.func.vmap(one, randomness="different")(params, rest)
+        return result
+
+    def mean_loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        """The networks' mean loss on real data, differentiable in params."""
+        losses: Tensor = torch.func.vmap(classification_loss, in_dims=(0, None))(self.logits(params, x), y)
+        return losses.mean()
+
+    @torch.no_grad()
+    def accuracies(self, params: Params, x: Tensor, y: Tensor, *, batch: int = 2048) -> Tensor:
+        """[E], each network's share of right answers."""
+        right = torch.zeros(self.size, device=self._device)
+        for xs, ys in zip(torch.split(x, batch), torch.split(y, batch), strict=True):
+            right += (predictions(self.logits(params, xs)) == ys).sum(-1)
+        return right / len(x)
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in net.modules()}
+    for module in modes:
+        module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _xavier(size: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if len(shape) < 2:
+        return torch.zeros(size, *shape)
+    receptive = math.prod(shape[2:])
+    std = math.sqrt(2.0 / ((shape[0] + shape[1]) * receptive))
+    return torch.randn(size, *shape, generator=generator) * std

@@ -1,0 +1,71 @@
+"""What is learned: the synthetic batches, their step sizes, and on request their labels and momenta."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from revdistill.distill.config import Config
+from revdistill.distill.data import Dataset
+
+LABEL_SMOOTHING = 0.1  # of the start of learned labels: a softmax at exactly one-hot could not learn
+
+
+class Synthetic:
+    """Leaf tensors by name, and the values that they stand for.
+
+    x: float32 [s, B, ...], B = classes x per_class, ordered by class. Step sizes are softplus(raw_lr) [T]; momenta
+    sigmoid(raw_momentum) [T] when learned; labels softmax(raw_labels) [s, B, C] when learned, else int64 [s, B].
+    """
+
+    def __init__(self, config: Config, data: Dataset) -> None:
+        device = data.x.device
+        generator = torch.Generator().manual_seed(config.seed)
+        self._config = config
+        self.hard_labels = torch.arange(data.classes).repeat_interleave(config.per_class).expand(config.steps, -1).to(device)
+        shape = (*self.hard_labels.shape, *data.input_shape)
+        x = torch.randn(shape, generator=generator).to(device) if config.start == "noise" else _real_start(config, data, generator)
+        t = config.inner_steps
+        self.leaves: dict[str, Tensor] = {
+            "x": x,
+            "raw_lr": torch.full((t,), math.log(math.expm1(config.lr)), device=device),
+        }
+        if config.learn_labels:
+            hot = F.one_hot(self.hard_labels, data.classes).float()
+            start = hot * (1 - LABEL_SMOOTHING) + LABEL_SMOOTHING / data.classes
+            self.leaves["raw_labels"] = start.log()
+        if config.learn_momentum:
+            self.leaves["raw_momentum"] = torch.full((t,), math.log(config.momentum / (1 - config.momentum)), device=device)
+        for leaf in self.leaves.values():
+            leaf.requires_grad_()
+
+    @property
+    def x(self) -> Tensor:
+        return self.leaves["x"]
+
+    def lr(self) -> Tensor:
+        return F.softplus(self.leaves["raw_lr"])
+
+    def momentum(self) -> float | Tensor:
+        raw = self.leaves.get("raw_momentum")
+        return self._config.momentum if raw is None else torch.sigmoid(raw)
+
+    def labels(self) -> Tensor:
+        raw = self.leaves.get("raw_labels")
+        return self.hard_labels if raw is None else torch.softmax(raw, -1)
+
+
+def _real_start(config: Config, data: Dataset, generator: torch.Generator) -> Tensor:
+    """Real samples of each class, without repetition as long as there are enough."""
+    needed = config.steps * config.per_class
+    chosen = []
+    for c in range(data.classes):
+        own = (data.y.cpu() == c).nonzero()[:, 0]
+        if not len(own):
+            raise ValueError(f"start is 'real', but the training data has no sample of class {c}; use noise")
+        order = torch.cat([own[torch.randperm(len(own), generator=generator)] for _ in range(-(-needed // len(own)))])
+        chosen.append(order[:needed].reshape(config.steps, config.per_class))
+    return data.x[torch.cat(chosen, 1).to(data.x.device)].clone()

@@ -1,0 +1,140 @@
+"""The engine held against autograd on this machine and device: what `revdistill verify` prints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from revdistill.engine.adjoints import Backprop, Checkpoint, Reversible, StoreAll
+from revdistill.engine.bitstore import RADIX, BitStore, quantise
+from revdistill.engine.errors import RevdistillError
+from revdistill.engine.history import DeviceHistory
+from revdistill.engine.modules import from_module, stack_modules
+from revdistill.engine.optimizers import SGD
+from revdistill.engine.unroll import unroll
+
+EXACT_STEPS, GRADIENT_STEPS, BIT_STEPS = 1_000, 40, 10_000
+TOLERANCE = 1e-6
+BIT_TOLERANCE = 1.05
+
+
+@dataclass(frozen=True)
+class Check:
+    """kind: "exactness", "gradients" or "bits"; found: the figure in words; seconds: what it took."""
+
+    kind: str
+    name: str
+    found: str
+    passed: bool
+    seconds: float
+
+
+Network = Callable[[], nn.Module]
+_NETWORKS: dict[str, tuple[Network, tuple[int, ...]]] = {
+    "ReLU MLP": (lambda: nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 5)), (20,)),
+    "ConvNet, GroupNorm": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 5)
+        ),
+        (2, 8, 8),
+    ),
+    "BatchNorm, dropout": (
+        lambda: nn.Sequential(nn.Linear(20, 40), nn.BatchNorm1d(40), nn.Tanh(), nn.Dropout(0.3), nn.Linear(40, 5)),
+        (20,),
+    ),
+}
+
+
+def checks(device: torch.device) -> Iterator[Check]:
+    """Each check as it is done; nothing is raised for a failure."""
+    for name in _NETWORKS:
+        for dtype in (torch.float32, torch.float64):
+            label = f"{name}, {str(dtype).removeprefix('torch.')}"
+            yield _timed("exactness", label, lambda name=name, dtype=dtype: _exactness(name, dtype, device))  # type: ignore[misc]
+    yield _timed("exactness", "30 stacked networks", lambda: _stacked_exactness(device))
+    for name in _NETWORKS:
+        for adjoint in (Reversible(), Checkpoint(), StoreAll()):
+            label = f"{name}, {type(adjoint).__name__}"
+            yield _timed("gradients", label, lambda name=name, adjoint=adjoint: _gradients(name, adjoint, device))  # type: ignore[misc]
+    for momentum in (0.5, 0.9, 0.98):
+        yield _timed("bits", f"momentum {momentum}", lambda momentum=momentum: _bits(momentum, device))  # type: ignore[misc]
+
+
+def _timed(kind: str, name: str, check: Callable[[], tuple[str, bool]]) -> Check:
+    started = time.perf_counter()
+    try:
+        found, passed = check()
+    except (RevdistillError, RuntimeError) as error:
+        found, passed = f"{type(error).__name__}: {str(error).splitlines()[0]}", False
+    return Check(kind, name, found, passed, time.perf_counter() - started)
+
+
+def _problem(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+    make, shape = _NETWORKS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = make().to(dtype).to(device)
+        x = torch.randn(7, 10, *shape, dtype=dtype).to(device).requires_grad_()
+    y = (torch.arange(70, device=device) % 5).reshape(7, 10)
+    return net, x, y
+
+
+def _exactness(name: str, dtype: torch.dtype, device: torch.device) -> tuple[str, bool]:
+    net, x, y = _problem(name, dtype, device)
+    loss, params = from_module(net, nn.functional.cross_entropy)
+    theta = unroll(loss, params, (x, y), SGD(0.02, 0.9), steps=EXACT_STEPS, adjoint=Reversible(), seed=1)
+    torch.autograd.grad(_outer(theta), x)  # ReversalError unless every bit is back
+    return f"{EXACT_STEPS} steps back, every bit", True
+
+
+def _stacked_exactness(device: torch.device) -> tuple[str, bool]:
+    _, x, y = _problem("ReLU MLP", torch.float32, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        nets = [_NETWORKS["ReLU MLP"][0]().to(device) for _ in range(30)]
+    loss, params = stack_modules(nets, nn.functional.cross_entropy)
+    lr = torch.full((EXACT_STEPS, 30), 0.02, device=device, requires_grad=True)
+    theta = unroll(loss, params, (x, y), SGD(lr, 0.9), steps=EXACT_STEPS, adjoint=Reversible(), seed=1)
+    torch.autograd.grad(_outer(theta), lr)
+    return f"{EXACT_STEPS} steps back, every bit", True
+
+
+def _gradients(name: str, adjoint: Reversible | Checkpoint | StoreAll, device: torch.device) -> tuple[str, bool]:
+    found = _hypergradient(name, adjoint, device)
+    expected = _hypergradient(name, Backprop(), device)
+    worst = max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
+    return f"worst relative error {worst:.1e}", worst <= TOLERANCE
+
+
+def _hypergradient(name: str, adjoint: Reversible | Checkpoint | StoreAll | Backprop, device: torch.device) -> list[Tensor]:
+    net, x, y = _problem(name, torch.float64, device)
+    loss, params = from_module(net, nn.functional.cross_entropy)
+
+    def learned(value: float, *shape: int) -> Tensor:
+        return torch.full(shape, value, dtype=torch.float64, device=device, requires_grad=True)
+
+    lr, momentum, weight_decay = learned(0.05, GRADIENT_STEPS), learned(0.9, GRADIENT_STEPS), learned(0.01)
+    optimizer = SGD(lr, momentum, weight_decay=weight_decay)
+    theta = unroll(loss, params, (x, y), optimizer, steps=GRADIENT_STEPS, adjoint=adjoint, seed=1)
+    return list(torch.autograd.grad(_outer(theta), [x, lr, momentum, weight_decay, *params.values()]))
+
+
+def _outer(theta: dict[str, Tensor]) -> Tensor:
+    return torch.stack([p.square().sum() + p.sum() for p in theta.values()]).sum()
+
+
+def _bits(momentum: float, device: torch.device) -> tuple[str, bool]:
+    n, size = quantise(momentum), 64
+    store = BitStore((size,), device, DeviceHistory())
+    draw = torch.Generator().manual_seed(0)
+    v = torch.zeros(size, dtype=torch.int64, device=device)
+    for _ in range(BIT_STEPS):
+        store.decay_(v, n)
+        v += torch.randint(-(2**40), 2**40, (size,), generator=draw).to(device)
+    kept, ideal = 8 * store.history.nbytes / (size * BIT_STEPS), math.log2(RADIX / n)
+    return f"{kept:.4f} per parameter and step, entropy bound {ideal:.4f}", kept <= BIT_TOLERANCE * ideal

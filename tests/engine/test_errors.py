@@ -1,0 +1,313 @@
+"""A wrong hypergradient is never returned in silence: each fault ends in its named error, through rd.unroll."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import revdistill as rd
+
+FIXED = [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()]
+EVERY = [*FIXED, rd.Backprop()]
+
+
+def problem() -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    params = {"a": torch.randn(3, dtype=torch.float64), "b": torch.randn(2, 2, dtype=torch.float64)}
+    return {n: p.requires_grad_() for n, p in params.items()}, (torch.randn(4, 3, dtype=torch.float64).requires_grad_(),)
+
+
+def quadratic(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+    return (params["a"] - batch[0]).square().sum() + params["b"].square().sum()
+
+
+def run(loss: Callable[..., Tensor] = quadratic, *, steps: int = 30, **kwargs: Any) -> Tensor:
+    params, batches = problem()
+    optimizer = kwargs.pop("optimizer", rd.SGD(0.05, 0.9))
+    theta = rd.unroll(loss, kwargs.pop("params", params), kwargs.pop("batches", batches), optimizer, steps=steps, **kwargs)
+    return torch.stack([p.sum() for p in theta.values()]).sum()
+
+
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+def test_a_nondeterministic_loss_is_a_reversal_error(adjoint: Any) -> None:
+    calls = itertools.count()
+
+    def loss(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        return quadratic(params, batch) * (1 + 1e-7 * next(calls))
+
+    with pytest.raises(rd.ReversalError, match=r"must be deterministic.*Backprop"):
+        run(loss, adjoint=adjoint).backward()
+
+
+def test_one_different_bit_is_a_reversal_error() -> None:
+    """The smallest fault there is: one unit in the last place of one gradient, at one step, on the way back only."""
+    calls = itertools.count()
+
+    def loss(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        factor = 1 + 2.0**-40 if next(calls) == 45 else 1.0  # 30 steps forward, then step 14 on the way back
+        return quadratic(params, batch) * factor
+
+    with pytest.raises(rd.ReversalError, match="bit-exactly"):
+        run(loss, adjoint=rd.Reversible()).backward()
+
+
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+def test_leaving_the_range_names_parameter_step_and_value(adjoint: Any) -> None:
+    def loss(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        return params["a"].square().sum() - params["b"].square().sum()  # b doubles, and doubles
+
+    with pytest.raises(rd.RangeError, match=r"params\['b'\].*fractional_bits") as caught:
+        run(loss, steps=200, optimizer=rd.SGD(0.5, 0.5), adjoint=adjoint)
+    error = caught.value
+    assert error.parameter == "b"
+    assert 2**18 <= abs(error.value) < 2**21
+    assert 5 < error.step < 60
+    # one step less is fine, so the step is the very one
+    run(loss, steps=error.step, optimizer=rd.SGD(0.5, 0.5), adjoint=adjoint)
+
+
+def test_values_near_the_limit_that_never_reach_it_are_no_error() -> None:
+    """The proved bounds are pessimistic; only the data decide."""
+    params = {"a": torch.tensor([200_000.0], dtype=torch.float64, requires_grad=True)}
+
+    def loss(p: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        return 0.125 * (p["a"] + 200_000).square().sum()
+
+    theta = rd.unroll(loss, params, lambda k: (), rd.SGD(0.5, 0.5), steps=100)
+    theta["a"].sum().backward()
+    assert float(theta["a"].detach()) == pytest.approx(-200_000, rel=1e-6)
+
+
+def test_a_start_out_of_range_is_a_range_error() -> None:
+    params = {"w": torch.tensor([0.0, 1e6])}
+    with pytest.raises(rd.RangeError, match=r"params\['w'\] left the fixed-point range at the start: 1e\+06"):
+        rd.unroll(lambda p, b: p["w"].sum(), params, lambda k: (), rd.SGD(0.1), steps=1)
+
+
+@pytest.mark.parametrize("adjoint", EVERY, ids=repr)
+def test_nan_at_step_17_names_the_step(adjoint: Any) -> None:
+    steps = itertools.count()
+
+    def loss(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        bad = next(steps) == 17
+        return quadratic(params, batch) + (params["b"] * float("nan")).sum() * bad if bad else quadratic(params, batch)
+
+    with pytest.raises(rd.NonFiniteError, match=r"params\['b'\].*step 17") as caught:
+        run(loss, adjoint=adjoint)
+    assert (caught.value.parameter, caught.value.step) == ("b", 17)
+
+
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+def test_nan_in_the_hessian_product_only(adjoint: Any) -> None:
+    def loss(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        return quadratic(params, batch) + (params["b"] * 0).abs().pow(1.5).sum()  # second derivative inf * 0 at 0
+
+    with pytest.raises(rd.NonFiniteError, match="way back") as caught:
+        run(loss, adjoint=adjoint).backward()
+    assert caught.value.step == 29
+
+
+@pytest.mark.parametrize("interval", [4, 32])
+def test_batched_checks_find_the_same_step(interval: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the checks are read every so many steps, and the run is repeated to name the step: forced here on the CPU."""
+    from revdistill.engine.trajectory import Problem
+
+    def loss(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        return params["a"].square().sum() - params["b"].square().sum()
+
+    with pytest.raises(rd.RangeError) as each:
+        run(loss, steps=200, optimizer=rd.SGD(0.5, 0.5))
+    expected = run(steps=70)
+    monkeypatch.setattr(Problem, "check_interval", property(lambda self: interval))
+    with pytest.raises(rd.RangeError) as batched:
+        run(loss, steps=200, optimizer=rd.SGD(0.5, 0.5))
+    assert (each.value.parameter, each.value.step, each.value.value) == (
+        batched.value.parameter,
+        batched.value.step,
+        batched.value.value,
+    )
+    with pytest.raises(rd.NonFiniteError) as caught:
+        run(lambda p, b: quadratic(p, b) / 0, steps=3)
+    assert caught.value.step == 0
+    assert torch.equal(run(steps=70), expected)
+
+
+@pytest.mark.parametrize("adjoint", EVERY, ids=repr)
+def test_closure_tensors_are_refused(adjoint: Any) -> None:
+    if isinstance(adjoint, rd.Backprop):
+        return  # plain autograd does differentiate them
+    scale = torch.ones(7, 3, dtype=torch.float64, requires_grad=True)
+    for loss in (lambda p, b: quadratic(p, b) * scale.mean(), lambda p, b: quadratic(p, b) + scale.exp().sum()):
+        with pytest.raises(ValueError, match=r"shape \[7, 3\].*hyper="):
+            run(loss, adjoint=adjoint)
+    run(lambda p, b: quadratic(p, b) * scale.detach().mean(), adjoint=adjoint)
+
+
+def test_a_loss_that_ignores_params_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not depend on params"):
+        run(lambda p, b: torch.ones(()))
+
+
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+def test_second_backward_and_second_derivative_say_what_to_do(adjoint: Any) -> None:
+    outer = run(adjoint=adjoint)
+    outer.backward(retain_graph=True)
+    with pytest.raises(rd.UnsupportedError, match="add the losses before one backward"):
+        outer.backward()
+    _, batches = problem()
+    (gradient,) = torch.autograd.grad(run(adjoint=adjoint, batches=batches), batches, create_graph=True)
+    with pytest.raises(rd.UnsupportedError, match="Backprop"):
+        torch.autograd.grad(gradient.sum(), batches, retain_graph=True)
+    with pytest.raises(rd.UnsupportedError, match="Backprop"):
+        gradient.sum().backward()
+
+
+def test_backprop_has_second_derivatives() -> None:
+    _, batches = problem()
+    loss = run(lambda p, b: quadratic(p, b) * p["a"].exp().sum(), adjoint=rd.Backprop(), batches=batches, steps=3)
+    (gradient,) = torch.autograd.grad(loss, batches, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), batches)
+    assert second.abs().sum() > 0
+
+
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+def test_in_place_changes_of_batches_are_noticed(adjoint: Any) -> None:
+    params, batches = problem()
+    outer = run(params=params, batches=batches, adjoint=adjoint)
+    with torch.no_grad():
+        batches[0].add_(1.0)
+    with pytest.raises(rd.ReversalError, match="changed in place"):
+        outer.backward()
+
+
+def test_parameters_may_change_between_the_passes() -> None:
+    params, batches = problem()
+    expected = torch.autograd.grad(run(params=params, batches=batches), batches)[0]
+    outer = run(params=params, batches=batches)
+    with torch.no_grad():
+        params["a"].zero_()
+    assert torch.equal(torch.autograd.grad(outer, batches)[0], expected)
+
+
+def test_operators_without_second_derivatives_are_named() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * grad * ctx.saved_tensors[0]
+
+    with pytest.raises(rd.UnsupportedError, match="second derivatives"):
+        run(lambda p, b: Once.apply(p["a"]).sum() + p["b"].sum()).backward()
+
+
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+def test_an_unroll_inside_a_loss_needs_backprop(adjoint: Any) -> None:
+    def loss(params: dict[str, Tensor], batch: tuple[Tensor, ...], inner: Any) -> Tensor:
+        theta = rd.unroll(quadratic, params, (batch[0].expand(2, -1),), rd.SGD(0.1, 0.5), steps=2, adjoint=inner)
+        return theta["a"].pow(4).sum() + theta["b"].square().sum()
+
+    def outer(inner: Any, outer: Any) -> Tensor:
+        params, batches = problem()
+        batches = tuple(t.detach() for t in batches)
+        total = run(lambda p, b: loss(p, b, inner), steps=4, adjoint=outer, params=params, batches=batches)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(params.values()))])
+
+    with pytest.raises(rd.UnsupportedError, match="Backprop"):
+        outer(inner=adjoint, outer=rd.Reversible())
+    expected = outer(inner=rd.Backprop(), outer=rd.Backprop())
+    torch.testing.assert_close(outer(inner=rd.Backprop(), outer=adjoint), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(rd.UnsupportedError, match="no_grad"):
+        run()
+
+
+_A = torch.zeros(3)
+BAD = {
+    "loss": (dict(loss=3), TypeError, "loss must be callable"),
+    "loss arity": (dict(loss=lambda p: p["a"].sum()), TypeError, r"loss\(params, batch\)"),
+    "loss arity, hyper": (dict(hyper=_A.double()), TypeError, r"loss\(params, batch, hyper\)"),
+    "loss shape": (dict(loss=lambda p, b: p["a"]), ValueError, r"scalar.*shape \[3\]"),
+    "loss type": (dict(loss=lambda p, b: 1.0), TypeError, "scalar tensor, got float"),
+    "params type": (dict(params=[_A]), TypeError, "params must be a dict"),
+    "params empty": (dict(params={}), ValueError, "params is empty"),
+    "params no numbers": (dict(params={"a": torch.zeros(0)}), ValueError, "no numbers"),
+    "params dtype": (dict(params={"a": _A.half()}), ValueError, r"params\['a'\] has dtype torch.float16.*float32"),
+    "params complex": (dict(params={"a": _A.to(torch.complex64)}), ValueError, "complex64"),
+    "params mixed": (dict(params={"a": _A, "b": _A.double()}), ValueError, "one dtype"),
+    "params sparse": (dict(params={"a": _A.to_sparse()}), ValueError, "to_dense"),
+    "params values": (dict(params={"a": [1.0]}), TypeError, r"params\['a'\] must be a tensor, got list"),
+    "params keys": (dict(params={1: _A}), TypeError, "str keys"),
+    "batches type": (dict(batches=_A), TypeError, "batches must be a tuple"),
+    "batches empty": (dict(batches=()), ValueError, "batches is empty"),
+    "batches scalar": (dict(batches=(torch.zeros(()),)), ValueError, r"batches\[0\] has shape \[\]"),
+    "batches lengths": (
+        dict(batches=(torch.zeros(4, 3), torch.zeros(5))),
+        ValueError,
+        r"batches\[1\] holds 5.*batches\[0\] holds 4",
+    ),
+    "batches grad": (dict(batches=lambda k: (torch.ones(3, requires_grad=True),)), ValueError, "not differentiated"),
+    "optimizer": (dict(optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)])), TypeError, "optimizer must be rd.SGD"),
+    "steps type": (dict(steps=2.5), TypeError, "steps must be an int, got float"),
+    "steps negative": (dict(steps=-1), ValueError, "steps must be at least 0, got -1"),
+    "adjoint": (dict(adjoint="reversible"), TypeError, "adjoint must be rd.Reversible"),
+    "adjoint class": (dict(adjoint=rd.Checkpoint), TypeError, "got Checkpoint"),
+    "on_step": (dict(on_step=3), TypeError, "on_step must be callable"),
+    "seed": (dict(seed=-1), ValueError, "seed must be at least 0"),
+    "hyper": (dict(loss=lambda p, b, h: p["a"].sum(), hyper=3.0), TypeError, "hyper must be a tensor"),
+    "lr type": (dict(optimizer=rd.SGD("fast")), TypeError, "lr must be a float or a tensor, got str"),
+    "lr shape": (dict(optimizer=rd.SGD(torch.zeros(29))), ValueError, r"lr has shape \[29\]; with steps=30"),
+    "lr dims": (dict(optimizer=rd.SGD(torch.zeros(30, 2, 2))), ValueError, r"lr has shape \[30, 2, 2\]"),
+    "lr networks": (dict(optimizer=rd.SGD(torch.zeros(30, 4))), ValueError, r"4 stacked networks.*leading dimension must be 4"),
+    "lr integers": (dict(optimizer=rd.SGD(torch.ones(30, dtype=torch.int64))), TypeError, "floating-point"),
+    "lr negative": (dict(optimizer=rd.SGD(-0.1)), ValueError, "lr must be finite and at least 0, got -0.1"),
+    "lr nan": (dict(optimizer=rd.SGD(float("nan"))), ValueError, "lr must be finite"),
+    "momentum": (dict(optimizer=rd.SGD(0.1, 1.5)), ValueError, "momentum must be finite and between 0 and 1, got 1.5"),
+    "momentum shape": (dict(optimizer=rd.SGD(0.1, torch.zeros(30, 2))), ValueError, r"momentum has shape \[30, 2\]"),
+    "groups": (dict(optimizer=rd.SGD({"a": 0.1})), ValueError, r"lr is a dict with nothing for \['b'\]"),
+    "unknown group": (dict(optimizer=rd.SGD({"a": 0.1, "b": 0.1, "c": 1.0})), ValueError, r"unknown names \['c'\]"),
+    "group shape": (dict(optimizer=rd.SGD({"a": 0.1, "b": torch.ones(3)})), ValueError, r"lr\['b'\] has shape \[3\]"),
+    "dampening": (dict(optimizer=rd.SGD(0.1, dampening=2.0)), ValueError, "dampening must be between 0 and 1"),
+    "nesterov": (dict(optimizer=rd.SGD(0.1, 0.0, nesterov=True)), ValueError, "nesterov=True needs momentum"),
+    "nesterov type": (dict(optimizer=rd.SGD(0.1, nesterov=1)), TypeError, "nesterov must be a bool"),
+    "weight decay": (dict(optimizer=rd.SGD(0.1, weight_decay=-1.0)), ValueError, "weight_decay must be finite"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_arguments_are_named(name: str) -> None:
+    kwargs, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        run(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: rd.Reversible(history="/no/such/folder/x"), ValueError, "history must be"),
+        (lambda: rd.Reversible(history=3), TypeError, "history must be"),
+        (lambda: rd.Reversible(fractional_bits=61), ValueError, "fractional_bits"),
+        (lambda: rd.Reversible(fractional_bits=4.0), TypeError, "fractional_bits"),
+        (lambda: rd.Checkpoint(every=0), ValueError, "every must be at least 1"),
+        (lambda: rd.Checkpoint(every=2.0), TypeError, "every must be an int"),
+        (lambda: rd.from_module(3, sum), TypeError, "net must be a torch.nn.Module"),
+        (lambda: rd.from_module(torch.nn.Linear(1, 1), 3), TypeError, "criterion"),
+        (lambda: rd.from_module(torch.nn.ReLU(), sum), ValueError, "no parameter"),
+        (lambda: rd.stack_modules([], sum), ValueError, "nets is empty"),
+        (lambda: rd.stack_modules([torch.nn.Linear(1, 1), torch.nn.Linear(2, 1)], sum), ValueError, r"nets\[1\]"),
+    ],
+)
+def test_settings_are_checked_when_made(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

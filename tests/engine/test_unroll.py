@@ -1,0 +1,310 @@
+"""What rd.unroll does beside the hypergradient: defaults, callbacks, random numbers, modules, memory, work per step."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import subprocess
+import sys
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import revdistill as rd
+from revdistill.engine.adjoints import default_adjoint
+from revdistill.engine.ambient import Ambient
+from revdistill.engine.gradient import EagerLinearization as Linearization
+from revdistill.engine.gradient import Gradient
+from revdistill.engine.trajectory import Trajectory
+
+CE = nn.functional.cross_entropy
+
+
+def data(*shape: int, batches: int = 4, size: int = 6) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(batches, size, *shape).requires_grad_(), torch.arange(batches * size).reshape(batches, size) % 3
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def total(theta: dict[str, Tensor]) -> Tensor:
+    return torch.stack([p.square().sum() for p in theta.values()]).sum()
+
+
+def test_the_example_of_the_contract() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))
+    loss, params = rd.from_module(net, CE)
+    x = torch.randn(30, 10, 1, 28, 28, requires_grad=True)
+    y = torch.arange(10).expand(30, 10)
+    eta = torch.full((90,), 0.02, requires_grad=True)
+    theta = rd.unroll(loss, params, (x, y), rd.SGD(lr=eta, momentum=0.9), steps=90)
+    outer = CE(torch.func.functional_call(net, theta, (torch.randn(20, 1, 28, 28),)), torch.arange(20) % 10)
+    outer.backward()
+    for t in (x, eta, *params.values()):
+        assert t.grad is not None
+        assert torch.isfinite(t.grad).all()
+        assert t.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        (rd.SGD(0.1, 0.9), rd.Reversible),
+        (rd.SGD(0.1, 0.0), rd.Checkpoint),
+        (rd.SGD(0.1, torch.tensor([0.9, 0.0, 0.9])), rd.Checkpoint),
+        (rd.SGD(0.1, 0.9, nesterov=True), rd.Checkpoint),
+        (rd.SGD(0.1, 1e-9), rd.Checkpoint),  # acts as the nearest n / 2^16, which is 0
+    ],
+)
+def test_default_adjoint(optimizer: rd.SGD, expected: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+
+    def note(problem: Any) -> Any:
+        chosen.append(default_adjoint(problem))
+        return chosen[0]
+
+    monkeypatch.setattr(importlib.import_module("revdistill.engine.unroll"), "default_adjoint", note)
+    loss, params = rd.from_module(mlp(), CE)
+    rd.unroll(loss, params, data(5), optimizer, steps=3)
+    assert type(chosen[0]) is expected
+
+
+def test_on_step_sees_every_step() -> None:
+    loss, params = rd.from_module(mlp(), CE)
+    batches = data(5)
+    for adjoint in (rd.Reversible(), rd.Checkpoint(), rd.StoreAll(), rd.Backprop()):
+        seen: list[tuple[int, dict[str, Tensor], Tensor]] = []
+        theta = rd.unroll(
+            loss, params, batches, rd.SGD(0.1), steps=9, adjoint=adjoint, on_step=lambda k, p, v, seen=seen: seen.append((k, p, v))
+        )
+        total(theta).backward()
+        assert [k for k, _, _ in seen] == list(range(9))
+        for k, p, value in seen:
+            assert not value.requires_grad
+            assert not any(t.requires_grad for t in p.values())
+            torch.testing.assert_close(loss(p, tuple(t[k % 4] for t in batches)).detach(), value)
+
+
+def test_stats() -> None:
+    loss, params = rd.from_module(mlp(), CE)
+    count = sum(p.numel() for p in params.values())
+    steps = 700
+
+    def stats(adjoint: Any) -> rd.UnrollStats:
+        return rd.unroll(loss, params, data(5), rd.SGD(0.01), steps=steps, adjoint=adjoint, return_stats=True)[1]
+
+    reversible = stats(rd.Reversible())
+    assert (reversible.steps, reversible.parameters, reversible.state_bytes) == (steps, count, 24 * count)
+    assert reversible.history_bytes == 4 * count * 2  # two spills of 32 bits in 700 steps
+    assert reversible.history_bits_per_parameter_step == pytest.approx(64 / steps)
+    with torch.no_grad():
+        assert stats(rd.Reversible()) == reversible
+    assert stats(rd.StoreAll()).history_bytes == 4 * count * steps
+    assert stats(rd.Backprop()).history_bits_per_parameter_step is None
+
+
+def test_random_numbers_are_the_same_both_ways_and_the_generator_is_left_alone() -> None:
+    net = nn.Sequential(nn.Linear(5, 30), nn.Tanh(), nn.Dropout(0.5), nn.Linear(30, 3))
+    loss, params = rd.from_module(net, CE)
+    batches = data(5)
+
+    def run(**kwargs: Any) -> Tensor:
+        theta = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=8, **kwargs)
+        total(theta).backward()  # ReversalError if the masks differed
+        return torch.cat([p.detach().flatten() for p in theta.values()])
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = run(seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(run(seed=3), first)
+    assert not torch.equal(run(seed=4), first)
+    drawn = run()
+    assert not torch.equal(run(), drawn)
+    torch.manual_seed(5)
+    assert torch.equal(run(), drawn)
+
+
+def test_batch_norm_leaves_the_modules_buffers_alone() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    loss, params = rd.from_module(net, CE)
+    total(rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=5)).backward()
+    stacked, many = rd.stack_modules([net, net], CE)
+    total(rd.unroll(stacked, many, data(5), rd.SGD(0.1), steps=5)).backward()
+    assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
+
+
+def test_frozen_shared_empty_and_scalar_parameters() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.again = nn.Linear(4, 4)
+            self.again.weight = self.first.weight  # one parameter with two names
+            self.scale = nn.Parameter(torch.tensor(1.5))
+            self.nothing = nn.Parameter(torch.zeros(0, 3))
+            self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.again(torch.tanh(self.first(x))) * self.scale * self.frozen + self.nothing.sum()
+
+    torch.manual_seed(0)
+    loss, params = rd.from_module(Odd().double(), CE)
+    assert set(params) == {"first.weight", "first.bias", "again.bias", "scale", "nothing"}
+    x = torch.randn(4, 6, 4, dtype=torch.float64, requires_grad=True)
+    found = []
+    for adjoint in (rd.Reversible(), rd.Backprop()):
+        theta = rd.unroll(loss, params, (x, data(5)[1]), rd.SGD(0.1), steps=6, adjoint=adjoint)
+        assert theta["scale"].shape == ()
+        assert theta["nothing"].shape == (0, 3)
+        found.append(torch.autograd.grad(total(theta), [x, params["scale"], params["first.weight"]]))
+    for mine, reference in zip(*found, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_that_the_loss_ignores_keep_their_value() -> None:
+    params = {"used": torch.ones(2, requires_grad=True), "unused": torch.full((3,), 0.5, requires_grad=True)}
+    theta = rd.unroll(lambda p, b: p["used"].square().sum(), params, lambda k: (), rd.SGD(0.1), steps=4)
+    total(theta).backward()
+    assert theta["unused"].tolist() == [0.5] * 3
+    assert params["unused"].grad is not None
+    assert params["unused"].grad.tolist() == [1.0] * 3
+
+
+def test_non_contiguous_and_expanded_tensors() -> None:
+    loss, params = rd.from_module(mlp(), CE)
+    x, y = data(5)
+    straight = rd.unroll(loss, params, (x, y), rd.SGD(0.1), steps=6)
+    expected = torch.autograd.grad(total(straight), x)[0]
+    turned = x.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
+    found = torch.autograd.grad(total(rd.unroll(loss, params, (turned, y), rd.SGD(0.1), steps=6)), turned)[0]
+    torch.testing.assert_close(found, expected)
+    params = {name: p.detach().t().contiguous().t().requires_grad_() if p.ndim == 2 else p for name, p in params.items()}
+    total(rd.unroll(loss, params, (x, y[:1].expand(4, -1)), rd.SGD(0.1), steps=6)).backward()
+
+
+def test_another_thread_count_and_autocast_around_one_pass_change_nothing() -> None:
+    loss, params = rd.from_module(mlp(), CE)
+    batches = data(5)
+    expected = torch.autograd.grad(total(rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6)), batches[0])[0]
+    threads = torch.get_num_threads()
+    outer = total(rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6))
+    try:
+        torch.set_num_threads(threads + 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = torch.autograd.grad(outer, batches[0])[0]
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found, expected)
+
+
+def test_autocast_around_both_passes_works() -> None:
+    loss, params = rd.from_module(mlp(), CE)
+    batches = data(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theta = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6)
+    total(theta).backward()
+    plain = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6)
+    assert not torch.equal(theta["0.weight"], plain["0.weight"])
+
+
+def test_settings_of_torch_are_restored() -> None:
+    def settings() -> tuple[Any, ...]:
+        return (
+            torch.get_deterministic_debug_mode(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            torch.get_num_threads(),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.is_autocast_enabled("cpu"),
+        )
+
+    before = settings()
+    loss, params = rd.from_module(mlp(), CE)
+    total(rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=3)).backward()
+    with pytest.raises(ZeroDivisionError):
+        rd.unroll(lambda p, b: 1 / 0, params, data(5), rd.SGD(0.1), steps=3)
+    assert settings() == before
+
+
+def test_step_seeds_differ() -> None:
+    ambient = Ambient.capture(torch.device("cpu"), 0)
+    draws = []
+    for k in range(50):
+        with ambient.step(k):
+            draws.append(float(torch.rand(())))
+    assert len(set(draws)) == 50
+
+
+def test_one_gradient_and_one_product_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    linearize = Gradient.linearize
+    monkeypatch.setattr(Gradient, "linearize", lambda self, k, theta: calls.append(k) or linearize(self, k, theta))
+    loss, params = rd.from_module(mlp(), CE)
+    for adjoint, expected in ((rd.Reversible(), 20), (rd.StoreAll(), 20), (rd.Checkpoint(), 30)):
+        calls.clear()
+        total(rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=10, adjoint=adjoint)).backward()
+        assert len(calls) == expected
+    calls.clear()
+    with torch.no_grad():
+        rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=10)
+    assert len(calls) == 10
+
+
+def test_nothing_is_kept_alive() -> None:
+    loss, params = rd.from_module(mlp(), CE)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def watched(p: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        value = loss(p, batch)
+        alive.append(weakref.ref(value))
+        assert sum(ref() is not None for ref in alive) <= 2  # this step's, and the one being let go of
+        return value
+
+    gc.collect()
+    before = {id(o) for o in gc.get_objects() if type(o) in (Trajectory, Linearization)}  # of caught errors in other tests
+    theta = rd.unroll(watched, params, data(5), rd.SGD(0.1), steps=30)
+    total(theta).backward()
+    del theta
+    gc.collect()
+    assert {id(o) for o in gc.get_objects() if type(o) in (Trajectory, Linearization)} <= before
+    assert not any(ref() is not None for ref in alive)
+
+
+_PEAK = """
+import sys, torch, revdistill as rd
+steps = int(sys.argv[1])
+net = torch.nn.Sequential(torch.nn.Linear(100, 300), torch.nn.ReLU(), torch.nn.Linear(300, 10))
+loss, params = rd.from_module(net, torch.nn.functional.cross_entropy)
+x, y = torch.randn(5, 50, 100, requires_grad=True), torch.arange(250).reshape(5, 50) % 10
+def run(steps):
+    theta = rd.unroll(loss, params, (x, y), rd.SGD(0.01), steps=steps, adjoint=eval(sys.argv[2]))
+    torch.stack([p.sum() for p in theta.values()]).sum().backward()
+def peak():  # not getrusage: its peak includes that of the process this one was forked from
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+run(5)
+before = peak()
+run(steps)
+print(peak() - before)
+"""
+
+
+def peak(steps: int, adjoint: str) -> int:
+    found = subprocess.run([sys.executable, "-c", _PEAK, str(steps), adjoint], capture_output=True, text=True, check=True)
+    return int(found.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_flat_in_the_number_of_steps() -> None:
+    """Each in a fresh process. 33,310 parameters: 400 steps more may cost two spilled words and what the allocator rounds up."""
+    flat = peak(500, "rd.Reversible()") - peak(100, "rd.Reversible()")
+    growing = peak(500, "rd.StoreAll()") - peak(100, "rd.StoreAll()")
+    assert flat < 4 * 2**20
+    assert growing > 0.8 * 400 * 4 * 33_310

@@ -15,14 +15,15 @@ class UserError(Exception):
 
 
 @contextmanager
-def user_input() -> Iterator[None]:
-    """Around the checks of what the user gave: their errors are the user's."""
+def user_input(option: str | None = None) -> Iterator[None]:
+    """Around the checks of what the user gave: their errors are the user's. option: what to name in them."""
+    prefix = f"{option}: " if option else ""
     try:
         yield
     except (ValueError, ArtifactError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{prefix}{error}") from error
     except PermissionError as error:
-        raise UserError(f"{error.filename}: permission denied") from error
+        raise UserError(f"{prefix}{error.filename}: permission denied") from error
 
 
 def read_run(run: Path) -> tuple[Path, Artifact]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # --arch package.module:function is looked for here too
     try:
         code = cli.main(args=None if arguments is None else list(arguments), prog_name="revdistill", standalone_mode=False)
         return code if isinstance(code, int) else 0

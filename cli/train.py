@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from click.core import ParameterSource
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.distill.checkpoint import read_config, written_by
 from revdistill.distill.config import ADJOINTS, INITS, STARTS, Config
-from revdistill.distill.data import BUILT_IN
-from revdistill.distill.run import METRICS, InterruptedRunError, Run, read_metrics
+from revdistill.distill.data import BUILT_IN, load
+from revdistill.distill.distiller import Distiller
+from revdistill.distill.run import METRICS, InterruptedRunError, Run, holds_run, read_metrics
 
 from . import options
 from .errors import UserError, user_input
@@ -28,7 +30,9 @@ _DEFAULT = Config()
 def _option(flag: str, help: str, **kwargs: Any) -> Callable[[FC], FC]:
     """An option for the field of Config of the same name, with its default."""
     name = flag.strip("-").replace("-", "_")
-    return click.option(flag, name, default=getattr(_DEFAULT, name), show_default=True, help=help, **kwargs)
+    return click.option(
+        flag, name, default=getattr(_DEFAULT, name), show_default=getattr(_DEFAULT, name) is not None, help=help, **kwargs
+    )
 
 
 _COUNT = click.IntRange(min=1)
@@ -51,11 +55,20 @@ _RATE = click.FloatRange(min=0, min_open=True)
 @_option("--outer-steps", "Adam steps on data and step sizes.", type=_COUNT)
 @_option("--outer-lr", "Adam's rate, decayed to 0 by a cosine.", type=_RATE)
 @_option("--batch-size", "Real samples per outer step.", type=_COUNT)
+@_option(
+    "--noise",
+    "Gaussian noise on real samples, in their standard deviations.  [default: 0.5 on images, else 0]",
+    type=click.FloatRange(min=0),
+)
 @_option("--clip", "Largest norm of a hypergradient; 0 for no clipping.", type=click.FloatRange(min=0))
 @click.option("--adjoint", type=click.Choice(list(ADJOINTS)), help="How the way back is done.  [default: the engine chooses]")
 @options.device
 @_option("--seed", "Of every random draw.", type=click.IntRange(0, 2**31 - 1))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="The run's directory.  [default: runs/DATASET]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The run's directory.  [default: runs/DATASET, or the next free runs/DATASET-N]",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, to the same result bit for bit.")
 @click.option("--save-every", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds between checkpoints.")
 @click.pass_context
@@ -65,13 +78,18 @@ def train(ctx: click.Context, /, out: Path | None, resume: bool, save_every: flo
     The result is OUT/distilled.h5; beside it metrics.jsonl, pictures in plots/, and checkpoint.h5 for --resume.
     """
     values["architectures"] = values["architectures"] or _DEFAULT.architectures
-    out = out or Path("runs") / Path(values["dataset"]).stem
+    out = out or _default_directory(values["dataset"], resume)
     with user_input():
         config = _resumed(ctx, out, values) if resume else Config(**values)
-        run = Run(out, config, resume=resume, save_every=save_every)
-    click.echo(_headline(run))
+    with user_input("--dataset"):
+        data = load(config.dataset)
+    with user_input("--arch" if config.start == "noise" else None):
+        distiller = Distiller(config, data)
+    with user_input("--out"):
+        run = Run(out, distiller, resume=resume, save_every=save_every)
+    click.echo(_headline(distiller))
     if resume:
-        click.echo(f"resuming after outer step {run.distiller.outer_step} of {config.outer_steps}")
+        click.echo(f"resuming after outer step {distiller.outer_step} of {config.outer_steps}")
     started = time.monotonic()
     try:
         with _directory_in_use():
@@ -84,8 +102,20 @@ def train(ctx: click.Context, /, out: Path | None, resume: bool, save_every: flo
     click.echo(evaluation_table(result.evaluation))
     from revdistill.distill.plots import draw_all
 
-    pictures = draw_all(out, result, run.data, read_metrics(out / METRICS))
+    pictures = draw_all(out, result, data, read_metrics(out / METRICS))
     click.echo(f"wrote {out / 'distilled.h5'} and {', '.join(p.name for p in pictures)} in {out / 'plots'}")
+
+
+def _default_directory(dataset: str, resume: bool) -> Path:
+    """runs/DATASET, or the first of runs/DATASET-2, -3, ... that holds no run; to resume, the last that does."""
+    name = Path(dataset).stem
+    taken: Path | None = None
+    for i in itertools.count(1):
+        directory = Path("runs") / (name if i == 1 else f"{name}-{i}")
+        if not holds_run(directory):
+            return taken if resume and taken else directory
+        taken = directory
+    raise AssertionError("unreachable")
 
 
 def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> Config:
@@ -114,9 +144,9 @@ def _plain(value: Any) -> str:
     return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _headline(run: Run) -> str:
-    c, data = run.config, run.data
-    synthetic = run.distiller.synthetic.x.shape[:2].numel()
+def _headline(distiller: Distiller) -> str:
+    c, data = distiller.config, distiller.data
+    synthetic = distiller.synthetic.x.shape[:2].numel()
     return (
         f"{Path(data.name).name}: {len(data.x)} training samples into {synthetic} ({c.steps} batches of {synthetic // c.steps}), "
         f"{c.inner_steps} inner steps, {', '.join(c.architectures)}, {c.outer_steps} outer steps on {c.device}"

@@ -30,8 +30,10 @@ class Config:
     images of each class in one batch. momentum: of the inner SGD; lr: its learned step sizes at the start.
     init: "random" draws new networks at every outer step, "fixed" distils for one network; inits: networks per outer step
     and architecture. start: synthetic data from noise or from real samples. learn_labels, learn_momentum: learn them too.
-    outer_steps, outer_lr, batch_size: Adam steps, their rate (decayed to 0 by a cosine), real samples in each. clip: the largest
-    norm of a hypergradient, 0 for none. adjoint: a name of ADJOINTS, None for the engine's choice.
+    outer_steps, outer_lr, batch_size: Adam steps, their rate (decayed to 0 by a cosine), real samples in each.
+    noise: standard deviation of Gaussian noise on the real samples, which keeps a small training set from being learned by
+    heart; None for 0.5 on images and 0 otherwise. clip: the largest norm of a hypergradient, 0 for none.
+    adjoint: a name of ADJOINTS, None for the engine's choice.
 
     Errors: ValueError that names the field, what came and what is accepted.
     """
@@ -41,16 +43,17 @@ class Config:
     steps: int = 30
     epochs: int = 3
     per_class: int = 1
-    momentum: float = 0.9
+    momentum: float = 0.7
     learn_momentum: bool = False
     inits: int = 2
-    outer_steps: int = 300
+    outer_steps: int = 150
     batch_size: int = 512
-    lr: float = 0.02
-    outer_lr: float = 0.02
+    lr: float = 0.05
+    outer_lr: float = 0.05
     init: str = "random"
     start: str = "real"
     learn_labels: bool = False
+    noise: float | None = None
     clip: float = 1.0
     adjoint: str | None = None
     device: str = "cpu"
@@ -63,6 +66,7 @@ class Config:
         self._need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
         self._need("lr", 0 < self.lr < 1e4, "a number above 0")
         self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0")
+        self._need("noise", self.noise is None or 0 <= self.noise < 1e4, "a number of at least 0")
         self._need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
         self._need("init", self.init in INITS, " or ".join(INITS))
         self._need("start", self.start in STARTS, " or ".join(STARTS))

@@ -17,6 +17,7 @@ from revdistill.engine import SGD, NonFiniteError, RangeError, unroll
 
 BETAS = (0.5, 0.999)  # as in Wang et al.
 MAX_FAILURES = 10
+IMAGE_NOISE = 0.5  # in units of the standard deviation of the normalised images
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Distiller:
         self.optimizer = torch.optim.Adam(list(self.synthetic.leaves.values()), lr=config.outer_lr, betas=BETAS)
         self.outer_step = 0
         self._failures = 0
+        default_noise = IMAGE_NOISE if data.is_image else 0.0
+        self._noise = default_noise if config.noise is None else config.noise
 
     def step(self) -> OuterStep:
         """One Adam step on data, rates and whatever else is learned."""
@@ -106,7 +109,10 @@ class Distiller:
         epoch, position = divmod(k, per_epoch)
         order = torch.randperm(count, generator=_generator(self.config.seed, 1, epoch))
         chosen = order[position * size : (position + 1) * size].to(self.device)
-        return self.data.x[chosen], self.data.y[chosen]
+        x = self.data.x[chosen]
+        if self._noise:
+            x = x + self._noise * torch.randn(x.shape, generator=_generator(self.config.seed, 4, k)).to(self.device)
+        return x, self.data.y[chosen]
 
     def _network_seed(self, k: int, architecture: int) -> int:
         if self.config.init == "fixed":

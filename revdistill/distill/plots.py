@@ -120,7 +120,7 @@ def decisions(artifact: Artifact, data: Dataset, architectures: list[str]) -> Fi
         ax.contourf(grid_x, grid_y, decided, levels=levels, colors=[_COLOURS(c) for c in range(data.classes)], alpha=0.25)
         ax.scatter(*data.x_test.T, c=_COLOURS(data.y_test.numpy()), s=7, linewidths=0)
         ax.set_title(f"{name}: test accuracy {accuracy:.1%}", fontsize=10)
-    figure.suptitle("decisions of one fresh network trained on the distilled data, over the test data", fontsize=11)
+    figure.suptitle("one fresh network trained on the distilled data,\nits decisions over the test data", fontsize=11)
     return figure
 
 

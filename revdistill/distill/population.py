@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,23 @@ class Population:
             self._net = models.build(name, input_shape, classes).to(device)
         self.loss, _ = stack_modules([self._net] * size, classification_loss)
         self._shapes = {n: p.shape for n, p in self._net.named_parameters() if p.requires_grad}
+        self._check_output()
         self._rest = {n: p for n, p in (*self._net.named_parameters(), *self._net.named_buffers()) if n not in self._shapes}
+
+    def _check_output(self) -> None:
+        accepted = {(2, self._classes)} | ({(2, 1)} if self._classes == 2 else set())
+        x = torch.zeros(2, *self._input_shape, device=self._device)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluating(self._net):
+                shape = tuple(copy.deepcopy(self._net)(x).shape)
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"architecture {self.name!r} does not take inputs {list(self._input_shape)}: {reason}") from error
+        if shape not in accepted:
+            raise ValueError(
+                f"architecture {self.name!r} gives outputs of shape {list(shape[1:])} for {self._classes} classes; "
+                f"accepted are {' or '.join(str(list(s[1:])) for s in sorted(accepted))}"
+            )
 
     def sample(self, seed: int) -> Params:
         """Fresh parameters [E, ...], the same for the same seed, on every device."""

@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from revdistill.distill import artifact as artifacts
 from revdistill.distill import checkpoint as checkpoints
-from revdistill.distill.config import Config
-from revdistill.distill.data import Dataset, load
 from revdistill.distill.distiller import Distiller, OuterStep
 from revdistill.distill.evaluation import evaluate
+from revdistill.distill.files import replacing
 from revdistill.engine import ArtifactError
 
 METRICS = "metrics.jsonl"
@@ -37,22 +36,21 @@ class InterruptedRunError(Exception):
 
 
 class Run:
-    """A run directory. config: of a new run, or with resume=True of the run to go on with.
+    """One distillation and the directory that it is kept in.
 
-    Errors: ValueError where the directory holds another run (or, resuming, none, or one with another configuration), and for
-    what `Config` and the dataset refuse; nothing is written before all of it is checked.
+    resume: go on with the run in the directory, which must have the distiller's configuration; otherwise the directory must not
+    hold a run. save_every: seconds between checkpoints. Errors: ValueError where the directory is not as it must be; nothing
+    is written before that is checked.
     """
 
-    def __init__(self, directory: Path, config: Config, *, resume: bool = False, save_every: float = 60.0) -> None:
-        self.directory, self.config = directory, config
+    def __init__(self, directory: Path, distiller: Distiller, *, resume: bool = False, save_every: float = 60.0) -> None:
+        self.directory, self.distiller, self.config = directory, distiller, distiller.config
         self._save_every = save_every
         self._checkpoint = directory / checkpoints.FILE_NAME
         if resume:
             self._check_resumable()
-        elif self._checkpoint.exists() or (directory / artifacts.FILE_NAME).exists():
+        elif holds_run(directory):
             raise ValueError(f"{directory} already holds a run; give another directory, or resume it")
-        self.data: Dataset = load(config.dataset)
-        self.distiller = Distiller(config, self.data)
         if resume:
             checkpoints.restore(self._checkpoint, self.distiller)
 
@@ -108,7 +106,7 @@ class Run:
     def _evaluated(self) -> artifacts.Artifact:
         result = self.distiller.artifact()
         found = {
-            name: evaluate(result, self.data, name, restarts=RESTARTS, device=self.config.device).to_dict()
+            name: evaluate(result, self.distiller.data, name, restarts=RESTARTS, device=self.config.device).to_dict()
             for name in self.config.architectures
         }
         return replace(result, evaluation=found)
@@ -118,12 +116,15 @@ class Run:
         """metrics.jsonl, without the lines of steps that the checkpoint does not have behind it."""
         path = self.directory / METRICS
         kept = [line for line in read_metrics(path) if line["step"] < self.distiller.outer_step]
-        from revdistill.distill.files import replacing
-
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         with path.open("a") as file:
             yield file
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run was started in the directory."""
+    return any((directory / name).exists() for name in (checkpoints.FILE_NAME, artifacts.FILE_NAME))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,8 @@ class Synthetic:
         t = config.inner_steps
         self.leaves: dict[str, Tensor] = {
             "x": x,
-            "raw_lr": torch.full((t,), math.log(math.expm1(config.lr)), device=device),
+            # softplus(raw_lr) = lr, in the form that does not overflow for a large lr
+            "raw_lr": torch.full((t,), config.lr + math.log(-math.expm1(-config.lr)), device=device),
         }
         if config.learn_labels:
             hot = F.one_hot(self.hard_labels, data.classes).float()

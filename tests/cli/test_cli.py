@@ -1,0 +1,253 @@
+"""The command: every error of the user's is one line and exit code 2; a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from revdistill.cli import main as command
+from revdistill.cli.main import cli
+
+import revdistill
+
+QUICK = [
+    "train",
+    "--dataset",
+    "moons",
+    "--arch",
+    "nonlinearnet",
+    "--steps",
+    "4",
+    "--epochs",
+    "2",
+    "--outer-steps",
+    "6",
+    "--batch-size",
+    "64",
+]
+
+
+def revdistill_command(*arguments: str, cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "revdistill.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+def invoke(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = command.run(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "moons"
+    assert command.run([*QUICK, "--out", str(directory)]) == 0
+    return directory
+
+
+def test_a_whole_session_as_a_user_types_it(tmp_path: Path) -> None:
+    done = revdistill_command(*QUICK, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "test accuracy" in done.stdout
+    assert (tmp_path / "runs/moons/distilled.h5").exists()
+    shown = revdistill_command("show", "runs/moons", cwd=tmp_path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "4 batches of 2" in shown.stdout
+    evaluated = revdistill_command("evaluate", "runs/moons", "--json", "--restarts", "2", "--arch", "LinearNet", cwd=tmp_path)
+    assert (evaluated.returncode, evaluated.stderr) == (0, "")
+    assert len(json.loads(evaluated.stdout)["LinearNet"]["accuracies"]) == 2
+    again = revdistill_command(*QUICK, cwd=tmp_path)  # never over a finished run
+    assert again.returncode == 0
+    assert (tmp_path / "runs/moons-2/distilled.h5").exists()
+    with h5py.File(tmp_path / "runs/moons/distilled.h5") as a, h5py.File(tmp_path / "runs/moons-2/distilled.h5") as b:
+        assert np.array_equal(a["x"][()], b["x"][()])  # the same seed, the same bits, in another process
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["train", "--help"], ["evaluate", "-h"], ["show", "--help"], ["verify", "--help"], ["--version"]):
+        code, out, err = invoke(*arguments, capsys=capsys)
+        assert (code, err) == (0, "")
+        assert out
+    assert revdistill.__version__ in out
+    assert CliRunner().invoke(cli, ["train", "--help"]).exit_code == 0
+
+
+BAD = {
+    "no command": (["distill"], "No such command 'distill'"),
+    "no option": (["train", "--step", "3"], "--step"),
+    "not a number": (["train", "--steps", "many"], "--steps"),
+    "zero": (["train", "--steps", "0"], "--steps"),
+    "momentum": (["train", "--momentum", "1.5"], "--momentum"),
+    "rate": (["train", "--lr", "-1"], "--lr"),
+    "choice": (["train", "--init", "sometimes"], "'random', 'fixed'"),
+    "architecture": (["train", "--arch", "VGG"], "--arch"),
+    "own architecture": (["train", "--arch", "no.such:thing"], "cannot import 'no.such'"),
+    "misfit": (["train", "--dataset", "moons", "--arch", "LeNet"], "at least 12 x 12"),
+    "dataset": (["train", "--dataset", "digitz"], "--dataset: unknown dataset 'digitz'; accepted are digits"),
+    "no file": (["train", "--dataset", "none.npz"], "--dataset: none.npz: no such file"),
+    "device": (["train", "--device", "tpu"], "--device"),
+    "seed": (["train", "--seed", "-1"], "--seed"),
+    "resume nothing": (["train", "--resume", "--out", "nothing"], "--resume"),
+    "learn momentum": (["train", "--momentum", "0", "--learn-momentum"], "momentum is 0.0"),
+    "evaluate nothing": (["evaluate"], "Missing argument 'RUN'"),
+    "evaluate none": (["evaluate", "nowhere"], "RUN is 'nowhere'"),
+    "evaluate empty": (["evaluate", "."], "holds no distilled.h5"),
+    "schedule": (["evaluate", ".", "--schedule", "fast"], "--schedule"),
+    "restarts": (["evaluate", ".", "--restarts", "0"], "--restarts"),
+    "show none": (["show", "nowhere"], "RUN is 'nowhere'"),
+    "verify device": (["verify", "--device", "cuda:99"], "--device"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke(*arguments, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("revdistill: ")
+    assert not list(tmp_path.iterdir())  # nothing left behind
+
+
+def test_a_taken_directory_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "distilled.h5").read_bytes()
+    code, _, err = invoke(*QUICK, "--out", str(finished), capsys=capsys)
+    assert code == 2
+    assert "--out" in err
+    assert (finished / "distilled.h5").read_bytes() == before
+
+
+def test_resume_with_another_option_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = invoke("train", "--resume", "--out", str(finished), "--lr", "0.5", capsys=capsys)
+    assert code == 2
+    assert "--lr is 0.5, but the run in" in err
+    assert "has 0.05" in err
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File(finished / "distilled.h5") as f:
+        before = f["x"][()]
+    assert invoke("train", "--resume", "--out", str(finished), capsys=capsys)[0] == 0
+    with h5py.File(finished / "distilled.h5") as f:
+        assert np.array_equal(f["x"][()], before)
+
+
+def test_evaluate_with_every_schedule(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for schedule in ("raw", "strategy1", "strategy2", "strategy3"):
+        code, out, _ = invoke("evaluate", str(finished), "--schedule", schedule, "--restarts", "2", capsys=capsys)
+        assert code == 0
+        assert schedule in out
+
+
+def test_a_file_does_not_choose_what_is_imported(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "distilled.h5").write_bytes((finished / "distilled.h5").read_bytes())
+    with h5py.File(tmp_path / "distilled.h5", "a") as f:
+        f.attrs["architectures"] = json.dumps(["antigravity:fly"])
+    code, _, err = invoke("evaluate", str(tmp_path), capsys=capsys)
+    assert code == 2
+    assert "--arch antigravity:fly" in err
+    assert "antigravity" not in sys.modules
+    assert invoke("show", str(tmp_path), capsys=capsys)[0] == 0
+    assert "antigravity" not in sys.modules
+
+
+def test_a_damaged_artifact_is_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = (finished / "distilled.h5").read_bytes()
+    (tmp_path / "distilled.h5").write_bytes(whole[: len(whole) // 2])
+    for name in ("evaluate", "show"):
+        code, out, err = invoke(name, str(tmp_path), capsys=capsys)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "distilled.h5" in err
+
+
+def _start(directory: Path, *extra: str) -> subprocess.Popen[str]:
+    long = [*QUICK[:-4], "--outer-steps", "60", "--batch-size", "64", "--out", str(directory), *extra]
+    return subprocess.Popen(
+        [sys.executable, "-m", "revdistill.cli", *long], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def _wait_for_lines(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (path.exists() and len(path.read_text().splitlines()) >= count):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _distilled(directory: Path) -> list[np.ndarray]:
+    with h5py.File(directory / "distilled.h5") as f:
+        return [f[name][()] for name in ("x", "y", "lr", "momentum")]
+
+
+def test_kill_and_ctrl_c_and_resume_give_the_same_bits(tmp_path: Path) -> None:
+    whole = _start(tmp_path / "whole")
+    part = _start(tmp_path / "part", "--save-every", "0")
+    _wait_for_lines(tmp_path / "part/metrics.jsonl", 12)
+    part.kill()
+    part.communicate()
+    assert not (tmp_path / "part/distilled.h5").exists()
+
+    resume = [sys.executable, "-m", "revdistill.cli", "train", "--resume", "--out", str(tmp_path / "part")]
+    second = subprocess.Popen(resume, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _wait_for_lines(tmp_path / "part/metrics.jsonl", 25)
+    second.send_signal(signal.SIGSTOP)  # alive, and in the middle of it
+    busy = subprocess.run(resume, capture_output=True, text=True, check=False)
+    assert busy.returncode == 2
+    assert f"in use by another run (process {second.pid})" in busy.stderr
+    second.send_signal(signal.SIGCONT)
+    second.send_signal(signal.SIGINT)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 130
+    assert f"revdistill train --resume --out {tmp_path / 'part'}" in err
+    assert "Traceback" not in err
+
+    third = subprocess.run(resume, capture_output=True, text=True, check=False)
+    assert (third.returncode, third.stderr) == (0, "")
+    assert "resuming after outer step" in third.stdout
+    assert whole.wait(timeout=120) == 0
+    whole.communicate()
+    for a, b in zip(_distilled(tmp_path / "part"), _distilled(tmp_path / "whole"), strict=True):
+        assert np.array_equal(a, b)
+    assert (tmp_path / "part/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
+    code, _, err = invoke(*QUICK, "--out", str(tmp_path / "run"), capsys=capsys)
+    assert code in (1, 2)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = invoke("verify", "--device", "cpu", capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "all checks passed" in out
+    assert "FAILED" not in out
+
+
+def test_verify_fails_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from revdistill.engine import selfcheck
+
+    monkeypatch.setattr(selfcheck, "EXACT_STEPS", 5)
+    monkeypatch.setattr(selfcheck, "BIT_STEPS", 500)
+    monkeypatch.setattr(selfcheck, "TOLERANCE", 0.0)
+    code, out, _ = invoke("verify", "--device", "cpu", capsys=capsys)
+    assert code == 1
+    assert "gradients" in out
+    assert "FAILED" in out

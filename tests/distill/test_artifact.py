@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import revdistill as rd
+from revdistill.distill.artifact import Artifact, read, write
+
+
+def artifact(**changes: Any) -> Artifact:
+    draw = np.random.default_rng(0)
+    base = Artifact(
+        x=draw.normal(size=(4, 6, 2)).astype(np.float32),
+        y=np.arange(24).reshape(4, 6) % 2,
+        lr=np.linspace(0.1, 0.2, 8, dtype=np.float32),
+        momentum=np.full(8, 0.9, np.float32),
+        dataset="moons",
+        architectures=["NonLinearNet"],
+        epochs=2,
+        seed=3,
+        normalisation={"mean": [0.0, 0.0], "std": [1.0, 1.0]},
+        config={"steps": 4},
+        evaluation={"NonLinearNet": {"mean": 0.5}},
+    )
+    return replace(base, **changes)
+
+
+def equal(a: Artifact, b: Artifact) -> bool:
+    arrays = all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("x", "y", "lr", "momentum"))
+    return arrays and all(
+        getattr(a, n) == getattr(b, n) for n in ("dataset", "architectures", "epochs", "seed", "config", "evaluation")
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    for a in (artifact(), artifact(y=np.full((4, 6, 2), 0.5, np.float32))):
+        write(tmp_path / "distilled.h5", a)
+        assert equal(read(tmp_path / "distilled.h5"), a)
+    assert [p.name for p in tmp_path.iterdir()] == ["distilled.h5"]
+
+
+def test_usable_without_this_project(tmp_path: Path) -> None:
+    """The recipe of the contract, with h5py and torch only."""
+    write(tmp_path / "distilled.h5", artifact())
+    with h5py.File(tmp_path / "distilled.h5") as f:
+        x, y, lr, momentum = (torch.tensor(f[name][()]) for name in ("x", "y", "lr", "momentum"))
+        assert json.loads(f.attrs["architectures"]) == ["NonLinearNet"]
+        names = {"format_version", "revdistill_version", "torch_version", "dataset", "architectures", "steps", "epochs", "seed"}
+        assert set(f.attrs) == names | {"normalisation", "config", "evaluation"}
+        assert f.attrs["steps"] * f.attrs["epochs"] == len(lr)
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    for k in range(len(lr)):
+        for group in optimizer.param_groups:
+            group["lr"], group["momentum"] = float(lr[k]), float(momentum[k])
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x[k % len(x)]), y[k % len(x)]).backward()
+        optimizer.step()
+
+
+def _file(path: Path) -> Path:
+    write(path / "a.h5", artifact())
+    return path / "a.h5"
+
+
+def _set(name: str, values: Any, **kwargs: Any) -> Any:
+    def change(f: h5py.File, path: Path) -> None:
+        del f[name]
+        f.create_dataset(name, data=values, **kwargs)
+
+    return change
+
+
+def _attribute(name: str, value: Any) -> Any:
+    def change(f: h5py.File, path: Path) -> None:
+        if value is None:
+            del f.attrs[name]
+        else:
+            f.attrs[name] = value
+
+    return change
+
+
+def _external_link(f: h5py.File, path: Path) -> None:
+    write(path / "secret.h5", artifact())
+    del f["x"]
+    f["x"] = h5py.ExternalLink(str(path / "secret.h5"), "/x")
+
+
+def _soft_link(f: h5py.File, path: Path) -> None:
+    del f["x"]
+    f["x"] = h5py.SoftLink("/lr")
+
+
+def _external_storage(f: h5py.File, path: Path) -> None:
+    (path / "secret.bin").write_bytes(bytes(48 * 4))
+    del f["x"]
+    f.create_dataset("x", (4, 6, 2), "float32", external=[(str(path / "secret.bin"), 0, 48 * 4)])
+
+
+def _virtual(f: h5py.File, path: Path) -> None:
+    write(path / "secret.h5", artifact())
+    layout = h5py.VirtualLayout((4, 6, 2), "float32")
+    layout[:] = h5py.VirtualSource(str(path / "secret.h5"), "x", (4, 6, 2))
+    del f["x"]
+    f.create_virtual_dataset("x", layout)
+
+
+def _huge(f: h5py.File, path: Path) -> None:
+    del f["x"]
+    f.create_dataset("x", (2**20, 2**10, 2**10), "float32", chunks=(1, 1, 1))
+
+
+def _bomb(f: h5py.File, path: Path) -> None:
+    del f["x"]
+    f.create_dataset("x", data=np.zeros((400, 600, 20), np.float32), compression="gzip")
+
+
+def _group(f: h5py.File, path: Path) -> None:
+    del f["x"]
+    f.create_group("x/x/x/x/x")
+
+
+def _no_x(f: h5py.File, path: Path) -> None:
+    del f["x"]
+
+
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "external link": (_external_link, "link to somewhere else"),
+    "soft link": (_soft_link, "link to somewhere else"),
+    "external storage": (_external_storage, "in another file"),
+    "virtual": (_virtual, "in another file"),
+    "huge": (_huge, "declares 4398046511104 bytes"),
+    "compressed": (_bomb, "declares"),
+    "group": (_group, "not a dataset"),
+    "missing": (_no_x, "no dataset 'x'"),
+    "float64": (_set("x", np.zeros((4, 6, 2))), "dtype float64; expected float32"),
+    "objects": (_set("x", "text"), "dtype object"),
+    "nan": (_set("x", np.full((4, 6, 2), np.nan, np.float32)), "not finite"),
+    "x shape": (_set("x", np.zeros(4, np.float32)), r"'x' has shape \[4\]"),
+    "no batches": (_set("x", np.zeros((0, 6, 2), np.float32)), r"'x' has shape \[0, 6, 2\]"),
+    "y shape": (_set("y", np.zeros((4, 5), np.int64)), r"'y' has shape \[4, 5\]"),
+    "y dtype": (_set("y", np.zeros((4, 6), np.int8)), "'y' has dtype int8"),
+    "y negative": (_set("y", np.full((4, 6), -1)), "classes below 0"),
+    "lr length": (_set("lr", np.zeros(7, np.float32)), r"'lr' has shape \[7\]"),
+    "lr negative": (_set("lr", np.full(8, -1, np.float32)), "at least 0"),
+    "momentum": (_set("momentum", np.full(8, 2, np.float32)), "between 0 and 1"),
+    "version": (_attribute("format_version", 99), "format version 99"),
+    "version type": (_attribute("format_version", "1"), "expected an integer"),
+    "epochs": (_attribute("epochs", 3), "expected"),
+    "many epochs": (_attribute("epochs", 2**62), "expected"),
+    "no dataset": (_attribute("dataset", None), "no attribute 'dataset'"),
+    "json": (_attribute("config", "{not json"), "not JSON"),
+    "deep json": (_attribute("config", "[" * 100_000), "not JSON"),
+    "json kind": (_attribute("config", "[1]"), "expected a dict"),
+    "architectures": (_attribute("architectures", "[1]"), "must list names"),
+    "normalisation": (_attribute("normalisation", '{"mean": 1, "std": []}'), "normalisation"),
+    "large attribute": (_attribute("dataset", "x" * (5 * 2**20)), "too large|at most"),
+    "array attribute": (_attribute("dataset", np.zeros(1000)), "too large"),
+    "seed": (_attribute("seed", 1.5), "expected an integer"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files(name: str, tmp_path: Path) -> None:
+    change, message = HOSTILE[name]
+    path = _file(tmp_path)
+    with h5py.File(path, "a") as f:
+        change(f, tmp_path)
+    with pytest.raises(rd.ArtifactError, match=message) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+_whole: list[bytes] = []
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_files(tmp_path: Path, data: st.DataObject) -> None:
+    """Truncated or with flipped bits: read right, or refused; never another error, never a hang."""
+    if not _whole:
+        _whole.append(_file(tmp_path).read_bytes())
+    contents = bytearray(_whole[0])
+    if data.draw(st.booleans(), "truncate"):
+        contents = contents[: data.draw(st.integers(0, len(contents)), "length")]
+    else:
+        for position in data.draw(st.lists(st.integers(0, len(contents) * 8 - 1), min_size=1, max_size=20), "bits"):
+            contents[position // 8] ^= 1 << position % 8
+    path = tmp_path / "damaged.h5"
+    path.write_bytes(contents)
+    try:
+        size, message = read(path).x.nbytes, str(path)
+    except rd.ArtifactError as error:
+        size, message = 0, str(error)
+    assert size <= len(contents)
+    assert str(path) in message
+
+
+def test_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(rd.ArtifactError, match="no such file"):
+        read(tmp_path / "none.h5")
+    with pytest.raises(rd.ArtifactError, match="damaged or not"):
+        read(tmp_path)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "distilled.h5"
+    write(path, artifact())
+    with pytest.raises(TypeError):
+        write(path, artifact(config={"not json": object()}))
+    assert equal(read(path), artifact())
+    assert [p.name for p in tmp_path.iterdir()] == ["distilled.h5"]

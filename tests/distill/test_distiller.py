@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import revdistill as rd
+from revdistill.distill import models
+from revdistill.distill.config import ADJOINTS, Config
+from revdistill.distill.data import load
+from revdistill.distill.distiller import MAX_FAILURES, Distiller
+from revdistill.distill.evaluation import evaluate
+from revdistill.distill.population import Population, classification_loss
+from revdistill.distill.schedules import SCHEDULES, momentum_for, strategy1, strategy2, strategy3
+
+SMALL = Config(
+    dataset="moons", architectures=("NonLinearNet",), steps=6, epochs=2, per_class=3, outer_steps=12, batch_size=64, lr=0.1
+)
+
+
+def distil(config: Config, steps: int | None = None) -> Distiller:
+    distiller = Distiller(config, load(config.dataset))
+    for _ in range(steps or config.outer_steps):
+        distiller.step()
+    return distiller
+
+
+def values(distiller: Distiller) -> list[torch.Tensor]:
+    return [leaf.detach().clone() for leaf in distiller.synthetic.leaves.values()]
+
+
+def test_distilling_helps() -> None:
+    config = replace(SMALL, outer_steps=40, inits=4, start="noise", momentum=0.9)
+    before = evaluate(Distiller(config, load("moons")).artifact(), load("moons"), "NonLinearNet")
+    after = evaluate(distil(config).artifact(), load("moons"), "NonLinearNet")
+    assert before.mean < 0.75
+    assert after.mean > 0.8
+    assert len(after.accuracies) == 10
+
+
+@pytest.mark.parametrize("changes", [{}, {"learn_labels": True}, {"learn_momentum": True}, {"init": "fixed"}, {"start": "noise"}])
+def test_adjoints_and_repetitions_agree(changes: dict[str, Any]) -> None:
+    """One outer step's hypergradients, leaf by leaf; and the same seed gives the same bits."""
+
+    def gradients(adjoint: str) -> list[torch.Tensor]:
+        distiller = distil(replace(SMALL, adjoint=adjoint, outer_steps=3, clip=0.0, **changes), steps=1)
+        return [leaf.grad for leaf in distiller.synthetic.leaves.values() if leaf.grad is not None]
+
+    found = {name: gradients(name) for name in ADJOINTS}
+    assert len(found["reversible"]) == 2 + ("learn_labels" in changes) + ("learn_momentum" in changes)
+    for name in ADJOINTS:
+        for mine, reference in zip(found[name], found["backprop"], strict=True):
+            assert float((mine - reference).norm() / reference.norm()) < 1e-3  # float32, ReLU
+    assert all(torch.equal(a, b) for a, b in zip(gradients("reversible"), found["reversible"], strict=True))
+    config = replace(SMALL, **changes)
+    assert all(torch.equal(a, b) for a, b in zip(values(distil(config, 4)), values(distil(config, 4)), strict=True))
+
+
+def test_several_architectures_and_kinds_of_data() -> None:
+    config = replace(SMALL, architectures=("LinearNet", "NonLinearNet", "MLP"), outer_steps=2)
+    assert distil(config).outer_step == 2
+    for dataset, arch in (("digits", "MLP"), ("blobs", "MoreNonLinearNet"), ("circles", "NonLinearNet")):
+        distiller = distil(replace(SMALL, dataset=dataset, architectures=(arch,), outer_steps=2, per_class=1))
+        assert distiller.artifact().x.shape[2:] == load(dataset).input_shape
+
+
+def test_a_distillation_that_diverges_says_so_and_stops() -> None:
+    config = replace(SMALL, lr=5000.0, outer_steps=50)
+    distiller = Distiller(config, load("moons"))
+    before = values(distiller)
+    report = distiller.step()
+    assert report.diverged
+    assert "range" in report.diverged or "finite" in report.diverged
+    assert all(torch.equal(a, b) for a, b in zip(values(distiller), before, strict=True))
+    for _ in range(MAX_FAILURES - 2):
+        assert distiller.step().diverged
+    with pytest.raises((rd.RangeError, rd.NonFiniteError), match=f"{MAX_FAILURES} outer steps in a row"):
+        distiller.step()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0; accepted is an integer of at least 1"),
+        ({"momentum": 1.5}, "momentum is 1.5; accepted is a number from 0 to 1"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"init": "some"}, "init is 'some'; accepted is random or fixed"),
+        ({"adjoint": "magic"}, "adjoint is 'magic'"),
+        ({"architectures": ()}, "architectures"),
+        ({"architectures": ("VGG",)}, "unknown architecture 'VGG'; accepted are LinearNet"),
+        ({"architectures": ("no.such.module:f",)}, "cannot import"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"learn_momentum": True, "momentum": 0.0}, "learn_momentum"),
+    ],
+)
+def test_configurations_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+def test_evaluation_is_plain_sgd_one_network_at_a_time() -> None:
+    """The batched evaluation against a loop over single networks with torch.optim.SGD, written out."""
+    artifact, data = distil(SMALL).artifact(), load("moons")
+    found = evaluate(artifact, data, "NonLinearNet", restarts=3)
+    population = Population("NonLinearNet", 3, data.input_shape, data.classes, torch.device("cpu"))
+    starts = population.sample(2**40 + artifact.seed)
+    for e in range(3):
+        net = models.build("NonLinearNet", data.input_shape, data.classes)
+        net.load_state_dict({name: p[e] for name, p in starts.items()})
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        x, y = torch.from_numpy(artifact.x), torch.from_numpy(artifact.y)
+        for k in range(artifact.steps):
+            for group in optimizer.param_groups:
+                group["lr"], group["momentum"] = float(artifact.lr[k]), float(artifact.momentum[k])
+            optimizer.zero_grad()
+            classification_loss(net(x[k % len(x)]), y[k % len(x)]).backward()
+            optimizer.step()
+        accuracy = float(((net(data.x_test)[:, 0] > 0) == data.y_test).float().mean())
+        assert found.accuracies[e] == pytest.approx(accuracy, abs=0.005)  # a float32 tie or two
+
+
+def test_fixed_init_is_evaluated_from_its_own_network() -> None:
+    artifact, data = distil(replace(SMALL, init="fixed")).artifact(), load("moons")
+    found = evaluate(artifact, data, "NonLinearNet", restarts=3)
+    assert found.std == 0
+    assert len(set(found.accuracies)) == 1
+
+
+def test_evaluation_refuses_other_data() -> None:
+    artifact = distil(SMALL, 1).artifact()
+    with pytest.raises(ValueError, match=r"entries of shape \[2\], but dataset 'digits'"):
+        evaluate(artifact, load("digits"), "MLP")
+
+
+class _BatchNormNet(torch.nn.Sequential):
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__(torch.nn.Linear(inputs, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2), torch.nn.Linear(8, classes))
+
+
+def own_network(input_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+    return _BatchNormNet(input_shape[0], classes)
+
+
+def wrong_output(input_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+    return torch.nn.Linear(input_shape[0], classes + 1)
+
+
+def no_network(input_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+    return [input_shape, classes]
+
+
+def wrong_input(input_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+    return torch.nn.Linear(input_shape[0] + 1, classes)
+
+
+def test_a_users_own_factory() -> None:
+    distiller = distil(replace(SMALL, architectures=(f"{__name__}:own_network",), outer_steps=3))
+    found = evaluate(distiller.artifact(), load("moons"), f"{__name__}:own_network", restarts=4)
+    assert len(found.accuracies) == 4
+    with pytest.raises(ValueError, match="does not take inputs"):
+        distil(replace(SMALL, architectures=(f"{__name__}:wrong_input",)))
+    with pytest.raises(ValueError, match=r"outputs of shape \[3\] for 2 classes; accepted are \[1\] or \[2\]"):
+        distil(replace(SMALL, architectures=(f"{__name__}:wrong_output",)))
+    with pytest.raises(ValueError, match=r"returned list; it must return a torch\.nn\.Module"):
+        distil(replace(SMALL, architectures=(f"{__name__}:no_network",)))
+
+
+def test_lenet_fits_what_it_fits() -> None:
+    for shape in ((1, 28, 28), (3, 32, 32), (1, 12, 12), (1, 13, 15)):
+        assert models.build("LeNet", shape, 7)(torch.zeros(2, *shape)).shape == (2, 7)
+    with pytest.raises(ValueError, match="at least 12 x 12"):
+        models.build("LeNet", (1, 8, 8), 10)
+
+
+def test_xavier_start() -> None:
+    population = Population("LeNet", 200, (1, 28, 28), 10, torch.device("cpu"))
+    params = population.sample(1)
+    assert float(params["conv1.bias"].abs().max()) == 0
+    assert float(params["fc1.weight"].std()) == pytest.approx((2 / (400 + 120)) ** 0.5, rel=0.02)
+    assert float(params["conv2.weight"].std()) == pytest.approx((2 / (25 * (6 + 16))) ** 0.5, rel=0.02)
+    assert torch.equal(population.sample(1)["fc3.weight"], params["fc3.weight"])
+    assert not torch.equal(population.sample(2)["fc3.weight"], params["fc3.weight"])
+
+
+def test_strategies_are_the_studys() -> None:
+    lr = np.linspace(0.01, 0.5, 200).tolist()
+    one = strategy1(lr, 40)
+    assert len(one) == 2000
+    assert one[0] == 0.3
+    assert one[1] == one[40] == pytest.approx(0.33)
+    assert max(one) == pytest.approx(0.778, abs=1e-3)
+    assert one[-1] == pytest.approx(0.100, abs=1e-3)
+    two = strategy2(lr, 40)
+    assert len(two) == 2000
+    assert two[:200] == lr
+    assert two[-1] == pytest.approx(lr[-1] * 0.9**9)
+    three = strategy3(lr, 40)
+    assert len(three) == 2000
+    assert three[:200] == lr
+    assert three[200:240] == pytest.approx([r * 0.98 for r in lr[160:]])
+    assert three[-1] == pytest.approx(lr[-1] * 0.98**45)
+    assert SCHEDULES["raw"](lr, 40) == lr
+    assert momentum_for(one, [0.5] * 199 + [0.7])[-1] == 0.7

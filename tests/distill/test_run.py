@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import revdistill as rd
+from revdistill.distill import checkpoint as checkpoints
+from revdistill.distill.artifact import read
+from revdistill.distill.config import Config
+from revdistill.distill.data import load
+from revdistill.distill.distiller import Distiller
+from revdistill.distill.plots import draw_all
+from revdistill.distill.run import Run, read_metrics
+
+SMALL = Config(dataset="moons", architectures=("NonLinearNet",), steps=4, epochs=2, outer_steps=8, batch_size=64, learn_labels=True)
+
+
+def run(directory: Path, config: Config = SMALL, **kwargs: Any) -> Run:
+    return Run(directory, Distiller(config, load(config.dataset)), **kwargs)
+
+
+def test_a_run_leaves_its_files(tmp_path: Path) -> None:
+    finished = run(tmp_path / "run").distil()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint.h5", "distilled.h5", "metrics.jsonl"]
+    assert read(tmp_path / "run" / "distilled.h5").evaluation == finished.evaluation
+    entry = finished.evaluation["NonLinearNet"]
+    assert set(entry) == {"schedule", "restarts", "mean", "std", "accuracies"}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(8))
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("stop", [1, 3, 7])
+def test_resuming_gives_the_same_bits(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path / "whole").distil()
+    step = Distiller.step
+
+    class Killed(BaseException):
+        pass
+
+    def dying(self: Distiller) -> Any:
+        if self.outer_step == stop:
+            raise Killed
+        return step(self)
+
+    monkeypatch.setattr(Distiller, "step", dying)
+    with pytest.raises(Killed):
+        run(tmp_path / "part", save_every=0.0).distil()
+    monkeypatch.undo()
+    resumed = run(tmp_path / "part", resume=True)
+    assert resumed.distiller.outer_step == stop
+    result = resumed.distil()
+    for name in ("x", "y", "lr", "momentum"):
+        assert (getattr(result, name) == getattr(whole, name)).all()
+    assert result.evaluation == whole.evaluation
+    assert (tmp_path / "part" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_resuming_needs_the_same_run(tmp_path: Path) -> None:
+    run(tmp_path).distil()
+    with pytest.raises(ValueError, match="seed is 1 here, but 0 in the run"):
+        run(tmp_path, replace(SMALL, seed=1), resume=True)
+    with pytest.raises(ValueError, match=r"holds no checkpoint.h5"):
+        run(tmp_path / "none", resume=True)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    run(tmp_path).distil()
+    path = tmp_path / "checkpoint.h5"
+    whole = path.read_bytes()
+    distiller = Distiller(SMALL, load("moons"))
+    before = [leaf.detach().clone() for leaf in distiller.synthetic.leaves.values()]
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(rd.ArtifactError, match=r"checkpoint.h5"):
+            checkpoints.restore(path, distiller)
+    assert all(torch.equal(a, b) for a, b in zip(before, distiller.synthetic.leaves.values(), strict=True))
+
+
+def test_metrics_cut_short_by_a_kill_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "loss": 1.5}\n[1]\n{"step": 1, "lo')
+    assert read_metrics(path) == [{"step": 0, "loss": 1.5}]
+    assert read_metrics(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SMALL, {"rates", "outer", "points", "decisions"}),
+        (Config(dataset="digits", steps=2, epochs=2, outer_steps=1, learn_momentum=True), {"rates", "outer", "images"}),
+        (replace(SMALL, dataset="blobs", steps=1, epochs=1, outer_steps=1), {"rates", "outer", "points", "decisions"}),
+    ],
+)
+def test_pictures(config: Config, expected: set[str], tmp_path: Path) -> None:
+    result = run(tmp_path, config).distil()
+    written = draw_all(tmp_path, result, load(config.dataset), read_metrics(tmp_path / "metrics.jsonl"))
+    assert {p.stem for p in written} == expected
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
+    assert len(list((tmp_path / "plots").iterdir())) == len(expected)

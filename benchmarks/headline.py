@@ -41,6 +41,12 @@ def peak_rss() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
+def processor() -> str:
+    """The processor's name where Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def hypergradient(method: str, steps: int) -> tuple[torch.Tensor, rd.UnrollStats]:
     """MLP 784-100-100-10, batch 100, float32: dL/dlr of one unroll."""
     torch.manual_seed(0)
@@ -74,6 +80,7 @@ def measure(method: str, steps: int) -> dict[str, Any]:
 
 
 def in_own_process(method: str, steps: int) -> dict[str, Any]:
+    """`measure`, in a fresh process."""
     command = [sys.executable, __file__, "--measure", method, str(steps)]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(f"{method} {steps}: {found['peak_bytes'] / 2**20:.1f} MiB, {found['seconds']:.1f} s", flush=True)
@@ -96,6 +103,7 @@ def default_run() -> dict[str, Any]:
 
 
 def run_all() -> dict[str, Any]:
+    """Every measurement."""
     verified = [c.__dict__ for c in checks(torch.device("cpu"))]
     memory = [in_own_process(method, steps) for method, all_steps in STEPS.items() for steps in all_steps]
     norms = {(m["method"], m["steps"]): m["gradient_norm"] for m in memory}
@@ -105,7 +113,7 @@ def run_all() -> dict[str, Any]:
             raise SystemExit(f"{method} disagrees with autograd at {steps} steps: {norm} against {norms['Backprop', steps]}")
     return {
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "system": platform.system(),
@@ -145,10 +153,11 @@ def readme_block(results: dict[str, Any]) -> str:
     worst = max(float(c["found"].split()[-1]) for c in gradients)
     bits = next(c["found"] for c in results["verify"] if c["name"] == f"momentum {MOMENTUM}")
     lines = [
-        f"Measured by `python benchmarks/headline.py` on {machine['cores']} cores ({machine['processor']}), torch {versions['torch']}:",
+        f"Measured by `python benchmarks/headline.py` on {machine['cores']} cores ({machine['processor']}), "
+        f"torch {versions['torch']}:",
         "",
-        f"- `{run['command']}`: {evaluation['mean']:.1%} +- {evaluation['std']:.1%} test accuracy, {name}, {evaluation['restarts']} "
-        f"fresh networks, in {run['seconds']:.0f} s.",
+        f"- `{run['command']}`: {evaluation['mean']:.1%} +- {evaluation['std']:.1%} test accuracy, {name}, "
+        f"{evaluation['restarts']} fresh networks, in {run['seconds']:.0f} s.",
         f"- Hypergradients against float64 autograd: worst relative error {worst:.1e} ({len(gradients)} combinations).",
         f"- Bit store at momentum {MOMENTUM}, 10,000 steps: {bits}.",
         "- One hypergradient, MLP 784-100-100-10, batch 100, extra peak memory:",
@@ -165,6 +174,7 @@ def readme_block(results: dict[str, Any]) -> str:
 
 
 def write_readme(results: dict[str, Any]) -> None:
+    """Put the figures between the README's markers."""
     text = README.read_text()
     begin, end = "<!-- headline: written by benchmarks/headline.py -->\n", "\n<!-- /headline -->"
     head, rest = text.split(begin)
@@ -173,6 +183,7 @@ def write_readme(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help="only write the README's figures again")
     parser.add_argument("--measure", nargs=2, metavar=("METHOD", "STEPS"), help=argparse.SUPPRESS)

@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-MAX_IMAGE_ROWS = 10
+MAX_IMAGE_ROWS, MAX_IMAGE_COLUMNS, MAX_RATE_COLUMNS = 10, 20, 4
 GRID = 200  # points per side of a decision picture
 _COLOURS = plt.get_cmap("tab10")
 
@@ -51,30 +51,43 @@ def draw_all(directory: Path, artifact: Artifact, data: Dataset, metrics: list[d
 def images(artifact: Artifact) -> Figure:
     """The synthetic batches, one a row, classes in columns, their rates beside them (Wang et al. 2018, figure 3)."""
     s, size = artifact.x.shape[:2]
-    shown = np.unique(np.linspace(0, s - 1, min(s, MAX_IMAGE_ROWS)).round().astype(int))
-    columns = min(size, 20)
-    taken = np.unique(np.linspace(0, size - 1, columns).round().astype(int))
-    rate_table = artifact.lr.reshape(artifact.epochs, s)
-    figure, axes = plt.subplots(
-        len(shown), len(taken), figsize=(0.62 * len(taken) + 2.6, 0.62 * len(shown) + 0.9), squeeze=False, layout="constrained"
+    shown = _spread(s, MAX_IMAGE_ROWS)
+    taken = _spread(size, MAX_IMAGE_COLUMNS)
+    epochs = min(artifact.epochs, MAX_RATE_COLUMNS)
+    cell, left, top, right = 0.6, 0.85, 0.75, 0.1 + 0.5 * epochs + 0.3 * (artifact.epochs > epochs)  # inches
+    width, height = left + cell * len(taken) + right, top + cell * len(shown) + 0.1
+    figure = plt.figure(figsize=(width, height))
+    grid = figure.add_gridspec(
+        len(shown),
+        len(taken),
+        left=left / width,
+        right=1 - right / width,
+        top=1 - top / height,
+        bottom=0.1 / height,
+        wspace=0.06,
+        hspace=0.06,
     )
     low, high = np.quantile(artifact.x, [0.005, 0.995])
     for i, batch in enumerate(shown):
         for j, position in enumerate(taken):
-            ax = axes[i, j]
+            ax = figure.add_subplot(grid[i, j], xticks=[], yticks=[])
             image = np.clip((artifact.x[batch, position] - low) / max(high - low, 1e-12), 0, 1)
             ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
-            ax.set_xticks([])
-            ax.set_yticks([])
             if i == 0:
                 ax.set_title(_label(artifact, batch, position), fontsize=9)
-        axes[i, 0].set_ylabel(f"batch {batch + 1}", rotation=0, ha="right", va="center", fontsize=8)
-        text = "  ".join(f"{rate:.3f}" for rate in rate_table[:4, batch]) + ("  ..." if artifact.epochs > 4 else "")
-        axes[i, -1].annotate(text, (1.15, 0.5), xycoords="axes fraction", va="center", fontsize=8, annotation_clip=False)
-    epochs = "epoch" if artifact.epochs == 1 else "epochs"
-    figure.suptitle(f"{s * size} distilled images; right: step size in each of {artifact.epochs} {epochs}", fontsize=10)
-    figure.get_layout_engine().set(rect=(0, 0, 1 - 0.13 * min(artifact.epochs, 4), 1))  # type: ignore[union-attr, call-arg]
+            if j == 0:
+                ax.set_ylabel(f"batch {batch + 1}", rotation=0, ha="right", va="center", fontsize=8)
+        rates_here = [f"{rate:.3f}" for rate in artifact.lr.reshape(artifact.epochs, s)[:epochs, batch]]
+        text = "   ".join(rates_here) + ("   ..." if artifact.epochs > epochs else "")
+        ax.annotate(text, (1.12, 0.5), xycoords="axes fraction", va="center", fontsize=8, annotation_clip=False)
+    many = "epoch" if artifact.epochs == 1 else f"each of {artifact.epochs} epochs"
+    figure.suptitle(f"{len(shown)} of {s} distilled batches; right: step size in {many}", fontsize=10, y=1 - 0.1 / height, va="top")
     return figure
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` positions, evenly over range(count), both ends included."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, most)).round())]
 
 
 def _label(artifact: Artifact, batch: int, position: int) -> str:
@@ -89,7 +102,7 @@ def _hard(y: np.ndarray) -> np.ndarray:
 def points(artifact: Artifact, data: Dataset) -> Figure:
     """The synthetic points of four batches, spread over the sequence, over the faded real data."""
     s = artifact.batches
-    shown = np.unique(np.linspace(0, s - 1, min(s, 4)).round().astype(int))
+    shown = _spread(s, 4)
     figure, axes = plt.subplots(
         1, len(shown), figsize=(3.2 * len(shown), 3.3), squeeze=False, sharex=True, sharey=True, layout="constrained"
     )

@@ -17,7 +17,7 @@ from revdistill.distill.checkpoint import read_config, written_by
 from revdistill.distill.config import ADJOINTS, INITS, STARTS, Config
 from revdistill.distill.data import BUILT_IN, load
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.run import METRICS, InterruptedRunError, Run, holds_run, read_metrics
+from revdistill.distill.run import METRICS, DirectoryInUseError, InterruptedRunError, Run, holds_run, read_metrics
 
 from . import options
 from .errors import UserError, user_input
@@ -92,8 +92,9 @@ def train(ctx: click.Context, /, out: Path | None, resume: bool, save_every: flo
         click.echo(f"resuming after outer step {distiller.outer_step} of {config.outer_steps}")
     started = time.monotonic()
     try:
-        with _directory_in_use():
-            result = run.distil()
+        result = run.distil()
+    except DirectoryInUseError as error:
+        raise UserError(f"--out: {error}") from error
     except InterruptedRunError as stopped:
         click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
         click.echo(f"  revdistill train --resume --out {shlex.quote(str(out))}", err=True)
@@ -151,14 +152,3 @@ def _headline(distiller: Distiller) -> str:
         f"{Path(data.name).name}: {len(data.x)} training samples into {synthetic} ({c.steps} batches of {synthetic // c.steps}), "
         f"{c.inner_steps} inner steps, {', '.join(c.architectures)}, {c.outer_steps} outer steps on {c.device}"
     )
-
-
-class _directory_in_use:  # noqa: N801, reads as a context
-    """The lock's ValueError is the user's to put right; anything else is not."""
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError) and "in use by another run" in str(error):
-            raise UserError(str(error)) from error

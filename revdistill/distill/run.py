@@ -35,6 +35,10 @@ class InterruptedRunError(Exception):
         self.outer_step = outer_step
 
 
+class DirectoryInUseError(Exception):
+    """Another process is running in the directory."""
+
+
 class Run:
     """One distillation and the directory that it is kept in.
 
@@ -64,7 +68,8 @@ class Run:
     def distil(self, *, progress: bool | None = None) -> artifacts.Artifact:
         """All outer steps that are left, then the evaluation; returns the artifact that was written.
 
-        progress: a bar on standard error; by default only where that is a terminal. Raises InterruptedRunError after Ctrl-C.
+        progress: a bar on standard error; by default only where that is a terminal. Errors: InterruptedRunError after Ctrl-C,
+        DirectoryInUseError.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         with _locked(self.directory / LOCK), _interruptible() as interrupted:
@@ -192,7 +197,9 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise ValueError(f"{path.parent} is in use by another run (process {file.read().strip() or 'unknown'})") from None
+            raise DirectoryInUseError(
+                f"{path.parent} is in use by another run (process {file.read().strip() or 'unknown'})"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

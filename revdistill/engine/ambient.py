@@ -7,7 +7,6 @@ the attention kernel that has second derivatives. All of it is restored afterwar
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -103,28 +102,31 @@ def _deterministic() -> Iterator[None]:
         settings.fill_uninitialized_memory = fill
 
 
+def _cuda_settings() -> list[tuple[Any, str, Any]]:
+    """(object, attribute, value): TensorFloat-32 off, and cuDNN's choice of kernel fixed."""
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    fixed: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; the two ways to say it must not be mixed
+        return [*fixed, *((part, "fp32_precision", "ieee") for part in (matmul, cudnn.conv, cudnn.rnn))]
+    return [*fixed, (matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+
+
 @contextmanager
 def _repeatable_cuda() -> Iterator[None]:
     """autograd runs backward on a thread with its own cuBLAS handle: without a fixed workspace the two may differ."""
     workspace = os.environ.get(_CUBLAS_VARIABLE)
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-    if workspace not in (":4096:8", ":16:8"):
-        os.environ[_CUBLAS_VARIABLE] = _CUBLAS_SETTING
-    _set_tf32(False, False)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _cuda_settings()]
     try:
+        if workspace not in (":4096:8", ":16:8"):
+            os.environ[_CUBLAS_VARIABLE] = _CUBLAS_SETTING
+        for owner, name, value in _cuda_settings():
+            setattr(owner, name, value)
         yield
     finally:
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
-        _set_tf32(*tf32)
+        for owner, name, value in before:
+            setattr(owner, name, value)
         if workspace is None:
             os.environ.pop(_CUBLAS_VARIABLE, None)
         else:
             os.environ[_CUBLAS_VARIABLE] = workspace
-
-
-def _set_tf32(matmul: bool, cudnn: bool) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer releases deprecate these switches but keep them
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

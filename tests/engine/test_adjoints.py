@@ -6,6 +6,7 @@ An adjoint inherits the whole suite by subclassing AdjointContract.
 from __future__ import annotations
 
 import itertools
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -151,6 +152,11 @@ class TestReversible(AdjointContract):
 
 class TestReversibleInHostMemory(AdjointContract):
     adjoint = rd.Reversible(history="host")
+    refuses: ClassVar[set[str]] = {"nesterov"}
+
+
+class TestReversibleOnDisk(AdjointContract):
+    adjoint = rd.Reversible(history=tempfile.gettempdir())
     refuses: ClassVar[set[str]] = {"nesterov"}
 
 

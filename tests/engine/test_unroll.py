@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import subprocess
 import sys
 import weakref
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
+from revdistill.engine import ambient
 from revdistill.engine.adjoints import default_adjoint
 from revdistill.engine.ambient import Ambient
 from revdistill.engine.gradient import EagerLinearization as Linearization
@@ -234,11 +236,26 @@ def test_settings_of_torch_are_restored() -> None:
     assert settings() == before
 
 
+def test_cuda_settings_are_made_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switches can be thrown without a GPU."""
+    for workspace in (None, ":16:8", "something else"):
+        if workspace is None:
+            monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        else:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+        before = [getattr(owner, name) for owner, name, _ in ambient._cuda_settings()]
+        with ambient._repeatable_cuda():
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+            assert all(getattr(owner, name) == value for owner, name, value in ambient._cuda_settings())
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace
+        assert [getattr(owner, name) for owner, name, _ in ambient._cuda_settings()] == before
+
+
 def test_step_seeds_differ() -> None:
-    ambient = Ambient.capture(torch.device("cpu"), 0)
+    captured = Ambient.capture(torch.device("cpu"), 0)
     draws = []
     for k in range(50):
-        with ambient.step(k):
+        with captured.step(k):
             draws.append(float(torch.rand(())))
     assert len(set(draws)) == 50
 

@@ -1,6 +1,6 @@
 """Exact reversible unrolling; knows nothing of distillation, datasets, files or the command line."""
 
-from revdistill.engine.adjoints import Backprop, Checkpoint, Reversible, StoreAll, UnrollStats
+from revdistill.engine.adjoints import Backprop, Checkpoint, Reversible, StoreAll
 from revdistill.engine.compiled import CompileWarning
 from revdistill.engine.errors import (
     ArtifactError,
@@ -13,6 +13,7 @@ from revdistill.engine.errors import (
 from revdistill.engine.fixedpoint import FixedPoint
 from revdistill.engine.modules import from_module, stack_modules
 from revdistill.engine.optimizers import SGD
+from revdistill.engine.recordings import UnrollStats
 from revdistill.engine.unroll import unroll
 
 __all__ = [

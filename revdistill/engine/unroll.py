@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from revdistill.engine.adjoints import Adjoint, Backprop, FixedPointAdjoint, Recording, UnrollStats, default_adjoint
+from revdistill.engine.adjoints import Adjoint, Backprop, FixedPointAdjoint, default_adjoint
 from revdistill.engine.ambient import Ambient, draw_seed
 from revdistill.engine.arguments import check_arguments
 from revdistill.engine.backprop import unroll_with_graph
@@ -18,6 +18,7 @@ from revdistill.engine.errors import ReversalError, UnsupportedError
 from revdistill.engine.gradient import Data, Gradient, Hyper, Loss
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers import SGD
+from revdistill.engine.recordings import Recording, UnrollStats
 from revdistill.engine.sweep import Sweep
 from revdistill.engine.trajectory import Kernels, OnStep, Problem
 

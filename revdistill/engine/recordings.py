@@ -1,0 +1,215 @@
+"""What a forward pass leaves for the way back: the state at its end, snapshots, or every theta_k."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.errors import ReversalError
+from revdistill.engine.fixedpoint import FixedPoint
+from revdistill.engine.gradient import Linearization
+from revdistill.engine.history import History, NoHistory
+from revdistill.engine.moves import THETA
+from revdistill.engine.sweep import Hypergradients, Sweep, wants_slots
+from revdistill.engine.trajectory import Problem, Trajectory
+
+_NONDETERMINISTIC = (
+    "The loss must be deterministic: no random numbers but torch's (the engine seeds those), no counters or other state "
+    "that changes between calls, the module in the same training mode, batches given as a function must return the same "
+    "tensors for the same k. adjoint=rd.Backprop() needs no second evaluation"
+)
+
+
+@dataclass(frozen=True)
+class UnrollStats:
+    """What one forward pass kept.
+
+    state_bytes: theta, the running averages and the bit store's heads. history_bytes: the words spilled so far
+    (Reversible), or the snapshots (Checkpoint, StoreAll); None for Backprop, whose graphs are not counted.
+    """
+
+    steps: int
+    parameters: int
+    state_bytes: int
+    history_bytes: int | None
+
+    @property
+    def history_bits_per_parameter_step(self) -> float | None:
+        """8 history_bytes / (parameters steps); None for Backprop."""
+        if self.history_bytes is None:
+            return None
+        return 8 * self.history_bytes / max(1, self.parameters * self.steps)
+
+
+class Recording(ABC):
+    """A forward pass that can be gone back over once."""
+
+    theta: Tensor  # theta_T, float [numel]
+    stats: UnrollStats
+
+    @abstractmethod
+    def backward(self, sweep: Sweep) -> Hypergradients:
+        """Carry the sweep from the last step to the first."""
+
+
+class Reversal(Recording):
+    """The state at the end, and the words spilled on the way: each step is undone."""
+
+    def __init__(self, problem: Problem, theta0: Tensor, fixed: FixedPoint, history: History) -> None:
+        self._trajectory = Trajectory(problem, theta0, fixed, history)
+        self._trajectory.run(nothing, nothing)
+        self.theta = self._trajectory.theta().clone()
+        self.stats = stats_of(self._trajectory, self._trajectory.history.nbytes)
+
+    def backward(self, sweep: Sweep) -> Hypergradients:
+        trajectory, problem = self._trajectory, sweep.problem
+        keep = wants_slots(problem)
+        slots = trajectory.slots() if keep else {}
+        for k in reversed(range(problem.steps)):
+            trajectory.undo_drifts(k)
+            theta = trajectory.theta()
+            at = problem.gradient.linearize(k, theta)
+
+            def undo(k: int = k, at: Linearization = at) -> dict[str, Tensor]:
+                trajectory.undo_kicks_and_decays(k, at.gradient)
+                return trajectory.slots() if keep else {}
+
+            slots = sweep.step(k, theta, at, after=slots, before=undo)
+        result = sweep.finish()
+        back = trajectory.is_back_at_start()
+        trajectory.history.clear()
+        if not back:
+            raise ReversalError(
+                f"the way back over {problem.steps} steps did not end bit-exactly at the start, so the hypergradient would be "
+                f"wrong and is not returned. {_NONDETERMINISTIC}"
+            )
+        return result
+
+
+class Checkpoints(Recording):
+    """Snapshots of the integers; each stretch between two of them is run again."""
+
+    def __init__(self, problem: Problem, theta0: Tensor, fixed: FixedPoint, every: int | None) -> None:
+        self._every = every or max(1, math.isqrt(problem.steps))
+        self._trajectory = Trajectory(problem, theta0, fixed, NoHistory())
+        # Without momentum each v is overwritten before it is read: theta alone is a snapshot.
+        self._with_slots = problem.update.keeps_memory(problem.steps)
+        self._snapshots: dict[int, _Snapshot] = {}
+        self._trajectory.run(self._before_step, nothing)
+        self.theta = self._trajectory.theta().clone()
+        self._end = self._trajectory.state.fixed[THETA].clone()
+        self.stats = stats_of(self._trajectory, sum(s.nbytes for s in self._snapshots.values()))
+
+    def _before_step(self, k: int) -> None:
+        if k % self._every == 0:
+            self._snapshots[k] = _Snapshot(self._trajectory, self._with_slots)
+
+    def backward(self, sweep: Sweep) -> Hypergradients:
+        problem, end = sweep.problem, self._end
+        for start in reversed(range(0, problem.steps, self._every)):
+            snapshot = self._snapshots.pop(start)
+            snapshot.restore(self._trajectory)
+            stretch = _Stretch(self._trajectory)
+            for k in range(start, min(start + self._every, problem.steps)):
+                stretch.before_step(k)
+                stretch.after_step(k, self._trajectory.step(k, guarded=False))
+            if not torch.equal(self._trajectory.state.fixed[THETA], end):
+                raise ReversalError(
+                    f"running steps {start} to {k} again did not end bit-exactly where the forward pass ended, so the "
+                    f"hypergradient would be wrong and is not returned. {_NONDETERMINISTIC}"
+                )
+            stretch.sweep_back(sweep)
+            end = snapshot.theta
+        return sweep.finish()
+
+
+class Stored(Recording):
+    """Every theta_k as floats."""
+
+    def __init__(self, problem: Problem, theta0: Tensor, fixed: FixedPoint) -> None:
+        trajectory = Trajectory(problem, theta0, fixed, NoHistory())
+        self._stretch = _Stretch(trajectory)
+        trajectory.run(self._stretch.before_step, self._stretch.after_step)
+        self.theta = trajectory.theta().clone()
+        self.stats = stats_of(trajectory, self._stretch.nbytes)
+
+    def backward(self, sweep: Sweep) -> Hypergradients:
+        self._stretch.sweep_back(sweep)
+        return sweep.finish()
+
+
+class _Snapshot:
+    """The integers before one step."""
+
+    def __init__(self, trajectory: Trajectory, with_slots: bool) -> None:
+        state = trajectory.state
+        self.theta = state.fixed[THETA].clone()
+        self._slots = {slot: state.fixed[slot].clone() for slot in state.stores} if with_slots else {}
+        self._stores = [store.snapshot() for store in state.all_stores()] if with_slots else []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.theta, *self._slots.values(), *(head for head, _, _ in self._stores)))
+
+    def restore(self, trajectory: Trajectory) -> None:
+        trajectory.state.fixed[THETA].copy_(self.theta)
+        for slot, values in self._slots.items():
+            trajectory.state.fixed[slot].copy_(values)
+        for store, snapshot in zip(trajectory.state.all_stores(), self._stores, strict=False):
+            store.restore(snapshot)
+
+
+class _Stretch:
+    """theta_k, and the slots where they are needed, as floats over some steps; and the sweep back over them."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self._trajectory = trajectory
+        self._keep = wants_slots(trajectory.problem)
+        self._thetas: dict[int, Tensor] = {}
+        self._slots: dict[int, dict[str, Tensor]] = {}
+        self._losses: dict[int, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [*self._thetas.values(), *(t for slots in self._slots.values() for t in slots.values())]
+        return sum(t.nbytes for t in tensors)
+
+    def before_step(self, k: int) -> None:
+        self._thetas[k] = self._trajectory.theta().clone()
+        if self._keep and k not in self._slots:
+            self._slots[k] = self._trajectory.slots()
+
+    def after_step(self, k: int, at: Linearization) -> None:
+        self._losses[k] = at.loss
+        if self._keep:
+            self._slots[k + 1] = self._trajectory.slots()
+
+    def sweep_back(self, sweep: Sweep) -> None:
+        """Go back over the steps that were kept, letting go of each."""
+        differs = torch.zeros((), dtype=torch.bool, device=sweep.problem.update.layout.device)
+        for k in sorted(self._thetas, reverse=True):
+            theta = self._thetas.pop(k)
+            at = sweep.problem.gradient.linearize(k, theta)
+            before = self._slots.get(k, {})
+            sweep.step(k, theta, at, after=self._slots.pop(k + 1, {}), before=lambda before=before: before)  # type: ignore[misc]
+            differs = differs | (at.loss != self._losses.pop(k))
+        if bool(differs):
+            raise ReversalError(
+                "the loss had another value when it was evaluated again at the same parameters, so the hypergradient would "
+                f"be wrong and is not returned. {_NONDETERMINISTIC}"
+            )
+
+
+def nothing(*_: object) -> None:
+    """For passes that keep nothing before or after a step."""
+    return
+
+
+def stats_of(trajectory: Trajectory, history_bytes: int) -> UnrollStats:
+    """The figures of a forward pass."""
+    problem = trajectory.problem
+    return UnrollStats(problem.steps, problem.update.layout.numel, trajectory.state.nbytes, history_bytes)

@@ -46,6 +46,10 @@ class Ambient:
             stack.enter_context(_deterministic())
             if self.device.type == "cuda":
                 stack.enter_context(_repeatable_cuda())
+            # Without its cache, which would keep casts of theta from one step to the next.
+            stack.enter_context(
+                torch.autocast(self.device.type, enabled=self.autocast, dtype=self.autocast_dtype, cache_enabled=False)
+            )
             # The only attention kernel with second derivatives; the fused ones cannot give a Hessian product.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
@@ -62,11 +66,7 @@ class Ambient:
             # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
             generator.manual_seed((self.seed + k * 0x1E3779B97F4A7C15) % 2**63)
         try:
-            # The cache would keep casts of theta from one step to the next.
-            with (
-                torch.autocast(self.device.type, enabled=self.autocast, dtype=self.autocast_dtype, cache_enabled=False),
-                torch.enable_grad(),
-            ):
+            with torch.enable_grad():
                 yield
         finally:
             for generator, state in zip(generators, states, strict=True):

@@ -39,9 +39,9 @@ def multiply_(v: Tensor, head: Tensor, n: int | Tensor) -> None:
     Needs |v| < 2^62, 0 <= head with head / n < 2^47, and 1 <= n < 2^16. v n would not fit 64 bits, so v is taken in two parts.
     """
     quotient = torch.div(head, n, rounding_mode="trunc")  # heads are non-negative: trunc is floor, and cheaper
-    low = (v & _LOW).mul_(n).add_(head.sub_(quotient * n))
+    low = _add_multiple(_add_multiple(head, quotient, n, -1, out=head), v & _LOW, n, 1)
     # The arithmetic shift is the floor division that matches `v & _LOW` for negative v too.
-    v.bitwise_right_shift_(RADIX_BITS).mul_(n).add_(low >> RADIX_BITS)
+    _add_multiple(low >> RADIX_BITS, v.bitwise_right_shift_(RADIX_BITS), n, 1, out=v)
     torch.bitwise_left_shift(quotient, RADIX_BITS, out=head)
     head.bitwise_or_(low.bitwise_and_(_LOW))
 
@@ -49,11 +49,19 @@ def multiply_(v: Tensor, head: Tensor, n: int | Tensor) -> None:
 def divide_(v: Tensor, head: Tensor, n: int | Tensor) -> None:
     """The inverse of `multiply_`: w = 2^16 v + (low 16 bits of head) is divided by n, the rest is pushed back."""
     quotient = torch.div(v, n, rounding_mode="floor")  # v may be negative: the rest v - n floor(v / n) is not
-    low = v.sub_(quotient * n).bitwise_left_shift_(RADIX_BITS).bitwise_or_(head & _LOW)
+    low = _add_multiple(v, quotient, n, -1, out=v).bitwise_left_shift_(RADIX_BITS).bitwise_or_(head & _LOW)
     low_quotient = torch.div(low, n, rounding_mode="trunc")
-    head.bitwise_right_shift_(RADIX_BITS).mul_(n).add_(low.sub_(low_quotient * n))
+    digit = _add_multiple(low, low_quotient, n, -1, out=low)
+    _add_multiple(digit, head.bitwise_right_shift_(RADIX_BITS), n, 1, out=head)
     torch.bitwise_left_shift(quotient, RADIX_BITS, out=v)
     v.add_(low_quotient)
+
+
+def _add_multiple(a: Tensor, b: Tensor, n: int | Tensor, sign: int, out: Tensor | None = None) -> Tensor:
+    """a + sign n b, in one pass where n is a number."""
+    if isinstance(n, int):
+        return torch.add(a, b, alpha=sign * n, out=out)
+    return torch.add(a, b * n, alpha=sign, out=out)
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -175,8 +175,8 @@ def readme_block(results: dict[str, Any]) -> str:
         f"{evaluation['restarts']} fresh networks, in {run['seconds']:.0f} s.",
         f"- Hypergradients against float64 autograd: worst relative error {worst:.1e} ({len(gradients)} combinations).",
         f"- Bit store at momentum {MOMENTUM}, 10,000 steps: {bits}.",
-        f"- One hypergradient, MLP 784-100-100-10, batch 100, {speed['steps']} steps, eager: {speed['ratio']:.1f} times the time of "
-        f"plain autograd ({speed['seconds']['Reversible']:.2f} s, median). Its extra peak memory:",
+        f"- One hypergradient, MLP 784-100-100-10, batch 100, {speed['steps']} steps, eager: {speed['ratio']:.1f} times the "
+        f"time of plain autograd ({speed['seconds']['Reversible']:.2f} s, median). Its extra peak memory:",
         "",
         "| steps | revdistill | plain autograd |",
         "|---|---|---|",

@@ -1,7 +1,7 @@
 """The one gradient function of an unroll, and its product with a vector.
 
 Both directions call `Gradient.linearize`, which always evaluates the gradient with a graph: plain autograd takes other
-kernels for some operators when no graph is asked for (torch's gelu and silu, forward-mode for all of them), and a gradient
+kernels for some operators when no graph is asked for (torch's silu; forward-mode differs for most), and a gradient
 that is one bit different on the way back ruins the reversal (invariant 1 of the engine).
 """
 

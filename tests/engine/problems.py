@@ -62,7 +62,7 @@ def tanh_mlp() -> Case:
 
 
 def silu_mlp() -> Case:
-    # torch takes another silu (and gelu) kernel when a graph is asked for: the trap of evaluating the two ways differently
+    # torch takes another silu kernel when a graph is asked for: the trap of evaluating the two ways differently
     return _classifier(nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 3)), 4)
 
 

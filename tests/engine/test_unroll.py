@@ -325,3 +325,15 @@ def test_peak_memory_is_flat_in_the_number_of_steps() -> None:
     growing = peak(500, "rd.StoreAll()") - peak(100, "rd.StoreAll()")
     assert flat < 4 * 2**20
     assert growing > 0.8 * 400 * 4 * 33_310
+
+
+def test_the_first_unroll_does_not_import_the_compiler() -> None:
+    """Regression: torch.use_deterministic_algorithms imports it, two seconds that nobody asked for."""
+    code = (
+        "import sys, torch, revdistill as rd\n"
+        "p = {'w': torch.ones(2, requires_grad=True)}\n"
+        "rd.unroll(lambda p, b: p['w'].square().sum(), p, lambda k: (), rd.SGD(0.1), steps=2)['w'].sum().backward()\n"
+        "print('torch._inductor' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"

@@ -18,10 +18,9 @@ class _Checked(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            found = self._check(value)
+            return self._check(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-        return value if found is None else found
 
 
 def _device_name(name: str) -> str:

@@ -12,7 +12,7 @@ from revdistill.distill.data import load
 from revdistill.distill.evaluation import check_compatible
 from revdistill.distill.run import METRICS, read_metrics
 
-from .errors import read_run, user_input
+from .errors import UserError, read_run, user_input
 from .table import evaluation_table, table
 
 
@@ -30,13 +30,10 @@ def show(run: Path) -> None:
         pictures = draw_all(directory, artifact, data, metrics)
     click.echo(_summary(artifact))
     if artifact.evaluation:
-        with user_input():
-            try:
-                click.echo(evaluation_table(artifact.evaluation))
-            except (KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{directory}: attribute 'evaluation' of the artifact is not one of this release ({error})"
-                ) from error
+        try:
+            click.echo(evaluation_table(artifact.evaluation))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{directory}: attribute 'evaluation' of the artifact is not one of this release ({error})") from error
     click.echo("pictures: " + ", ".join(str(p) for p in pictures))
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+import revdistill
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.distill.checkpoint import read_config, written_by
 from revdistill.distill.config import ADJOINTS, INITS, STARTS, Config
@@ -134,8 +135,6 @@ def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> Config:
                 f"{flag} is {_plain(value)}, but the run in {out} has {_plain(before)}; resume without it, or start a new run"
             )
     version = written_by(path)
-    import revdistill
-
     if version != revdistill.__version__:
         click.echo(f"note: the checkpoint was written by revdistill {version}, this is {revdistill.__version__}", err=True)
     return saved

@@ -74,15 +74,12 @@ def write(path: Path, artifact: Artifact) -> None:
 def read(path: Path) -> Artifact:
     """Read and check the file. Errors: ArtifactError that names the file and what is wrong with it."""
     with reading(path) as file:
-        version = file.integer("format_version")
-        if version != FORMAT_VERSION:
-            raise file.fail(f"has format version {version}; this release reads version {FORMAT_VERSION}")
-        soft = _is_soft(file)
+        file.check_version(FORMAT_VERSION)
         artifact = Artifact(
             x=file.array("x", "float32"),
-            y=file.array("y", "float32", 3) if soft else file.array("y", "int64", 2),
-            lr=file.array("lr", "float32", 1),
-            momentum=file.array("momentum", "float32", 1),
+            y=file.array("y", "int64", "float32"),
+            lr=file.array("lr", "float32", ndim=1),
+            momentum=file.array("momentum", "float32", ndim=1),
             dataset=file.text("dataset"),
             architectures=file.json("architectures", list),
             epochs=file.integer("epochs"),
@@ -97,19 +94,10 @@ def read(path: Path) -> Artifact:
         return artifact
 
 
-def _is_soft(file: Reader) -> bool:
-    try:
-        file.array("y", "int64")
-    except revdistill.ArtifactError:
-        file.array("y", "float32")  # neither: its error tells
-        return True
-    return False
-
-
 def _check(file: Reader, a: Artifact) -> None:
     if a.x.ndim < 3 or 0 in a.x.shape:
         raise file.fail(f"'x' has shape {list(a.x.shape)}; expected [batches, batch size, ...]")
-    if a.y.shape[:2] != a.x.shape[:2]:
+    if a.y.shape[:2] != a.x.shape[:2] or a.y.ndim != (3 if a.y.dtype.kind == "f" else 2):
         raise file.fail(f"'y' has shape {list(a.y.shape)}, which does not go with x of shape {list(a.x.shape)}")
     if not 1 <= a.epochs <= 10**6 or a.steps != a.batches * a.epochs or a.momentum.shape != a.lr.shape:
         raise file.fail(

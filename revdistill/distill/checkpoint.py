@@ -26,7 +26,7 @@ def save(path: Path, distiller: Distiller) -> None:
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["revdistill_version"] = revdistill.__version__
-        file.attrs["config"] = distiller.config.to_json()
+        file.attrs["config"] = json.dumps(distiller.config.to_dict())
         file.attrs["outer_step"] = distiller.outer_step
         file.attrs["adam_step"] = _adam_step(distiller)
         for name, leaf in distiller.synthetic.leaves.items():
@@ -40,9 +40,7 @@ def save(path: Path, distiller: Distiller) -> None:
 def read_config(path: Path) -> Config:
     """The configuration of the run that wrote the checkpoint. Errors: ArtifactError."""
     with reading(path) as file:
-        version = file.integer("format_version")
-        if version != FORMAT_VERSION:
-            raise file.fail(f"has format version {version}; this release reads version {FORMAT_VERSION}")
+        file.check_version(FORMAT_VERSION)
         values = file.json("config", dict)
         try:
             return Config.from_dict(values)
@@ -85,7 +83,7 @@ def _adam_step(distiller: Distiller) -> int:
 
 def describe_difference(ours: Config, theirs: Config) -> str | None:
     """The first field in which two configurations differ, in words."""
-    a, b = json.loads(ours.to_json()), json.loads(theirs.to_json())
+    a, b = ours.to_dict(), theirs.to_dict()
     for name in a:
         if a[name] != b[name]:
             return f"{name} is {a[name]!r} here, but {b[name]!r} in the run to be resumed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,8 +63,8 @@ class Config:
             self._need(name, getattr(self, name) >= 1, "an integer of at least 1")
         self._need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
         self._need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
-        self._need("lr", 0 < self.lr < 1e4, "a number above 0")
-        self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0")
+        self._need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
+        self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
         self._need("noise", self.noise is None or 0 <= self.noise < 1e4, "a number of at least 0")
         self._need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
         self._need("init", self.init in INITS, " or ".join(INITS))
@@ -89,12 +88,13 @@ class Config:
     def make_adjoint(self) -> Adjoint | None:
         return None if self.adjoint is None else ADJOINTS[self.adjoint]()
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    def to_dict(self) -> dict[str, Any]:
+        """In the types of JSON."""
+        return asdict(self) | {"architectures": list(self.architectures)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """From what `to_json` wrote; TypeError or ValueError where it did not."""
+        """From what `to_dict` gave; TypeError or ValueError where it did not."""
         return cls(**(values | {"architectures": tuple(values.get("architectures", ()))}))
 
 

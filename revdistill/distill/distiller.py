@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ class Distiller:
                 epochs=config.epochs,
                 seed=config.seed,
                 normalisation=self.data.normalisation,
-                config=asdict(config) | {"architectures": list(config.architectures)},
+                config=config.to_dict(),
             )
 
 

@@ -44,9 +44,10 @@ def evaluate(
     where = torch.device(device)
     data = data.to(where)
     population = Population(architecture, restarts, data.input_shape, data.classes, where)
-    params = population.sample(_seed(artifact))
     if artifact.config.get("init") == "fixed":
         params = _fixed_start(artifact, data, architecture, restarts, where)
+    else:
+        params = population.sample(_seed(artifact))
     rates = SCHEDULES[schedule](artifact.lr.tolist(), artifact.batches)
     train_plainly(artifact, population, params, rates)
     found = population.accuracies(params, data.x_test, data.y_test).double().cpu()

@@ -29,8 +29,13 @@ class Reader:
     def names(self) -> list[str]:
         return sorted(self._file)
 
-    def array(self, name: str, dtype: str, ndim: int | None = None) -> np.ndarray:
-        """A dataset of exactly this dtype, whose values are in this very file, finite where they are floats."""
+    def check_version(self, expected: int) -> None:
+        version = self.integer("format_version")
+        if version != expected:
+            raise self.fail(f"has format version {version}; this release reads version {expected}")
+
+    def array(self, name: str, *dtypes: str, ndim: int | None = None) -> np.ndarray:
+        """A dataset of exactly one of these dtypes, whose values are in this very file, finite where they are floats."""
         link = self._file.get(name, getlink=True) if name in self.names() else None
         if link is None:
             raise self.fail(f"has no dataset {name!r}")
@@ -41,8 +46,8 @@ class Reader:
             raise self.fail(f"{name!r} is not a dataset")
         if node.external or node.is_virtual:
             raise self.fail(f"{name!r} keeps its values in another file; only datasets in the file itself are read")
-        if node.dtype != np.dtype(dtype):
-            raise self.fail(f"{name!r} has dtype {node.dtype}; expected {dtype}")
+        if node.dtype not in [np.dtype(dtype) for dtype in dtypes]:
+            raise self.fail(f"{name!r} has dtype {node.dtype}; expected {' or '.join(dtypes)}")
         if ndim is not None and node.ndim != ndim:
             raise self.fail(f"{name!r} has shape {list(node.shape)}; expected {ndim} dimensions")
         declared = math.prod(node.shape) * node.dtype.itemsize

@@ -53,10 +53,9 @@ class Run:
         self._checkpoint = directory / checkpoints.FILE_NAME
         if resume:
             self._check_resumable()
+            checkpoints.restore(self._checkpoint, self.distiller)
         elif holds_run(directory):
             raise ValueError(f"{directory} already holds a run; give another directory, or resume it")
-        if resume:
-            checkpoints.restore(self._checkpoint, self.distiller)
 
     def _check_resumable(self) -> None:
         if not self._checkpoint.exists():

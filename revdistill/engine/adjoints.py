@@ -15,18 +15,19 @@ from torch import Tensor
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.fixedpoint import FixedPoint
 from revdistill.engine.history import NoHistory, check_place, open_history
-from revdistill.engine.recordings import Checkpoints, Recording, Reversal, Stored, UnrollStats, nothing, stats_of
+from revdistill.engine.recordings import Checkpoints, Recording, Reversal, Stored, UnrollStats, stats_of
 from revdistill.engine.trajectory import Problem, Trajectory
 
 
-@dataclass(frozen=True)
 class FixedPointAdjoint(ABC):
     """What the adjoints in fixed-point arithmetic share: the number format, see `revdistill.engine.fixedpoint.FixedPoint`."""
 
+    fractional_bits: int
+
     @property
-    @abstractmethod
     def fixed(self) -> FixedPoint:
         """The number format of theta and v."""
+        return FixedPoint(self.fractional_bits)
 
     @abstractmethod
     def record(self, problem: Problem, theta0: Tensor) -> Recording:
@@ -35,7 +36,7 @@ class FixedPointAdjoint(ABC):
     def forward_only(self, problem: Problem, theta0: Tensor) -> tuple[Tensor, UnrollStats]:
         """The same forward pass bit for bit, keeping nothing."""
         trajectory = Trajectory(problem, theta0, self.fixed, NoHistory())
-        trajectory.run(nothing, nothing)
+        trajectory.run()
         return trajectory.theta().clone(), stats_of(trajectory, trajectory.history.nbytes)
 
 
@@ -58,10 +59,6 @@ class Reversible(FixedPointAdjoint):
     def __post_init__(self) -> None:
         check_place(self.history)
         FixedPoint(self.fractional_bits)
-
-    @property
-    def fixed(self) -> FixedPoint:
-        return FixedPoint(self.fractional_bits)
 
     def record(self, problem: Problem, theta0: Tensor) -> Recording:
         if not problem.update.is_explicitly_reversible:
@@ -91,10 +88,6 @@ class Checkpoint(FixedPointAdjoint):
             raise ValueError(f"every must be at least 1, got {self.every}")
         FixedPoint(self.fractional_bits)
 
-    @property
-    def fixed(self) -> FixedPoint:
-        return FixedPoint(self.fractional_bits)
-
     def record(self, problem: Problem, theta0: Tensor) -> Recording:
         return Checkpoints(problem, theta0, self.fixed, self.every)
 
@@ -111,10 +104,6 @@ class StoreAll(FixedPointAdjoint):
 
     def __post_init__(self) -> None:
         FixedPoint(self.fractional_bits)
-
-    @property
-    def fixed(self) -> FixedPoint:
-        return FixedPoint(self.fractional_bits)
 
     def record(self, problem: Problem, theta0: Tensor) -> Recording:
         return Stored(problem, theta0, self.fixed)

@@ -158,5 +158,4 @@ def _largest_on_device(x: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> float:
-    low, high = (float(end) for end in torch.aminmax(x))
-    return high if math.isnan(high) else max(-low, high)
+    return float(_largest_on_device(x))

@@ -61,7 +61,7 @@ class Reversal(Recording):
 
     def __init__(self, problem: Problem, theta0: Tensor, fixed: FixedPoint, history: History) -> None:
         self._trajectory = Trajectory(problem, theta0, fixed, history)
-        self._trajectory.run(nothing, nothing)
+        self._trajectory.run()
         self.theta = self._trajectory.theta().clone()
         self.stats = stats_of(self._trajectory, self._trajectory.history.nbytes)
 
@@ -99,7 +99,7 @@ class Checkpoints(Recording):
         # Without momentum each v is overwritten before it is read: theta alone is a snapshot.
         self._with_slots = problem.update.keeps_memory(problem.steps)
         self._snapshots: dict[int, _Snapshot] = {}
-        self._trajectory.run(self._before_step, nothing)
+        self._trajectory.run(self._before_step)
         self.theta = self._trajectory.theta().clone()
         self._end = self._trajectory.state.fixed[THETA].clone()
         self.stats = stats_of(self._trajectory, sum(s.nbytes for s in self._snapshots.values()))
@@ -202,11 +202,6 @@ class _Stretch:
                 "the loss had another value when it was evaluated again at the same parameters, so the hypergradient would "
                 f"be wrong and is not returned. {_NONDETERMINISTIC}"
             )
-
-
-def nothing(*_: object) -> None:
-    """For passes that keep nothing before or after a step."""
-    return
 
 
 def stats_of(trajectory: Trajectory, history_bytes: int) -> UnrollStats:

@@ -21,6 +21,12 @@ Pushes = list[tuple[Tensor, Tensor, int | Tensor]]
 Adds = list[tuple[Tensor, Tensor, float | Tensor]]
 
 OnStep = Callable[[int, dict[str, Tensor], Tensor], object]
+BeforeStep = Callable[[int], None]
+AfterStep = Callable[[int, Linearization], None]
+
+
+def _nothing(*_: object) -> None:
+    return
 
 
 class Kernels:
@@ -71,7 +77,7 @@ class Trajectory:
         self.history.clear()
         self.state = self.problem.update.initial_state(self.fixed.from_float(self._theta0), self.history)
 
-    def run(self, before_step: Callable[[int], None], after_step: Callable[[int, Linearization], None]) -> None:
+    def run(self, before_step: BeforeStep = _nothing, after_step: AfterStep = _nothing) -> None:
         """All steps forward, with a call before and after each; then the checks that are still open."""
         try:
             self._run(before_step, after_step, self.problem.on_step)
@@ -80,14 +86,14 @@ class Trajectory:
             self._reset(interval=1)
             self._run(before_step, after_step, on_step=None)
 
-    def _run(
-        self, before_step: Callable[[int], None], after_step: Callable[[int, Linearization], None], on_step: OnStep | None
-    ) -> None:
+    def _run(self, before_step: BeforeStep, after_step: AfterStep, on_step: OnStep | None) -> None:
         for k in range(self.problem.steps):
             before_step(k)
-            theta = self.theta().clone() if on_step is not None else None
-            at = self.step(k)
-            if on_step is not None and theta is not None:
+            if on_step is None:
+                at = self.step(k)
+            else:
+                theta = self.theta().clone()
+                at = self.step(k)
                 on_step(k, self.problem.update.layout.views(theta), at.loss)
             after_step(k, at)
         self.guard.flush(self.state)

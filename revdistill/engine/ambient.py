@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _CUBLAS_VARIABLE, _CUBLAS_SETTING = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
@@ -32,6 +33,7 @@ class Ambient:
     threads: int
     autocast: bool
     autocast_dtype: torch.dtype
+    _callers: list[Tensor] = field(default_factory=list, compare=False, repr=False)  # its generators' states, during a passage
 
     @classmethod
     def capture(cls, device: torch.device, seed: int) -> Ambient:
@@ -52,25 +54,47 @@ class Ambient:
             )
             # The only attention kernel with second derivatives; the fused ones cannot give a Hessian product.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(self._own_generators())
             yield
 
     @contextmanager
     def step(self, k: int) -> Iterator[None]:
-        """Around one evaluation of the loss and its derivatives: the same random numbers in both directions."""
+        """Around one evaluation of the loss and its derivatives, in a passage: the same random numbers in both directions."""
+        # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
+        seed = (self.seed + k * 0x1E3779B97F4A7C15) % 2**63
+        for generator in self._generators():
+            generator.manual_seed(seed)
+        with torch.enable_grad():
+            yield
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Around a call of the user's, in a passage: with the random numbers that it would have drawn outside."""
+        generators = self._generators()
+        for generator, state in zip(generators, self._callers, strict=True):
+            generator.set_state(state)
+        try:
+            yield
+        finally:
+            self._callers[:] = [generator.get_state() for generator in generators]
+
+    @contextmanager
+    def _own_generators(self) -> Iterator[None]:
+        """The caller's random numbers are put back afterwards."""
+        generators = self._generators()
+        self._callers[:] = [generator.get_state() for generator in generators]
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, self._callers, strict=True):
+                generator.set_state(state)
+
+    def _generators(self) -> list[torch.Generator]:
         generators = [torch.default_generator]
         if self.device.type == "cuda":
             index = torch.cuda.current_device() if self.device.index is None else self.device.index
             generators.append(torch.cuda.default_generators[index])
-        states = [generator.get_state() for generator in generators]
-        for generator in generators:
-            # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
-            generator.manual_seed((self.seed + k * 0x1E3779B97F4A7C15) % 2**63)
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
+        return generators
 
 
 @contextmanager

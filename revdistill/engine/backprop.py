@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,11 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
     values = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in update.slots}
     keep_graph = torch.is_grad_enabled()
     for k in range(problem.steps):
-        batch = data.batch(k, ()) if data.function is not None else tuple(r[data.row(k)] for r in rows)
+        if data.function is None:
+            batch: Any = tuple(r[data.row(k)] for r in rows)
+        else:
+            with problem.ambient.outside():
+                batch = data.from_function(k)
         start = values[THETA]
         at = start if start.requires_grad else start.detach().requires_grad_()
         with problem.ambient.step(k), named_errors():
@@ -34,7 +39,8 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
             (gradient,) = torch.autograd.grad(value, at, create_graph=keep_graph)
         _check_finite(problem, k, value, gradient)
         if problem.on_step is not None:
-            problem.on_step(k, layout.views(start.detach()), value.detach())
+            with problem.ambient.outside():
+                problem.on_step(k, layout.views(start.detach()), value.detach())
         seen = values | {THETA: start, GRADIENT: gradient}
         for decay in update.decays:
             values[decay.slot] = values[decay.slot] * _at(decay.table, k, theta.dtype)

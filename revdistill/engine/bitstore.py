@@ -6,7 +6,7 @@ and v becomes w = v n + digit, which can be undone since digit = w mod n; then w
 low 16 bits are pushed. The paper pushes first, which leaves 16 low bits of v' to chance; in this order v' is within one unit
 of v n / 2^16, at the same cost in bits.
 
-When a head could get too long, its low 32 bits of every element are spilled to a `History` as one tensor of words. Whether to
+When a head could get too long, the low 16 bits of every element are spilled to a `History` as one tensor of words. Whether to
 spill is decided by one number, the proved upper bound on all heads, never by data: both directions agree on it without
 looking, and nothing waits for the device.
 """
@@ -18,14 +18,17 @@ from array import array
 import torch
 from torch import Tensor
 
+from revdistill.engine import loops
 from revdistill.engine.history import History
 
 RADIX_BITS = 16
 RADIX = 1 << RADIX_BITS
 _LOW = RADIX - 1
-_WORD_BITS = 32
+_WORD_BITS = 16
 _WORD = (1 << _WORD_BITS) - 1
-_HEAD_BITS = 63  # heads are non-negative int64
+# float64 holds integers below 2^53, and floor(fl(a / n)) = floor(a / n) for n < 2^16 and 0 <= a <= 2^52: a quotient that is no
+# integer is at least 1 / n below the next one, further than half of its last bit. Float division is what processors do fast.
+_HEAD_BITS = 52
 
 
 def quantise(momentum: float) -> int:
@@ -33,12 +36,28 @@ def quantise(momentum: float) -> int:
     return round(momentum * RADIX)
 
 
-def multiply_(v: Tensor, head: Tensor, n: int | Tensor) -> None:
-    """v <- floor((v n + digit) / 2^16) in place, the digit from head and the remainder into it (int64, elementwise).
+def multiply_(v: Tensor, head: Tensor, n: int) -> None:
+    """v <- floor((v n + digit) / 2^16) in place, the digit from head and the remainder into it (int64 [numel]).
 
-    Needs |v| < 2^62, 0 <= head with head / n < 2^47, and 1 <= n < 2^16. v n would not fit 64 bits, so v is taken in two parts.
+    Needs |v| < 2^62, 0 <= head < 2^52 with head / n < 2^36, and 1 <= n < 2^16.
     """
-    quotient = torch.div(head, n, rounding_mode="trunc")  # heads are non-negative: trunc is floor, and cheaper
+    if v.device.type == "cpu":
+        loops.multiply(v.numpy(), head.numpy(), n)
+    else:
+        multiply_by_passes_(v, head, n)
+
+
+def divide_(v: Tensor, head: Tensor, n: int) -> None:
+    """The inverse of `multiply_`: w = 2^16 v + (low 16 bits of head) is divided by n, the rest is pushed back."""
+    if v.device.type == "cpu":
+        loops.divide(v.numpy(), head.numpy(), n)
+    else:
+        divide_by_passes_(v, head, n)
+
+
+def multiply_by_passes_(v: Tensor, head: Tensor, n: int | Tensor) -> None:
+    """`multiply_` as tensor operations, for any device. v n would not fit 64 bits, so v is taken in two parts."""
+    quotient = _divide(head, n).to(torch.int64)
     low = _add_multiple(_add_multiple(head, quotient, n, -1, out=head), v & _LOW, n, 1)
     # The arithmetic shift is the floor division that matches `v & _LOW` for negative v too.
     _add_multiple(low >> RADIX_BITS, v.bitwise_right_shift_(RADIX_BITS), n, 1, out=v)
@@ -46,15 +65,23 @@ def multiply_(v: Tensor, head: Tensor, n: int | Tensor) -> None:
     head.bitwise_or_(low.bitwise_and_(_LOW))
 
 
-def divide_(v: Tensor, head: Tensor, n: int | Tensor) -> None:
-    """The inverse of `multiply_`: w = 2^16 v + (low 16 bits of head) is divided by n, the rest is pushed back."""
-    quotient = torch.div(v, n, rounding_mode="floor")  # v may be negative: the rest v - n floor(v / n) is not
-    low = _add_multiple(v, quotient, n, -1, out=v).bitwise_left_shift_(RADIX_BITS).bitwise_or_(head & _LOW)
-    low_quotient = torch.div(low, n, rounding_mode="trunc")
-    digit = _add_multiple(low, low_quotient, n, -1, out=low)
+def divide_by_passes_(v: Tensor, head: Tensor, n: int | Tensor) -> None:
+    """`divide_` as tensor operations, for any device.
+
+    w / n is taken in two parts. The first quotient is rounded to float64, off by at most 2^10; the second, of what that left
+    and the low bits (below 2^43 in magnitude), is exact and makes up for it.
+    """
+    near = _divide(v, n).to(torch.int64)
+    low = _add_multiple(v, near, n, -1, out=v).bitwise_left_shift_(RADIX_BITS).bitwise_or_(head & _LOW)
+    quotient = _divide(low, n).floor_().to(torch.int64)
+    digit = _add_multiple(low, quotient, n, -1, out=low)
     _add_multiple(digit, head.bitwise_right_shift_(RADIX_BITS), n, 1, out=head)
-    torch.bitwise_left_shift(quotient, RADIX_BITS, out=v)
-    v.add_(low_quotient)
+    torch.bitwise_left_shift(near, RADIX_BITS, out=v)
+    v.add_(quotient)
+
+
+def _divide(a: Tensor, n: int | Tensor) -> Tensor:
+    return a.to(torch.float64).div_(n)
 
 
 def _add_multiple(a: Tensor, b: Tensor, n: int | Tensor, sign: int, out: Tensor | None = None) -> Tensor:
@@ -72,7 +99,7 @@ class BitStore:
     """Exact decay of one int64 tensor, and back.
 
     shape, device: those of the tensors to come. history: where spilled words go. Cost: 8 bytes per element for the head
-    and log2(2^16 / n) bits per element and call, in words of 32; for n = 0 the 64 bits of v whole.
+    and log2(2^16 / n) bits per element and call, in words of 16; for n = 0 the 64 bits of v whole.
 
     Invariant: 0 <= head < bound, elementwise, and `bound` depends on the past n alone.
     """
@@ -113,7 +140,7 @@ class BitStore:
             v.zero_()
             return False
         if self._must_spill(self._bound, n):
-            self.history.push(self.head.to(torch.int32))  # the low 32 bits: the conversion wraps
+            self.history.push(self.head.to(torch.int16))  # the low 16 bits: the conversion wraps
             self.head.bitwise_right_shift_(_WORD_BITS)
             self._bound = _ceil_div(self._bound, 1 << _WORD_BITS)
         # floor(head / n) < ceil(bound / n), then 16 bits are pushed

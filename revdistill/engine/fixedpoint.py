@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from revdistill.engine import loops
+
 # |stored integer| stays below 2^62, so that the sum of two of them cannot pass 2^63 and wrap around.
 INTEGER_BITS = 62
 
@@ -52,15 +54,30 @@ class FixedPoint:
         return x.to(torch.float64, copy=True).mul_(self.scale).round_().to(torch.int64)
 
     def to_float(self, q: Tensor, *, out: Tensor) -> Tensor:
-        """Write the values of the integers q into `out` (float32 or float64): one rounding, then an exact power of two."""
-        return out.copy_(q).mul_(self.resolution)
+        """Write the values of the integers q into `out` (float32 or float64), rounded to float64 and then to out's dtype."""
+        if q.device.type == "cpu":
+            loops.to_float(q.numpy(), out.numpy(), self.resolution)
+            return out
+        return out.copy_(q.to(torch.float64).mul_(self.resolution))
 
 
-def add_rounded_(target: Tensor, source: Tensor, factor: float | Tensor, *, sign: int) -> Tensor:
-    """target += sign * round(factor * source), int64 in place.
+def add_rounded_(target: Tensor, source: Tensor, factor: float | Tensor, *, sign: int) -> None:
+    """target += sign * round(factor * source), int64 [numel] in place; sign is 1 or -1.
 
-    source: float, or int64 (a fixed-point number); factor: a float, or float64 values that broadcast. The product is
-    taken in float64 and rounded once, so the call with the other sign undoes this one bit for bit.
+    source: float, or int64 (a fixed-point number), that requires no grad; factor: a float, or float64 [numel]. The product
+    is taken in float64 and rounded once, so the call with the other sign undoes this one bit for bit.
     """
+    if target.device.type != "cpu":
+        add_rounded_by_passes_(target, source, factor, sign=sign)
+    elif isinstance(factor, Tensor):
+        loop = loops.add_rounded_each if sign > 0 else loops.subtract_rounded_each
+        loop(target.numpy(), source.numpy(), factor.numpy())
+    else:
+        scalar_loop = loops.add_rounded if sign > 0 else loops.subtract_rounded
+        scalar_loop(target.numpy(), source.numpy(), factor)
+
+
+def add_rounded_by_passes_(target: Tensor, source: Tensor, factor: float | Tensor, *, sign: int) -> None:
+    """`add_rounded_` as tensor operations, for any device."""
     amount = source.to(torch.float64, copy=True).mul_(factor).round_().to(torch.int64)
-    return target.add_(amount, alpha=sign)
+    target.add_(amount, alpha=sign)

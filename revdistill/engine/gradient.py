@@ -19,6 +19,7 @@ from torch import Tensor
 from revdistill.engine.ambient import Ambient
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.layout import Layout
+from revdistill.engine.scans import Fingerprints
 
 Batch = tuple[Any, ...]
 Loss = Callable[..., Tensor]
@@ -45,6 +46,10 @@ class Linearization(Protocol):
     def gradient(self) -> Tensor:
         """[numel], detached; bit-identical in both directions."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keeping this would hold; 0 where it holds no graph, and keeping it would save nothing."""
+
     def product(self, vector: Tensor) -> Products:
         """One double-backward product with vector [numel]; once only."""
 
@@ -58,6 +63,7 @@ class Data:
     def __init__(self, batches: Sequence[Tensor] | Callable[[int], Any], hyper: Hyper) -> None:
         self.function = batches if callable(batches) else None
         self.tensors: tuple[Tensor, ...] = () if callable(batches) else tuple(batches)
+        self._rows = [t.detach().unbind(0) for t in self.tensors]
         self.hyper_names = tuple(hyper) if isinstance(hyper, Mapping) else None
         self.hyper_kind = type(hyper)
         if hyper is None:
@@ -71,10 +77,13 @@ class Data:
         """The row of the table that step k uses."""
         return k % len(self.tensors[0])
 
-    def batch(self, k: int, table: Sequence[Tensor]) -> Any:
-        """Step k's batch; `table` stands in for `tensors`."""
-        if self.function is None:
-            return tuple(t[self.row(k)] for t in table)
+    def rows(self, k: int) -> tuple[Tensor, ...]:
+        """Step k's batch of the table, detached; () where a function gives the batches."""
+        return tuple(rows[k % len(rows)] for rows in self._rows)
+
+    def from_function(self, k: int) -> Any:
+        """Step k's batch, where a function gives the batches."""
+        assert self.function is not None
         batch = self.function(k)
         wanting = [t for t in (batch if isinstance(batch, (tuple, list)) else [batch]) if _wants_gradient(t)]
         if wanting:
@@ -94,10 +103,11 @@ class Data:
 
 
 class Gradient:
-    """The gradient of one loss, by eager autograd."""
+    """The gradient of one loss over `steps` steps, by eager autograd. fingerprints: of each step's gradient, as first evaluated."""
 
-    def __init__(self, loss: Loss, layout: Layout, data: Data, ambient: Ambient) -> None:
+    def __init__(self, loss: Loss, layout: Layout, data: Data, ambient: Ambient, steps: int) -> None:
         self.loss, self.layout, self.data, self.ambient = loss, layout, data, ambient
+        self.fingerprints = Fingerprints(steps, layout.device)
         self._checked = False
 
     def linearize(self, k: int, theta: Tensor) -> EagerLinearization:
@@ -113,10 +123,14 @@ class Gradient:
 
     def _batch(self, k: int) -> tuple[Any, tuple[Tensor, ...]]:
         if self.data.function is not None:
-            return self.data.batch(k, ()), ()
-        row = self.data.row(k)
-        leaves = tuple(_leaf(t.detach()[row], t.requires_grad) for t in self.data.tensors)
+            return self._from_function(k), ()
+        rows = zip(self.data.rows(k), self.data.tensors, strict=True)
+        leaves = tuple(_leaf(row, t.requires_grad) for row, t in rows)
         return leaves, leaves
+
+    def _from_function(self, k: int) -> Any:
+        with self.ambient.outside():
+            return self.data.from_function(k)
 
     def _check(self, value: object, leaf: Tensor, leaves: tuple[Tensor, ...]) -> None:
         if self._checked:
@@ -157,6 +171,12 @@ class EagerLinearization:
     @property
     def gradient(self) -> Tensor:
         return self.graph.detach()
+
+    @property
+    def nbytes(self) -> int:
+        data = {t.untyped_storage().data_ptr() for t in (*self.batch_leaves, *self.hyper_leaves)}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved_tensors(self.graph)}
+        return sum(size for pointer, size in storages.items() if pointer not in data) + self.leaf.nbytes
 
     def product(self, vector: Tensor) -> Products:
         leaves = (self.leaf, *self.batch_leaves, *self.hyper_leaves)
@@ -203,6 +223,15 @@ def graph_nodes(value: Tensor) -> list[Any]:
         seen.add(node)
         queue.extend(parent for parent, _ in node.next_functions)
     return list(seen)
+
+
+def saved_tensors(value: Tensor) -> Iterator[Tensor]:
+    """Every tensor that the autograd graph behind `value` holds for its backward."""
+    for node in graph_nodes(value):
+        held = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        held += getattr(node, "saved_tensors", ())
+        for entry in held:
+            yield from (t for t in (entry if isinstance(entry, (tuple, list)) else (entry,)) if isinstance(t, Tensor))
 
 
 def is_once_differentiable(node: Any) -> bool:

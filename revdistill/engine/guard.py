@@ -17,6 +17,7 @@ from torch import Tensor
 from revdistill.engine.errors import NonFiniteError, RangeError
 from revdistill.engine.fixedpoint import FixedPoint
 from revdistill.engine.moves import GRADIENT, THETA, Add, State, Update
+from revdistill.engine.scans import largest, largest_on_device
 
 GPU_INTERVAL = 32
 _SLACK = 1.0 + 1e-9  # the bounds are floats themselves
@@ -38,13 +39,13 @@ class Guard:
     def start(self, theta: Tensor) -> None:
         """Check the parameters at the start (float, [numel])."""
         layout = self._update.layout
-        largest = _largest(theta)
-        if not math.isfinite(largest):
+        start = largest(theta)
+        if not math.isfinite(start):
             name = layout.first_nonfinite(theta)
             raise NonFiniteError(f"params[{name!r}] is not finite at the start", parameter=name, step=0)
-        if not largest < self._fixed.limit:
+        if not start < self._fixed.limit:
             self._raise_range(theta.double(), -1, "theta")
-        self._bounds = {THETA: largest} | dict.fromkeys(self._update.slots, 0.0)
+        self._bounds = {THETA: start} | dict.fromkeys(self._update.slots, 0.0)
         self._notes, self._first_note = [], 0
 
     def before_step(self, k: int, loss: Tensor, gradient: Tensor, state: State) -> bool:
@@ -52,22 +53,22 @@ class Guard:
         if self._interval > 1:
             if len(self._notes) == self._interval:
                 self.flush(state)
-            self._notes.append(torch.stack([_largest_on_device(gradient).double(), loss.double()]))
+            self._notes.append(torch.stack([largest_on_device(gradient).double(), loss.double()]))
             return True
-        largest, value = _largest(gradient), float(loss)
-        if not (math.isfinite(largest) and math.isfinite(value)):
+        entry, value = largest(gradient), float(loss)
+        if not (math.isfinite(entry) and math.isfinite(value)):
             self._raise_nonfinite(k, value, gradient)
-        if self._advance(k, largest):
+        if self._advance(k, entry):
             return True
         self._tighten(state)
-        return self._advance(k, largest)
+        return self._advance(k, entry)
 
     def flush(self, state: State) -> None:
         """Read the notes, all of steps that `state` has behind it. Raises SuspicionError."""
         if not self._notes:
             return
-        for offset, (largest, value) in enumerate(torch.stack(self._notes).tolist()):
-            if not (math.isfinite(largest) and math.isfinite(value)) or not self._advance(self._first_note + offset, largest):
+        for offset, (entry, value) in enumerate(torch.stack(self._notes).tolist()):
+            if not (math.isfinite(entry) and math.isfinite(value)) or not self._advance(self._first_note + offset, entry):
                 raise SuspicionError
         self._first_note += len(self._notes)
         self._notes = []
@@ -78,9 +79,9 @@ class Guard:
         resolution = self._fixed.resolution
         source = gradient.double() if add.source == GRADIENT else state.fixed[add.source].double() * resolution
         after = state.fixed[add.target].double() * resolution + source * add.factor.at(k)
-        if not _largest(after) < self._fixed.limit:
+        if not largest(after) < self._fixed.limit:
             self._raise_range(after, k, add.target)
-        self._bounds[add.target] = _largest(after)
+        self._bounds[add.target] = largest(after)
 
     def _advance(self, k: int, largest_gradient: float) -> bool:
         """Advance the bounds over step k; False, and no change, if one would reach the limit."""
@@ -97,7 +98,7 @@ class Guard:
         return True
 
     def _tighten(self, state: State) -> None:
-        self._bounds = {name: _largest(t) * self._fixed.resolution * _SLACK for name, t in state.fixed.items()}
+        self._bounds = {name: float(largest_on_device(t)) * self._fixed.resolution * _SLACK for name, t in state.fixed.items()}
 
     def _raise_nonfinite(self, k: int, loss: float, gradient: Tensor) -> None:
         name = self._update.layout.first_nonfinite(gradient)
@@ -130,7 +131,10 @@ class FiniteWatch:
         self._notes: list[tuple[int, Tensor]] = []
 
     def after_step(self, k: int, theta_bar: Tensor) -> None:
-        self._notes.append((k, _largest_on_device(theta_bar)))
+        if self._interval == 1:
+            self._check(k, largest(theta_bar), theta_bar)
+            return
+        self._notes.append((k, largest_on_device(theta_bar)))
         if len(self._notes) >= self._interval:
             self.flush(theta_bar)
 
@@ -139,23 +143,17 @@ class FiniteWatch:
             return
         values = torch.stack([note for _, note in self._notes]).tolist()
         for (k, _), value in zip(self._notes, values, strict=True):
-            if not math.isfinite(value):
-                name = self._update.layout.first_nonfinite(theta_bar)
-                raise NonFiniteError(
-                    f"the hypergradient of params[{name!r}] stopped being finite at step {k} on the way back, though loss and "
-                    "gradient are finite there: the product of the loss's Hessian with it is infinite or NaN (a second derivative "
-                    "such as sqrt's at 0), or it exploded; a smoother loss, a smaller lr or fewer steps avoid it",
-                    parameter=name,
-                    step=k,
-                )
+            self._check(k, value, theta_bar)
         self._notes = []
 
-
-def _largest_on_device(x: Tensor) -> Tensor:
-    """0-dim: the largest magnitude; NaN or inf where there is one."""
-    low, high = torch.aminmax(x)
-    return torch.maximum(low.abs(), high)
-
-
-def _largest(x: Tensor) -> float:
-    return float(_largest_on_device(x))
+    def _check(self, k: int, value: float, theta_bar: Tensor) -> None:
+        if math.isfinite(value):
+            return
+        name = self._update.layout.first_nonfinite(theta_bar)
+        raise NonFiniteError(
+            f"the hypergradient of params[{name!r}] stopped being finite at step {k} on the way back, though loss and "
+            "gradient are finite there: the product of the loss's Hessian with it is infinite or NaN (a second derivative "
+            "such as sqrt's at 0), or it exploded; a smoother loss, a smaller lr or fewer steps avoid it",
+            parameter=name,
+            step=k,
+        )

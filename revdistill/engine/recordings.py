@@ -57,28 +57,49 @@ class Recording(ABC):
 
 
 class Reversal(Recording):
-    """The state at the end, and the words spilled on the way: each step is undone."""
+    """The state at the end, the words spilled on the way, and the graphs of the last steps, as many as fit in `graph_bytes`.
 
-    def __init__(self, problem: Problem, theta0: Tensor, fixed: FixedPoint, history: History) -> None:
+    Each step is undone; the gradient of a step whose graph was kept is not evaluated again.
+    """
+
+    def __init__(self, problem: Problem, theta0: Tensor, fixed: FixedPoint, history: History, graph_bytes: int = 0) -> None:
+        self._graph_bytes, self._first_kept, self._steps = graph_bytes, problem.steps, problem.steps
+        self._kept: dict[int, Linearization] = {}
         self._trajectory = Trajectory(problem, theta0, fixed, history)
-        self._trajectory.run()
+        if graph_bytes:
+            self._trajectory.run(after_step=self._keep)
+        else:
+            self._trajectory.run()
         self.theta = self._trajectory.theta().clone()
         self.stats = stats_of(self._trajectory, self._trajectory.history.nbytes)
+
+    def _keep(self, k: int, at: Linearization) -> None:
+        if k == 0:  # all steps' graphs are alike: the first tells how many fit
+            nbytes = at.nbytes
+            fitting = self._graph_bytes // nbytes if nbytes else 0
+            self._first_kept = max(0, self._steps - fitting)
+            self._kept.clear()
+        if k >= self._first_kept:
+            self._kept[k] = at
+            self._trajectory.give_buffer_away()  # the graph refers to it
 
     def backward(self, sweep: Sweep) -> Hypergradients:
         trajectory, problem = self._trajectory, sweep.problem
         keep = wants_slots(problem)
         slots = trajectory.slots() if keep else {}
+        same = _Same(problem)
         for k in reversed(range(problem.steps)):
             trajectory.undo_drifts(k)
             theta = trajectory.theta()
-            at = problem.gradient.linearize(k, theta)
+            at = self._kept.pop(k, None) or problem.gradient.linearize(k, theta)
 
             def undo(k: int = k, at: Linearization = at) -> dict[str, Tensor]:
+                same.check(k, at.gradient)
                 trajectory.undo_kicks_and_decays(k, at.gradient)
                 return trajectory.slots() if keep else {}
 
             slots = sweep.step(k, theta, at, after=slots, before=undo)
+        same.finish()
         result = sweep.finish()
         back = trajectory.is_back_at_start()
         trajectory.history.clear()
@@ -113,10 +134,13 @@ class Checkpoints(Recording):
         for start in reversed(range(0, problem.steps, self._every)):
             snapshot = self._snapshots.pop(start)
             snapshot.restore(self._trajectory)
-            stretch = _Stretch(self._trajectory)
+            stretch, same = _Stretch(self._trajectory), _Same(problem)
             for k in range(start, min(start + self._every, problem.steps)):
                 stretch.before_step(k)
-                stretch.after_step(k, self._trajectory.step(k, guarded=False))
+                at = self._trajectory.step(k, again=True)
+                same.check(k, at.gradient)
+                stretch.after_step(k, at)
+            same.finish()
             if not torch.equal(self._trajectory.state.fixed[THETA], end):
                 raise ReversalError(
                     f"running steps {start} to {k} again did not end bit-exactly where the forward pass ended, so the "
@@ -171,7 +195,6 @@ class _Stretch:
         self._keep = wants_slots(trajectory.problem)
         self._thetas: dict[int, Tensor] = {}
         self._slots: dict[int, dict[str, Tensor]] = {}
-        self._losses: dict[int, Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -183,25 +206,52 @@ class _Stretch:
         if self._keep and k not in self._slots:
             self._slots[k] = self._trajectory.slots()
 
-    def after_step(self, k: int, at: Linearization) -> None:
-        self._losses[k] = at.loss
+    def after_step(self, k: int, _: Linearization) -> None:
         if self._keep:
             self._slots[k + 1] = self._trajectory.slots()
 
     def sweep_back(self, sweep: Sweep) -> None:
         """Go back over the steps that were kept, letting go of each."""
-        differs = torch.zeros((), dtype=torch.bool, device=sweep.problem.update.layout.device)
+        same = _Same(sweep.problem)
         for k in sorted(self._thetas, reverse=True):
             theta = self._thetas.pop(k)
             at = sweep.problem.gradient.linearize(k, theta)
-            before = self._slots.get(k, {})
-            sweep.step(k, theta, at, after=self._slots.pop(k + 1, {}), before=lambda before=before: before)  # type: ignore[misc]
-            differs = differs | (at.loss != self._losses.pop(k))
-        if bool(differs):
-            raise ReversalError(
-                "the loss had another value when it was evaluated again at the same parameters, so the hypergradient would "
-                f"be wrong and is not returned. {_NONDETERMINISTIC}"
-            )
+
+            def before(k: int = k, at: Linearization = at) -> dict[str, Tensor]:
+                same.check(k, at.gradient)
+                return self._slots.get(k, {})
+
+            sweep.step(k, theta, at, after=self._slots.pop(k + 1, {}), before=before)
+        same.finish()
+
+
+class _Same:
+    """Raises ReversalError where a gradient evaluated again is not the one of the forward pass, to the bit."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._fingerprints = problem.gradient.fingerprints
+        self._notes: list[tuple[int, Tensor]] = []
+
+    def check(self, k: int, gradient: Tensor) -> None:
+        """At once on the CPU; elsewhere noted, so that nothing waits for the device."""
+        matches = self._fingerprints.matches(k, gradient)
+        if isinstance(matches, Tensor):
+            self._notes.append((k, matches))
+        elif not matches:
+            self._raise(k)
+
+    def finish(self) -> None:
+        """Read the notes."""
+        matches = torch.stack([note for _, note in self._notes]).tolist() if self._notes else []
+        for (k, _), good in zip(self._notes, matches, strict=True):
+            if not good:
+                self._raise(k)
+
+    def _raise(self, k: int) -> None:
+        raise ReversalError(
+            f"the gradient at step {k} was not the same bit for bit when it was evaluated again, so the way back cannot end "
+            f"bit-exactly at the start and no hypergradient is returned. {_NONDETERMINISTIC}"
+        )
 
 
 def stats_of(trajectory: Trajectory, history_bytes: int) -> UnrollStats:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +41,11 @@ class Table:
         return self.values.detach()[k if len(self.host) > 1 else 0].index_select(0, self.index)
 
     def largest(self, k: int) -> float:
-        return max(map(abs, self.row(k)))
+        return self._largest[k if len(self._largest) > 1 else 0]
+
+    @cached_property
+    def _largest(self) -> list[float]:
+        return [max(map(abs, row)) for row in self.host]
 
     def is_zero(self) -> bool:
         return not any(map(any, self.host))

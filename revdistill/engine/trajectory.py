@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,8 @@ from revdistill.engine.history import History
 from revdistill.engine.moves import GRADIENT, THETA, Add, Update
 
 # (slot, head, n) for each decay of a step; (target, source, factor) for each kick or drift.
-Pushes = list[tuple[Tensor, Tensor, int | Tensor]]
-Adds = list[tuple[Tensor, Tensor, float | Tensor]]
+Pushes = Sequence[tuple[Tensor, Tensor, int]]
+Adds = Sequence[tuple[Tensor, Tensor, float | Tensor]]
 
 OnStep = Callable[[int, dict[str, Tensor], Tensor], object]
 BeforeStep = Callable[[int], None]
@@ -94,13 +94,18 @@ class Trajectory:
             else:
                 theta = self.theta().clone()
                 at = self.step(k)
-                on_step(k, self.problem.update.layout.views(theta), at.loss)
+                with self.problem.ambient.outside():
+                    on_step(k, self.problem.update.layout.views(theta), at.loss)
             after_step(k, at)
         self.guard.flush(self.state)
 
     def theta(self) -> Tensor:
         """theta as floats, in a buffer that the next call overwrites."""
         return self.fixed.to_float(self.state.fixed[THETA], out=self._buffer)
+
+    def give_buffer_away(self) -> None:
+        """The tensor that `theta` returned last stays as it is."""
+        self._buffer = torch.empty_like(self._buffer)
 
     def slots(self) -> dict[str, Tensor]:
         """The running averages as floats, in new tensors."""
@@ -109,13 +114,15 @@ class Trajectory:
             for slot in self.problem.update.slots
         }
 
-    def step(self, k: int, *, guarded: bool = True) -> Linearization:
-        """theta_k -> theta_{k+1}. guarded: look for values that are not finite or leave the range; a re-run need not."""
+    def step(self, k: int, *, again: bool = False) -> Linearization:
+        """theta_k -> theta_{k+1}. again: this step was made before; the values are known to be finite and in range."""
         update, state = self.problem.update, self.state
         at = self.problem.gradient.linearize(k, self.theta())
         gradient = at.gradient
         moves = (*update.kicks, *update.drifts)
-        if not guarded or self.guard.before_step(k, at.loss, gradient, state):
+        if not again:
+            self.problem.gradient.fingerprints.record(k, gradient)
+        if again or self.guard.before_step(k, at.loss, gradient, state):
             self.problem.kernels.forward(self._make_room(k), [self._operands(k, add, gradient) for add in moves])
         else:
             self.problem.kernels.forward(self._make_room(k), [])
@@ -132,7 +139,7 @@ class Trajectory:
         """The slots go back to those of before step k. gradient: bit-identical to the one of the way forward."""
         update, state = self.problem.update, self.state
         parts = [part for decay in update.decays for part in decay.parts(k, state)]
-        pushes: Pushes = [(slot, store.head, n) for slot, store, n in parts if store.pushes(n)]
+        pushes = [(slot, store.head, n) for slot, store, n in parts if store.pushes(n)]
         self.problem.kernels.inverse(pushes, [self._operands(k, add, gradient) for add in update.kicks])
         for slot, store, n in reversed(parts):
             store.after_undecay(slot, n)

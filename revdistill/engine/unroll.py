@@ -102,12 +102,12 @@ def unroll(
     ambient = Ambient.capture(layout.device, draw_seed() if seed is None else seed)
     theta0 = layout.flatten(params)
     problem = Problem(
-        gradient=(CompiledGradient if compile else Gradient)(loss, layout, data, ambient),
+        gradient=(CompiledGradient if compile else Gradient)(loss, layout, data, ambient, steps),
         update=optimizer.resolve(layout, steps),
         data=data,
         ambient=ambient,
         steps=steps,
-        kernels=CompiledKernels() if compile else Kernels(),
+        kernels=CompiledKernels() if compile and layout.device.type != "cpu" else Kernels(),
         on_step=on_step,
     )
     theta, stats = _run(problem, loss, theta0, adjoint or default_adjoint(problem))

@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revdistill.engine.bitstore import RADIX, BitStore, quantise
-from revdistill.engine.fixedpoint import INTEGER_BITS, FixedPoint, add_rounded_
+from revdistill.engine.bitstore import (
+    RADIX,
+    BitStore,
+    divide_,
+    divide_by_passes_,
+    multiply_,
+    multiply_by_passes_,
+    quantise,
+)
+from revdistill.engine.fixedpoint import INTEGER_BITS, FixedPoint, add_rounded_, add_rounded_by_passes_
 from revdistill.engine.history import DeviceHistory, FileHistory, HostHistory, NoHistory, open_history
 
 CPU = torch.device("cpu")
@@ -128,6 +136,55 @@ def test_a_hundred_thousand_steps_come_back() -> None:
         store.undecay_(v, n)
     assert torch.equal(v, start)
     assert store.is_empty()
+
+
+@settings(deadline=None)
+@given(values, st.integers(1, RADIX - 1), st.integers(0, 2**32))
+def test_loops_and_passes_have_the_same_bits(start: list[int], n: int, seed: int) -> None:
+    """The loops of the CPU and the tensor operations of other devices are one function."""
+    draw = torch.Generator().manual_seed(seed)
+    v = torch.tensor(start)
+    head = torch.randint(0, min(n << 36, 2**52), v.shape, generator=draw)
+    mine, theirs = (v.clone(), head.clone()), (v.clone(), head.clone())
+    multiply_(*mine, n)
+    multiply_by_passes_(*theirs, n)
+    assert all(map(torch.equal, mine, theirs))
+    divide_(*mine, n)
+    divide_by_passes_(*theirs, n)
+    assert all(map(torch.equal, mine, theirs))
+    assert torch.equal(mine[0], v)
+    assert torch.equal(mine[1], head)
+
+
+@settings(deadline=None)
+@given(st.integers(1, RADIX - 1), st.integers(0, 2**52 - 1))
+def test_the_digit_is_exact_where_float_division_is_tightest(n: int, head: int) -> None:
+    """head / n within one part in 2^52 of an integer, from below and from above."""
+    for near in (head // n * n - 1, head // n * n, head // n * n + 1, 2**52 - 1):
+        if not 0 <= near < min(n << 36, 2**52):
+            continue
+        v, store = torch.tensor([5]), torch.tensor([near])
+        multiply_(v, store, n)
+        w = 5 * n + near % n
+        assert v.tolist() == [w >> 16]
+        assert store.tolist() == [(near // n << 16) + w % RADIX]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(-(2**50), 2**50), min_size=1, max_size=6),
+    st.floats(-1e3, 1e3, allow_nan=False),
+    st.sampled_from([torch.float32, torch.float64, torch.int64]),
+    st.booleans(),
+)
+def test_adds_by_loops_and_by_passes_have_the_same_bits(start: list[int], factor: float, dtype: torch.dtype, each: bool) -> None:
+    source = (torch.tensor(start) // 3).to(dtype)
+    scale = torch.linspace(factor, 1.0, len(start), dtype=torch.float64) if each else factor
+    for sign in (1, -1):
+        mine, theirs = torch.tensor(start), torch.tensor(start)
+        add_rounded_(mine, source, scale, sign=sign)
+        add_rounded_by_passes_(theirs, source, scale, sign=sign)
+        assert torch.equal(mine, theirs)
 
 
 def test_a_store_that_is_not_empty_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import warnings
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine import compiled
 from revdistill.engine.compiled import CompiledKernels
 from revdistill.engine.trajectory import Kernels
 
@@ -88,9 +88,6 @@ def test_wrong_values_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(function: Any, *args: Any) -> Any:
         found = function(*args)
-        if found is None:  # the integer work is in place
-            args[1][-1][0].add_(1)
-            return None
         return (found[0] * 1.5, found[1])
 
     monkeypatch.setattr(torch, "compile", _fake_compile(wrong))
@@ -99,24 +96,46 @@ def test_wrong_values_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
         found = hypergradient(loss, params, batches, compile=True)
     messages = [str(w.message) for w in caught if issubclass(w.category, rd.CompileWarning)]
     assert any("compiled gradient differs from eager" in m for m in messages)
-    assert any("other bits than eager" in m for m in messages)
     assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
 
 
-def test_a_product_whose_gradient_has_other_bits_does_not_feed_the_reversal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integers_with_one_wrong_bit_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(function: Any, pushes: Any, adds: Any) -> None:
+        function(pushes, adds)
+        adds[-1][0].bitwise_xor_(1)
+
+    monkeypatch.setattr(torch, "compile", _fake_compile(wrong))
+    kernels, eager = CompiledKernels(), Kernels()
+    for _ in range(2):
+        mine, theirs = torch.arange(5), torch.arange(5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            kernels.forward([], [(mine, torch.ones(5), 3.0)])
+        eager.forward([], [(theirs, torch.ones(5), 3.0)])
+        assert torch.equal(mine, theirs)
+        messages = [str(w.message) for w in caught]
+        assert messages == [] or "other bits than eager" in messages[0]
+
+
+@pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()], ids=repr)
+def test_a_product_whose_gradient_has_other_bits_does_not_feed_the_reversal(monkeypatch: pytest.MonkeyPatch, adjoint: Any) -> None:
+    """As torch 2.13 does with an MLP: the same bits on the first use, and other bits at one step of a hundred."""
     loss, params, batches = problem()
-    eager = hypergradient(loss, params, batches)
+    eager = hypergradient(loss, params, batches, adjoint=adjoint)
+    products = itertools.count()
+    separate = []
 
     def nearly(function: Any, *args: Any) -> Any:
+        if len(args) == 3:
+            separate.append(1)
         found = function(*args)
-        if found is not None and len(args) == 4:  # the product, which returns a gradient too
+        if len(args) == 4 and next(products) % 5 == 1:  # the product, which returns a gradient too
             return found[0] * (1 + 1e-6), found[1]
         return found
 
     monkeypatch.setattr(torch, "compile", _fake_compile(nearly))
-    found = hypergradient(loss, params, batches, compile=True)  # no ReversalError: the gradient was evaluated separately
+    found = hypergradient(loss, params, batches, compile=True, adjoint=adjoint)  # no ReversalError
     for mine, theirs in zip(found, eager, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
-    (functions,) = compiled._functions[loss].values()
-    assert functions.product_checked
-    assert not functions.product_gradient_is_equal
+    again = 20 if isinstance(adjoint, rd.Checkpoint) else 0
+    assert len(separate) == 1 + 20 + again + 4  # the check, the steps forward, and only where the product's had other bits

@@ -103,8 +103,8 @@ def test_stats() -> None:
 
     reversible = stats(rd.Reversible())
     assert (reversible.steps, reversible.parameters, reversible.state_bytes) == (steps, count, 24 * count)
-    assert reversible.history_bytes == 4 * count * 2  # two spills of 32 bits in 700 steps
-    assert reversible.history_bits_per_parameter_step == pytest.approx(64 / steps)
+    assert reversible.history_bytes == 2 * count * 5  # five spills of 16 bits in 700 steps
+    assert reversible.history_bits_per_parameter_step == pytest.approx(80 / steps)
     with torch.no_grad():
         assert stats(rd.Reversible()) == reversible
     assert stats(rd.StoreAll()).history_bytes == 4 * count * steps
@@ -273,6 +273,35 @@ def test_one_gradient_and_one_product_per_step(monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=10)
     assert len(calls) == 10
+
+
+@pytest.mark.parametrize("fitting", [0, 1, 4, 10, 99])
+def test_graphs_that_fit_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch, fitting: int) -> None:
+    calls = []
+    linearize = Gradient.linearize
+    loss, params = rd.from_module(mlp(), CE)
+    batches, lr = data(5), torch.full((10,), 0.1, requires_grad=True)
+
+    def hypergradient(**kwargs: Any) -> tuple[Tensor, ...]:
+        theta = rd.unroll(loss, params, batches, rd.SGD(lr, 0.9, weight_decay=1e-3), steps=10, adjoint=rd.Reversible(**kwargs))
+        return torch.autograd.grad(total(theta), [batches[0], lr, *params.values()])
+
+    plain = hypergradient()
+    sizes = []
+
+    def watched(self: Gradient, k: int, theta: Tensor) -> Any:
+        at = linearize(self, k, theta)
+        calls.append(k)
+        sizes.append(at.nbytes)
+        return at
+
+    monkeypatch.setattr(Gradient, "linearize", watched)
+    hypergradient()
+    assert len(set(sizes)) == 1  # one step's graph is as large as another's
+    calls.clear()
+    found = hypergradient(graph_bytes=fitting * sizes[0] + sizes[0] // 2)
+    assert calls == [*range(10), *reversed(range(10 - min(10, fitting)))]
+    assert all(map(torch.equal, found, plain))
 
 
 def test_nothing_is_kept_alive() -> None:

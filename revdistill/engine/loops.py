@@ -1,0 +1,109 @@
+"""The integer work on the CPU: one loop per function, compiled by numba.
+
+The same formulas run as tensor operations on other devices (`bitstore`, `fixedpoint`), with the same bits; as some forty passes
+over memory they cost ten times as much on a CPU. Nothing here may be reordered or contracted: no fastmath.
+
+All arrays are one-dimensional and contiguous, and changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Odd constants of splitmix64 (Steele, Lea & Flood 2014), as signed 64-bit integers; sums and products wrap around.
+STEP, FIRST, SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _compiled(function: Function) -> Function:
+    """Compiled on first use and kept on disk for the next process, where some folder can be written."""
+    options: Any = {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast(Function, njit(cache=True, **options)(function))
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return cast(Function, njit(**options)(function))
+
+
+@_compiled
+def multiply(v: Any, head: Any, n: int) -> None:
+    """`bitstore.multiply_`: int64 v, head; 1 <= n < 2^16."""
+    divisor = np.float64(n)
+    for i in range(v.size):
+        quotient = np.int64(np.float64(head[i]) / divisor)
+        low = (v[i] & 0xFFFF) * n + (head[i] - quotient * n)
+        v[i] = (v[i] >> 16) * n + (low >> 16)
+        head[i] = (quotient << 16) | (low & 0xFFFF)
+
+
+@_compiled
+def divide(v: Any, head: Any, n: int) -> None:
+    """`bitstore.divide_`."""
+    divisor = np.float64(n)
+    for i in range(v.size):
+        near = np.int64(np.float64(v[i]) / divisor)
+        low = ((v[i] - near * n) << 16) | (head[i] & 0xFFFF)
+        quotient = np.int64(np.floor(np.float64(low) / divisor))
+        head[i] = (head[i] >> 16) * n + (low - quotient * n)
+        v[i] = (near << 16) + quotient
+
+
+@_compiled
+def add_rounded(target: Any, source: Any, factor: float) -> None:
+    """`fixedpoint.add_rounded_`: int64 target; source of float32, float64 or int64."""
+    for i in range(target.size):
+        target[i] += np.int64(np.rint(np.float64(source[i]) * factor))
+
+
+@_compiled
+def subtract_rounded(target: Any, source: Any, factor: float) -> None:
+    """The inverse of `add_rounded`."""
+    for i in range(target.size):
+        target[i] -= np.int64(np.rint(np.float64(source[i]) * factor))
+
+
+@_compiled
+def add_rounded_each(target: Any, source: Any, factors: Any) -> None:
+    """`add_rounded` with a float64 factor for each element."""
+    for i in range(target.size):
+        target[i] += np.int64(np.rint(np.float64(source[i]) * factors[i]))
+
+
+@_compiled
+def subtract_rounded_each(target: Any, source: Any, factors: Any) -> None:
+    """The inverse of `add_rounded_each`."""
+    for i in range(target.size):
+        target[i] -= np.int64(np.rint(np.float64(source[i]) * factors[i]))
+
+
+@_compiled
+def to_float(q: Any, out: Any, resolution: float) -> None:
+    """`fixedpoint.FixedPoint.to_float`: int64 q; out of float32 or float64."""
+    for i in range(q.size):
+        out[i] = np.float64(q[i]) * resolution
+
+
+@_compiled
+def largest_bits(bits: Any, magnitude: Any) -> Any:
+    """The largest of `bits & magnitude`: int32 or int64 views of floats, magnitude everything but the sign, of that dtype.
+
+    Positive floats are ordered as their bits are, inf above them and NaN above inf.
+    """
+    largest = magnitude & ~magnitude
+    for i in range(bits.size):
+        largest = max(largest, bits[i] & magnitude)
+    return largest
+
+
+@_compiled
+def fingerprint(bits: Any) -> int:
+    """`scans.fingerprint`."""
+    total = 0
+    for i in range(bits.size):
+        mixed = (bits[i] + i * STEP) * FIRST
+        total += (mixed ^ (mixed >> 32)) * SECOND
+    return total

@@ -84,8 +84,9 @@ def unroll(
     hyper: a tensor, or a tuple or dict of tensors, given to the loss as it is.
     adjoint: how the backward pass gets theta_k back; see `Reversible` (the default where momentum > 0 at every step),
     `Checkpoint` (the default otherwise), `StoreAll` and `Backprop`. All give the same hypergradient.
-    compile: torch.compile for the gradient, the Hessian product and the integer work; each is compared with eager on its first
-    use, and dropped with a CompileWarning where it differs or cannot be compiled. Keep one `loss` object to compile once.
+    compile: torch.compile for the gradient, the Hessian product and, on other devices than the CPU (where it is compiled
+    always), the integer work; each is compared with eager on its first use, and dropped with a CompileWarning where it differs
+    or cannot be compiled. Keep one `loss` object to compile once.
     on_step: called as on_step(k, theta_k, loss_k) at each step of the forward pass, with detached tensors.
     return_stats: also return an `UnrollStats`.
     seed: of the random numbers inside the loss; by default drawn from torch's default generator.

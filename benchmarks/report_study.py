@@ -1,0 +1,248 @@
+"""The study's tables and pictures, from results/medvedev2020.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from tables import table
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+STUDIED, UNSEEN = ("LinearNet", "NonLinearNet", "MoreNonLinearNet"), ("TanhNet", "WideDeepNet")
+DATA = (*STUDIED, "all")
+SCHEDULES = {"raw": "raw steps", "strategy1": "strategy 1", "strategy2": "strategy 2", "strategy3": "strategy 3"}
+COLOURS = {"LinearNet": "C0", "NonLinearNet": "C1", "MoreNonLinearNet": "C2", "all": "C3"}
+
+# The talk's own figures (D. Medvedev, 2020): (data, schedule, test) -> mean, std.
+TALK = {
+    ("original", "raw"): ((0.766, 0.089), (0.877, 0.006), (0.995, 0.015)),
+    ("LinearNet", "raw"): ((0.871, 0.003), (0.869, 0.004), (0.864, 0.006)),
+    ("NonLinearNet", "raw"): ((0.808, 0.014), (0.941, 0.043), (0.691, 0.182)),
+    ("MoreNonLinearNet", "raw"): ((0.825, 0.014), (0.879, 0.013), (0.906, 0.054)),
+    ("LinearNet", "strategy1"): ((0.867, 0.005), (0.860, 0.008), (0.860, 0.010)),
+    ("NonLinearNet", "strategy1"): ((0.808, 0.010), (0.937, 0.039), (0.985, 0.015)),
+    ("MoreNonLinearNet", "strategy1"): ((0.818, 0.012), (0.911, 0.059), (0.926, 0.055)),
+    ("all", "raw"): ((0.859, 0.005), (0.881, 0.004), (0.867, 0.122)),
+    ("all", "strategy1"): ((0.851, 0.007), (0.970, 0.028), (0.986, 0.014)),
+}
+
+Cells = dict[tuple[str, str, str, str], dict[str, Any]]
+
+
+def by_place(cells: list[dict[str, Any]]) -> Cells:
+    """(setting, data, schedule, test) -> cell."""
+    return {(c["setting"], c["data"], c["schedule"], c["test"]): c for c in cells}
+
+
+def in_words(mean: float, std: float) -> str:
+    """As the talk writes it."""
+    return f"{mean:.3f} +- {std:.3f}"
+
+
+def grid(cells: Cells, setting: str, data: str, schedule: str, tests: tuple[str, ...]) -> list[str]:
+    """One row of a table."""
+    found = [cells.get((setting, data, schedule, test)) for test in tests]
+    return [in_words(c["mean"], c["std"]) if c else "-" for c in found]
+
+
+def beside_the_talk(results: dict[str, Any]) -> str:
+    """Every cell that the talk has: the talk's, ours, and the faithful one."""
+    cells = by_place(results["cells"])
+    rows = []
+    for (data, schedule), talk in TALK.items():
+        label = "original data" if data == "original" else f"{data}, {SCHEDULES[schedule]}"
+        rows.append([label, "talk", *(in_words(*pair) for pair in talk)])
+        for setting in ("ours", "faithful"):
+            row = grid(cells, setting, data, schedule, STUDIED)
+            if any(entry != "-" for entry in row):
+                rows.append(["", setting, *row])
+    return table(["distilled for, trained along", "", *STUDIED], rows)
+
+
+def best_for_all(results: dict[str, Any]) -> str:
+    """The data distilled for all: every schedule, every architecture."""
+    cells = by_place(results["cells"])
+    rows = [[SCHEDULES[s], *grid(cells, "ours", "all", s, (*STUDIED, *UNSEEN))] for s in SCHEDULES]
+    return table(["distilled for all (ours)", *STUDIED, *(f"{name} (unseen)" for name in UNSEEN)], rows)
+
+
+def section(results: dict[str, Any]) -> str:
+    """The study in benchmarks/README.md."""
+    machine = results["machine"]
+    settings = results["settings"]
+    parts = [
+        f"`python benchmarks/medvedev2020.py`: {settings['restarts']} restarts, {results['seconds']:.0f} s on "
+        f"{machine['cores']} cores ({machine['processor']}), torch {results['versions']['torch']}. Test accuracy, mean and std "
+        "over restarts, one fresh network each.",
+        f"Faithful: {described(settings['faithful'])}. Ours: {described(settings['ours'])}.",
+        beside_the_talk(results),
+        best_for_all(results),
+        "All schedules, all architectures, ours:",
+        every_schedule(results, "ours"),
+        "The same, faithful:",
+        every_schedule(results, "faithful"),
+    ]
+    for name, heading in PICTURES.items():
+        parts.append(f"![{heading}](results/medvedev2020-{name}.png)")
+    if results["datasets"]:
+        parts.append(datasets(results))
+    if any(name.startswith("momentum-") for name in results["parts"]):
+        parts.append(momentum_table(results))
+    return "\n\n".join(parts)
+
+
+def described(protocol: dict[str, Any]) -> str:
+    """A protocol's settings in words."""
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items())
+
+
+def every_schedule(results: dict[str, Any], setting: str) -> str:
+    """Rows: data and schedule; columns: all architectures."""
+    cells = by_place(results["cells"])
+    rows = [[data, SCHEDULES[s], *grid(cells, setting, data, s, (*STUDIED, *UNSEEN))] for data in DATA for s in SCHEDULES]
+    return table(["distilled for", "", *STUDIED, *UNSEEN], rows)
+
+
+def datasets(results: dict[str, Any]) -> str:
+    """Circles, blobs, digits."""
+    rows = []
+    for name, found in results["datasets"].items():
+        cells = by_place(found)
+        for data in DATA:
+            for schedule in ("raw", "strategy1"):
+                row = grid(cells, "ours", data, schedule, (*STUDIED, *UNSEEN))
+                rows.append([name, data, SCHEDULES[schedule], *row])
+    return "### Circles, blobs, digits (ours, compression 3x)\n\n" + table(["", "distilled for", "", *STUDIED, *UNSEEN], rows)
+
+
+def momentum_table(results: dict[str, Any]) -> str:
+    """Accuracy, bits and time against momentum, everything else faithful."""
+    rows = []
+    for label, part in momentum_parts(results):
+        cells = by_place(part["cells"])
+        setting = part["cells"][0]["setting"]
+        own = [grid(cells, setting, data, "raw", (data,))[0] for data in STUDIED]
+        mixed = grid(cells, setting, "all", "raw", STUDIED)
+        bits = "-" if part["bits"] is None else f"{part['bits']:.3f}"
+        rows.append([label, *own, *mixed, bits, f"{part['seconds']:.0f} s"])
+    header = ["momentum", *(f"{name}, own data" for name in STUDIED), *(f"{name}, data for all" for name in STUDIED)]
+    text = table([*header, "bits per parameter and step", "time"], rows)
+    return f"### What momentum changes (raw steps, else faithful)\n\n{text}\n\n![momentum](results/medvedev2020-momentum.png)"
+
+
+def momentum_parts(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(momentum in words, part), ascending."""
+    named = {name.removeprefix("momentum-"): part for name, part in results["parts"].items() if name.startswith("momentum-")}
+    faithful = [("0", results["parts"]["faithful"])] if "faithful" in results["parts"] else []
+    return faithful + sorted(named.items(), key=lambda entry: float(entry[0]))
+
+
+def draw(results: dict[str, Any], folder: Path) -> None:
+    """All pictures."""
+    parts = results["parts"]
+    if not {"ours", "faithful", "original"} <= set(parts):
+        return
+    for name, function in {"data": draw_data, "points": draw_points, "boundaries": draw_boundaries, "rates": draw_rates}.items():
+        figure = function(parts)
+        figure.savefig(folder / f"medvedev2020-{name}.png", dpi=110)
+        plt.close(figure)
+    if len(momentum_parts(results)) > 1:
+        figure = draw_momentum(results)
+        figure.savefig(folder / "medvedev2020-momentum.png", dpi=110)
+        plt.close(figure)
+
+
+PICTURES = {
+    "data": "Train and test data",
+    "points": "Synthetic points of steps 1, 14, 27 and 40 over the real data",
+    "boundaries": "Decision boundaries of networks trained on original and on distilled data",
+    "rates": "Learned step sizes, mean over restarts, beside strategy 1",
+}
+
+
+def draw_data(parts: dict[str, Any]) -> plt.Figure:
+    """Train and test scatter."""
+    real = parts["original"]["figures"]["real"]
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharex=True, sharey=True)
+    for ax, suffix, heading in ((axes[0], "", "train"), (axes[1], "_test", "test")):
+        x = np.array(real[f"x{suffix}"])
+        ax.scatter(x[:, 0], x[:, 1], c=real[f"y{suffix}"], s=4, cmap="coolwarm")
+        ax.set_title(f"{heading}, {len(x)} points", fontsize=9)
+    return figure
+
+
+def draw_points(parts: dict[str, Any]) -> plt.Figure:
+    """Rows: what they are distilled for (ours); columns: steps."""
+    real, found = parts["original"]["figures"]["real"], parts["ours"]["figures"]["points"]
+    x = np.array(real["x"])
+    figure, axes = plt.subplots(4, 4, figsize=(10, 8), layout="constrained", sharex=True, sharey=True)
+    for row, name in zip(axes, DATA, strict=True):
+        points = np.array(found[name])
+        for ax, step in zip(row, (1, 14, 27, 40), strict=True):
+            ax.scatter(x[:, 0], x[:, 1], c=real["y"], s=2, cmap="coolwarm", alpha=0.12)
+            labels = np.arange(2).repeat(points.shape[1] // 2)
+            ax.scatter(points[step - 1, :, 0], points[step - 1, :, 1], c=labels, s=28, cmap="coolwarm", edgecolor="k", lw=0.6)
+            ax.set_title(f"{name}, step {step}", fontsize=8)
+    return figure
+
+
+def draw_boundaries(parts: dict[str, Any]) -> plt.Figure:
+    """Rows: original data, own distilled data, data distilled for all; columns: architectures."""
+    real = parts["original"]["figures"]["real"]
+    x, y = np.array(real["x_test"]), np.array(real["y_test"])
+    every = np.array(real["x"])
+    left, bottom = every.min(0) - 0.5
+    right, top = every.max(0) + 0.5
+    rows = {
+        "original data": [parts["original"]["figures"]["boundaries"][n] for n in STUDIED],
+        "own distilled data": [parts["ours"]["figures"]["boundaries"][n] for n in STUDIED],
+        "data distilled for all": [parts["ours"]["figures"]["boundaries"][f"all, {n}"] for n in STUDIED],
+    }
+    figure, axes = plt.subplots(3, 3, figsize=(10, 7), layout="constrained", sharex=True, sharey=True)
+    for row, (heading, grids) in zip(axes, rows.items(), strict=True):
+        for ax, name, values in zip(row, STUDIED, grids, strict=True):
+            extent = (left, right, bottom, top)
+            ax.imshow(values, origin="lower", extent=extent, cmap="coolwarm", vmin=0, vmax=1, alpha=0.6, aspect="auto")
+            ax.scatter(x[:, 0], x[:, 1], c=y, s=3, cmap="coolwarm")
+            ax.set_title(f"{name}, {heading}", fontsize=8)
+    return figure
+
+
+def draw_rates(parts: dict[str, Any]) -> plt.Figure:
+    """Both settings, and strategy 1 on the talk's scale."""
+    from revdistill.distill.schedules import strategy1
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for ax, setting in zip(axes, ("faithful", "ours"), strict=False):
+        for name in DATA:
+            ax.semilogy(parts[setting]["figures"]["rates"][name], color=COLOURS[name], lw=1, label=name)
+        ax.set_title(f"{setting}: learned step sizes", fontsize=9)
+        ax.set_xlabel("step")
+        ax.legend(fontsize=7)
+    axes[2].plot(strategy1([0.0] * 200, 40), "k", lw=1)
+    axes[2].set_title("strategy 1", fontsize=9)
+    axes[2].set_xlabel("step")
+    return figure
+
+
+def draw_momentum(results: dict[str, Any]) -> plt.Figure:
+    """Accuracy of own data and of data for all, against momentum."""
+    parts = momentum_parts(results)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    for name in STUDIED:
+        for ax, source in ((axes[0], name), (axes[1], "all")):
+            found = [by_place(p["cells"])[p["cells"][0]["setting"], source, "raw", name] for _, p in parts]
+            means, stds = [c["mean"] for c in found], [c["std"] for c in found]
+            ax.errorbar([label for label, _ in parts], means, stds, color=COLOURS[name], marker="o", capsize=3, label=name)
+    axes[0].set_title("distilled for the network's own architecture", fontsize=9)
+    axes[1].set_title("distilled for all three", fontsize=9)
+    axes[0].set_ylabel("test accuracy")
+    for ax in axes:
+        ax.set_xlabel("momentum")
+        ax.grid(alpha=0.3)
+    axes[1].legend(fontsize=7)
+    return figure

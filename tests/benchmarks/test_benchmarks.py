@@ -6,18 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 import methods
+import pytest
 import report_study
 import stacked
 import tasks
+import torch
 
 from revdistill.distill.data import load
 from revdistill.distill.schedules import raw
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = stacked.Protocol(batches=3, per_class=2, epochs=2, outer_epochs=1, outer_batch=512)
 
 

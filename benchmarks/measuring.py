@@ -74,6 +74,13 @@ def _memory(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
+def give_back() -> None:
+    """Return what is free to the system: it would hide a later rise, and many workers' leftovers would fill the machine."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class PeakMemory:
     """`with PeakMemory(device) as peak: ...; peak.nbytes`: how far memory rose above where it was."""
 
@@ -82,9 +89,8 @@ class PeakMemory:
         self.nbytes = 0
 
     def __enter__(self) -> PeakMemory:
-        gc.collect()
+        give_back()
         if self.device == "cpu":
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but not given back would hide a rise
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
             self._before = _memory("VmRSS")
         else:
@@ -142,6 +148,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         except Exception as error:  # a rival's failure is a result
             text = str(error).strip().splitlines()
             answer = {"error": f"{type(error).__name__}: {text[0][:200] if text else ''}"}
+        give_back()
         replies.write(json.dumps(answer) + "\n")
         replies.flush()
 

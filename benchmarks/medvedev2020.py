@@ -36,7 +36,8 @@ from revdistill.distill.schedules import SCHEDULES
 
 FAITHFUL = Protocol()
 OURS = Protocol(momentum=0.9, start="real", outer_rate=0.02, cosine=True, betas=(0.9, 0.999), clip=1.0, average=0.2)
-COPIES = {"faithful": 1, "ours": 2}  # networks of each architecture in an outer step that distils for all
+# The networks of an outer step that distils for all. A line is as good as LinearNet gets; the others gain more.
+ALL = {"faithful": STUDIED, "ours": ("LinearNet", *["NonLinearNet"] * 2, *["MoreNonLinearNet"] * 3)}
 MOMENTA = (0.5, 0.9, 0.99)
 MAIN = ("faithful", "ours", "original")
 GROUPS = {"datasets": ("circles", "blobs", "digits"), "momentum": tuple(f"momentum-{m}" for m in MOMENTA)}
@@ -50,10 +51,10 @@ def training_data(name: str) -> Dataset:
     return replace(data, x=torch.cat([data.x, data.x_validation]), y=torch.cat([data.y, data.y_validation]))
 
 
-def jobs_of(data: Dataset, restarts: int, copies: int) -> dict[str, list[Job]]:
-    """By what they are distilled for: each architecture (three networks an outer step), and all (`copies` of each)."""
+def jobs_of(data: Dataset, restarts: int, networks: tuple[str, ...]) -> dict[str, list[Job]]:
+    """By what they are distilled for: each architecture (three networks an outer step), and all (`networks`)."""
     single = {name: [Job(data, (name,) * 3, seed=i) for i in range(restarts)] for name in STUDIED}
-    return single | {"all": [Job(data, STUDIED * copies, seed=i) for i in range(restarts)]}
+    return single | {"all": [Job(data, networks, seed=i) for i in range(restarts)]}
 
 
 def cell(setting: str, data: str, schedule: str, test: str, accuracies: torch.Tensor) -> dict[str, Any]:
@@ -64,9 +65,9 @@ def cell(setting: str, data: str, schedule: str, test: str, accuracies: torch.Te
     return {"setting": setting, "data": data, "schedule": schedule, "test": test, "mean": mean, "std": std, "accuracies": values}
 
 
-def study(setting: str, data: Dataset, protocol: Protocol, restarts: int, copies: int, tests: tuple[str, ...]) -> dict[str, Any]:
+def study(setting: str, data: Dataset, protocol: Protocol, restarts: int, tests: tuple[str, ...]) -> dict[str, Any]:
     """Distil for each architecture and for all, and train every architecture on what came out, along every schedule."""
-    groups = jobs_of(data, restarts, copies)
+    groups = jobs_of(data, restarts, ALL["ours" if setting == "ours" else "faithful"])
     jobs = [job for group in groups.values() for job in group]
     started = time.perf_counter()
 
@@ -78,11 +79,9 @@ def study(setting: str, data: Dataset, protocol: Protocol, restarts: int, copies
     distilled = distil(jobs, protocol, progress=progress)
     seconds = time.perf_counter() - started
     cells = []
-    for schedule, rates in SCHEDULES.items():
-        # strategy 1 ignores what was learned, momentum too
-        momentum = 0.0 if schedule == "strategy1" else protocol.momentum
+    for schedule in SCHEDULES:
         for test in tests:
-            found = evaluate(jobs, distilled, rates, test, momentum).reshape(len(groups), restarts)
+            found = evaluate(jobs, distilled, schedule, test, protocol.momentum).reshape(len(groups), restarts)
             cells += [cell(setting, name, schedule, test, row) for name, row in zip(groups, found, strict=True)]
     return {"cells": cells, "seconds": seconds, "bits": distilled.bits, "figures": figures(groups, distilled, protocol)}
 
@@ -129,10 +128,10 @@ def run_part(part: str, restarts: int, quick: bool) -> dict[str, Any]:
         return original(restarts)
     if part in ("faithful", "ours"):
         protocol = FAITHFUL if part == "faithful" else OURS
-        return study(part, training_data("moons"), replace(protocol, **shorter), restarts, COPIES[part], tests)
+        return study(part, training_data("moons"), replace(protocol, **shorter), restarts, tests)
     if part in GROUPS["momentum"]:
         protocol = replace(FAITHFUL, momentum=float(part.removeprefix("momentum-")), **shorter)
-        return study(part, training_data("moons"), protocol, restarts, 1, STUDIED)
+        return study(part, training_data("moons"), protocol, restarts, STUDIED)
     protocol = replace(OURS, outer_epochs=25)
     if part == "digits":
         protocol = replace(protocol, batches=15, per_class=3)  # 1347 points into 450
@@ -140,7 +139,7 @@ def run_part(part: str, restarts: int, quick: bool) -> dict[str, Any]:
         protocol = replace(protocol, batches=23)  # 4 classes: 1125 points into 368
     else:
         protocol = replace(protocol, batches=47)  # 1125 points into 376
-    return study("ours", training_data(part), replace(protocol, **shorter), min(restarts, 5), COPIES["ours"], tests)
+    return study("ours", training_data(part), replace(protocol, **shorter), min(restarts, 5), tests)
 
 
 def in_own_process(part: str, restarts: int, quick: bool, folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import revdistill as rd
 from revdistill.distill.data import Dataset
+from revdistill.distill.schedules import plan
 
 Params = dict[str, Tensor]
 
@@ -131,6 +132,7 @@ class Protocol:
     outer_epochs: int = 50
     outer_batch: int = 64
     outer_rate: float = 0.01
+    rates_share: float = 1.0  # the outer rate of the step sizes, as a share of the points'
     cosine: bool = False  # the outer rate decays to 0
     betas: tuple[float, float] = (0.5, 0.999)
     clip: float | None = None  # of each job's hypergradient
@@ -165,7 +167,9 @@ def distil(jobs: Sequence[Job], protocol: Protocol, *, compile: bool = True, pro
     y = labels.expand(protocol.batches, len(jobs), -1).contiguous()
     x = torch.stack([_start(job, protocol, g) for job, g in zip(jobs, generators, strict=True)], 1).requires_grad_()
     raw = torch.full((protocol.steps, len(jobs)), math.log(math.expm1(protocol.rate))).requires_grad_()
-    optimizer = torch.optim.Adam([x, raw], lr=protocol.outer_rate, betas=protocol.betas)
+    shares = (1.0, protocol.rates_share)
+    groups = [{"params": [leaf], "lr": protocol.outer_rate * share} for leaf, share in zip((x, raw), shares, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=protocol.betas)
     adjoint: rd.Adjoint = rd.Reversible() if protocol.momentum else rd.StoreAll()
     counts = torch.tensor([float(len(job.architectures)) for job in jobs])
     per_epoch = math.ceil(len(jobs[0].data.x) / protocol.outer_batch)
@@ -197,7 +201,9 @@ def distil(jobs: Sequence[Job], protocol: Protocol, *, compile: bool = True, pro
         if protocol.clip:
             _clip(x, raw, protocol.clip)
         if protocol.cosine:
-            optimizer.param_groups[0]["lr"] = protocol.outer_rate * 0.5 * (1 + math.cos(math.pi * step / total))
+            decay = 0.5 * (1 + math.cos(math.pi * step / total))
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] = protocol.outer_rate * share * decay
         optimizer.step()
         if step >= first_averaged:
             for average, leaf in zip(averages, (x, raw), strict=True):
@@ -233,19 +239,16 @@ def _clip(x: Tensor, raw: Tensor, largest: float) -> None:
     raw.grad = raw.grad.nan_to_num(0.0, 0.0, 0.0) * factors
 
 
-Schedule = Callable[[list[float], int], list[float]]
-
-
-def evaluate(jobs: Sequence[Job], distilled: Distilled, schedule: Schedule, test: str, momentum: float) -> Tensor:
+def evaluate(jobs: Sequence[Job], distilled: Distilled, schedule: str, test: str, momentum: float) -> Tensor:
     """[J]: test accuracy of one fresh network per job, trained on its distilled batches by plain SGD along the schedule."""
     stack, params = _train(jobs, distilled, schedule, test, momentum)
     return _test_accuracies(stack, params, jobs, test)
 
 
-def _train(jobs: Sequence[Job], distilled: Distilled, schedule: Schedule, test: str, momentum: float) -> tuple[Stack, Params]:
+def _train(jobs: Sequence[Job], distilled: Distilled, schedule: str, test: str, momentum: float) -> tuple[Stack, Params]:
     stack = Stack({test: range(len(jobs))}, distilled.x.shape[-1], jobs[0].data.classes)
-    columns = [schedule(rates, len(distilled.x)) for rates in distilled.rates.t().tolist()]
-    rates = torch.tensor(columns).t()
+    plans = [plan(schedule, rates, [momentum] * len(rates), len(distilled.x)) for rates in distilled.rates.t().tolist()]
+    rates = torch.tensor([rates for rates, _ in plans]).t()
     params = stack.sample([torch.Generator().manual_seed(job.seed + 1_000_003) for job in jobs])
     velocities = {name: torch.zeros_like(p) for name, p in params.items()}
     for k in range(len(rates)):
@@ -284,7 +287,7 @@ def _train_on_real(jobs: Sequence[Job], test: str) -> tuple[Stack, Params]:
 
 def boundary(jobs: Sequence[Job], distilled: Distilled | None, test: str, momentum: float, size: int) -> Tensor:
     """[size, size]: the probability of class 1 over `frame`, of a network trained on the distilled data, or on the real."""
-    stack, params = _train_on_real(jobs, test) if distilled is None else _train(jobs, distilled, lambda r, _: r, test, momentum)
+    stack, params = _train_on_real(jobs, test) if distilled is None else _train(jobs, distilled, "raw", test, momentum)
     left, right, bottom, top = frame(jobs[0].data.x)
     rows, columns = torch.meshgrid(torch.linspace(bottom, top, size), torch.linspace(left, right, size), indexing="ij")
     with torch.no_grad():

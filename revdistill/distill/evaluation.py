@@ -12,7 +12,7 @@ from revdistill.distill.artifact import Artifact
 from revdistill.distill.data import Dataset
 from revdistill.distill.distiller import fixed_network_seed
 from revdistill.distill.population import Population
-from revdistill.distill.schedules import SCHEDULES, momentum_for
+from revdistill.distill.schedules import plan
 
 # Far from the seeds of training, so that no network evaluated was ever distilled for.
 SEED_OFFSET = 2**40
@@ -48,21 +48,26 @@ def evaluate(
         params = _fixed_start(artifact, data, architecture, restarts, where)
     else:
         params = population.sample(_seed(artifact))
-    rates = SCHEDULES[schedule](artifact.lr.tolist(), artifact.batches)
-    train_plainly(artifact, population, params, rates)
+    rates, momenta = plan(schedule, artifact.lr.tolist(), artifact.momentum.tolist(), artifact.batches)
+    train_plainly(artifact, population, params, rates, momenta)
     found = population.accuracies(params, data.x_test, data.y_test).double().cpu()
     std = float(found.std()) if restarts > 1 else 0.0
     return Evaluation(schedule, restarts, float(found.mean()), std, found.tolist())
 
 
-def train_plainly(artifact: Artifact, population: Population, params: dict[str, torch.Tensor], rates: Sequence[float]) -> None:
-    """One torch.optim.SGD step per rate, on the artifact's batches in turn; changes params in place."""
+def train_plainly(
+    artifact: Artifact,
+    population: Population,
+    params: dict[str, torch.Tensor],
+    rates: Sequence[float],
+    momenta: Sequence[float],
+) -> None:
+    """One torch.optim.SGD step per rate and momentum, on the artifact's batches in turn; changes params in place."""
     device = next(iter(params.values())).device
     x, y = torch.from_numpy(artifact.x).to(device), torch.from_numpy(artifact.y).to(device)
     for p in params.values():
         p.requires_grad_()
     optimizer = torch.optim.SGD(params.values(), lr=0.0)
-    momenta = momentum_for(list(rates), artifact.momentum.tolist())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(artifact))
         for k, (lr, momentum) in enumerate(zip(rates, momenta, strict=True)):

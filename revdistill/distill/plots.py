@@ -125,7 +125,7 @@ def decisions(artifact: Artifact, data: Dataset, architectures: list[str]) -> Fi
     for ax, name in zip(axes[0], architectures, strict=True):
         population = Population(name, 1, data.input_shape, data.classes, torch.device("cpu"))
         params = population.sample(artifact.seed)
-        train_plainly(artifact, population, params, artifact.lr.tolist())
+        train_plainly(artifact, population, params, artifact.lr.tolist(), artifact.momentum.tolist())
         with torch.no_grad():
             decided = predictions(population.logits(params, grid))[0].reshape(GRID, GRID).numpy()
             accuracy = float(population.accuracies(params, data.x_test, data.y_test)[0])

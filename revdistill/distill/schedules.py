@@ -61,3 +61,15 @@ def momentum_for(rates: Rates, momentum: Sequence[float]) -> list[float]:
     if len(rates) <= len(momentum):
         return list(momentum[: len(rates)])
     return list(momentum) + [momentum[-1]] * (len(rates) - len(momentum))
+
+
+def plan(schedule: str, lr: Sequence[float], momentum: Sequence[float], batches: int) -> tuple[Rates, list[float]]:
+    """(rates, momenta) of every step of training along a schedule by name, from what was learned.
+
+    Strategy 1 has rates for plain gradient descent; with momentum they are scaled by 1 - momentum, to the same length of step.
+    """
+    rates = SCHEDULES[schedule](lr, batches)
+    momenta = momentum_for(rates, momentum)
+    if schedule == "strategy1":
+        rates = [rate * (1 - m) for rate, m in zip(rates, momenta, strict=True)]
+    return rates, momenta

@@ -14,7 +14,6 @@ import tasks
 import torch
 
 from revdistill.distill.data import load
-from revdistill.distill.schedules import raw
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = stacked.Protocol(batches=3, per_class=2, epochs=2, outer_epochs=1, outer_batch=512)
@@ -49,7 +48,7 @@ def test_stacked_jobs_are_independent(momentum: float) -> None:
 def test_evaluation_is_torch_sgds() -> None:
     job = stacked.Job(load("moons"), ("MoreNonLinearNet",), seed=1)
     distilled = stacked.distil([job], SMALL, compile=False)
-    found = stacked.evaluate([job], distilled, raw, "MoreNonLinearNet", 0.5)
+    found = stacked.evaluate([job], distilled, "raw", "MoreNonLinearNet", 0.5)
 
     stack = stacked.Stack({"MoreNonLinearNet": [0]}, 2, 2)
     drawn = stack.sample([torch.Generator().manual_seed(job.seed + 1_000_003)])

@@ -14,7 +14,7 @@ from revdistill.distill.data import load
 from revdistill.distill.distiller import MAX_FAILURES, Distiller
 from revdistill.distill.evaluation import evaluate
 from revdistill.distill.population import Population, classification_loss
-from revdistill.distill.schedules import SCHEDULES, momentum_for, strategy1, strategy2, strategy3
+from revdistill.distill.schedules import SCHEDULES, momentum_for, plan, strategy1, strategy2, strategy3
 
 SMALL = Config(
     dataset="moons", architectures=("NonLinearNet",), steps=6, epochs=2, per_class=3, outer_steps=12, batch_size=64, lr=0.1
@@ -204,3 +204,12 @@ def test_strategies_are_the_studys() -> None:
     assert three[-1] == pytest.approx(lr[-1] * 0.98**45)
     assert SCHEDULES["raw"](lr, 40) == lr
     assert momentum_for(one, [0.5] * 199 + [0.7])[-1] == 0.7
+
+
+def test_strategy_1_takes_steps_of_the_same_length_with_momentum() -> None:
+    lr = [0.01] * 20
+    rates, momenta = plan("strategy1", lr, [0.9] * 20, 4)
+    assert momenta == [0.9] * 200
+    assert rates == pytest.approx([0.1 * rate for rate in strategy1(lr, 4)])
+    assert plan("strategy1", lr, [0.0] * 20, 4)[0] == strategy1(lr, 4)
+    assert plan("raw", lr, [0.9] * 20, 4) == (lr, [0.9] * 20)

@@ -55,6 +55,7 @@ def speed_section(results: dict[str, Any]) -> str:
             f"Fixed-point work of one step, forward and back together: {work['ns_per_parameter']:.1f} ns per parameter "
             f"({work['parameters']:,} parameters)."
         )
+    parts.append(targets_table(results))
     for entry in results["tasks"]:
         rows = []
         for m in sorted(entry["methods"], key=lambda m: m["ratio_to_autograd"]):
@@ -77,6 +78,19 @@ def ratios(results: dict[str, Any], method: str) -> dict[str, float]:
             if m["method"] == method:
                 found[entry["task"]] = m["ratio_to_autograd"]
     return found
+
+
+def targets_table(results: dict[str, Any]) -> str:
+    """What was aimed at, and what was reached."""
+    rows = []
+    titles = {entry["task"]: entry["title"] for entry in results["tasks"]}
+    for task, (eager, compiled) in results["targets"].items():
+        found = {m: ratios(results, m).get(task) for m in ("reversible", "reversible-graphs", "reversible-compiled")}
+        if None not in found.values():
+            plain, graphs, fused = found.values()
+            rows.append([titles[task], *(f"{v:.2f}" for v in (eager, plain, graphs, compiled, fused) if v is not None)])
+    header = ["plain autograd = 1", "aimed at, eager", "reached", "with graphs kept", "aimed at, compiled", "reached"]
+    return table(header, rows)
 
 
 def speed_summary(results: dict[str, Any]) -> str:

@@ -53,11 +53,11 @@ def _processor() -> str:
     return f"{name}, {vectors}" if vectors else name
 
 
-def save(name: str, results: dict[str, Any], device: str = "cpu") -> Path:
-    """results/NAME.json, or NAME-cuda.json."""
+def save(name: str, results: dict[str, Any], device: str = "cpu", *, indent: int | None = 1) -> Path:
+    """results/NAME.json, or NAME-cuda.json; indent: as json's."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}-cuda.json")
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=indent) + "\n")
     print(f"wrote {path}")
     return path
 

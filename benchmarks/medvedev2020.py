@@ -35,9 +35,20 @@ from revdistill.distill.data import Dataset, load
 from revdistill.distill.schedules import SCHEDULES
 
 FAITHFUL = Protocol()
-OURS = Protocol(momentum=0.9, start="real", outer_rate=0.02, cosine=True, betas=(0.9, 0.999), clip=1.0, average=0.2)
-# The networks of an outer step that distils for all. A line is as good as LinearNet gets; the others gain more.
-ALL = {"faithful": STUDIED, "ours": ("LinearNet", *["NonLinearNet"] * 2, *["MoreNonLinearNet"] * 3)}
+OURS = Protocol(
+    momentum=0.9,
+    rate=0.05,
+    start="real",
+    outer_rate=0.02,
+    rates_share=0.1,
+    cosine=True,
+    betas=(0.9, 0.999),
+    clip=1.0,
+    average=0.2,
+)
+COPIES = 3  # networks of an outer step that distils for one architecture
+ALL = {"faithful": STUDIED, "ours": STUDIED * 2}  # networks of an outer step that distils for all
+PACE = {"faithful": 1.0, "ours": 0.12}  # of points for one architecture: those that move less serve the others too
 MOMENTA = (0.5, 0.9, 0.99)
 MAIN = ("faithful", "ours", "original")
 GROUPS = {"datasets": ("circles", "blobs", "digits"), "momentum": tuple(f"momentum-{m}" for m in MOMENTA)}
@@ -51,10 +62,10 @@ def training_data(name: str) -> Dataset:
     return replace(data, x=torch.cat([data.x, data.x_validation]), y=torch.cat([data.y, data.y_validation]))
 
 
-def jobs_of(data: Dataset, restarts: int, networks: tuple[str, ...]) -> dict[str, list[Job]]:
-    """By what they are distilled for: each architecture (three networks an outer step), and all (`networks`)."""
-    single = {name: [Job(data, (name,) * 3, seed=i) for i in range(restarts)] for name in STUDIED}
-    return single | {"all": [Job(data, networks, seed=i) for i in range(restarts)]}
+def jobs_of(setting: str, data: Dataset, restarts: int) -> dict[str, list[Job]]:
+    """By what they are distilled for: each architecture, and all."""
+    found = {name: [Job(data, (name,) * COPIES, seed=i, pace=PACE[setting]) for i in range(restarts)] for name in STUDIED}
+    return found | {"all": [Job(data, ALL[setting], seed=i) for i in range(restarts)]}
 
 
 def cell(setting: str, data: str, schedule: str, test: str, accuracies: torch.Tensor) -> dict[str, Any]:
@@ -67,7 +78,7 @@ def cell(setting: str, data: str, schedule: str, test: str, accuracies: torch.Te
 
 def study(setting: str, data: Dataset, protocol: Protocol, restarts: int, tests: tuple[str, ...]) -> dict[str, Any]:
     """Distil for each architecture and for all, and train every architecture on what came out, along every schedule."""
-    groups = jobs_of(data, restarts, ALL["ours" if setting == "ours" else "faithful"])
+    groups = jobs_of("ours" if setting == "ours" else "faithful", data, restarts)
     jobs = [job for group in groups.values() for job in group]
     started = time.perf_counter()
 
@@ -155,12 +166,16 @@ def merge(parts: dict[str, dict[str, Any]], seconds: float, restarts: int) -> di
     """The file: the parts just run, and those of an earlier run that were not."""
     before = load_results("medvedev2020") or {"parts": {}, "seconds": None}
     merged = before["parts"] | parts
+    settings: dict[str, Any] = {
+        name: asdict(protocol) | {"networks": COPIES, "networks_for_all": ALL[name], "pace_for_one": PACE[name]}
+        for name, protocol in (("faithful", FAITHFUL), ("ours", OURS))
+    }
     main_parts = [merged[p] for p in ("ours", "faithful", "original") if p in merged]
     return {
         "machine": machine("cpu", 1) | {"processes": 2},
         "versions": versions(),
         "seconds": seconds if set(MAIN) <= set(parts) else before["seconds"],
-        "settings": {"faithful": asdict(FAITHFUL), "ours": asdict(OURS), "restarts": restarts},
+        "settings": settings | {"restarts": restarts},
         "cells": [c for part in main_parts for c in part["cells"]],
         "datasets": {p: merged[p]["cells"] for p in GROUPS["datasets"] if p in merged},
         "parts": merged,
@@ -188,7 +203,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print(f"{', '.join(chosen)}: {seconds:.0f} s")
     if not options.quick:
-        save("medvedev2020", merge(parts, seconds, restarts))
+        save("medvedev2020", merge(parts, seconds, restarts), indent=None)
 
 
 if __name__ == "__main__":

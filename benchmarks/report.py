@@ -295,7 +295,7 @@ def main() -> None:
     if memory:
         fill(MAIN_README, "memory", memory_summary(memory))
     if study:
-        fill(MAIN_README, "study", report_study.beside_the_talk(study) + "\n\n" + report_study.best_for_all(study))
+        fill(MAIN_README, "study", report_study.beside_the_talk(study, ("ours",)) + "\n\n" + report_study.best_for_all(study))
 
 
 if __name__ == "__main__":

@@ -49,17 +49,16 @@ def grid(cells: Cells, setting: str, data: str, schedule: str, tests: tuple[str,
     return [in_words(c["mean"], c["std"]) if c else "-" for c in found]
 
 
-def beside_the_talk(results: dict[str, Any]) -> str:
-    """Every cell that the talk has: the talk's, ours, and the faithful one."""
+def beside_the_talk(results: dict[str, Any], settings: tuple[str, ...] = ("ours", "faithful")) -> str:
+    """Every cell that the talk has: the talk's, and those of our settings."""
     cells = by_place(results["cells"])
     rows = []
     for (data, schedule), talk in TALK.items():
         label = "original data" if data == "original" else f"{data}, {SCHEDULES[schedule]}"
         rows.append([label, "talk", *(in_words(*pair) for pair in talk)])
-        for setting in ("ours", "faithful"):
+        for setting in ("faithful",) if data == "original" else settings:
             row = grid(cells, setting, data, schedule, STUDIED)
-            if any(entry != "-" for entry in row):
-                rows.append(["", setting, *row])
+            rows.append(["", "the same training" if data == "original" else setting, *row])
     return table(["distilled for, trained along", "", *STUDIED], rows)
 
 

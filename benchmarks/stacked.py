@@ -43,11 +43,15 @@ STUDIED, UNSEEN = ("LinearNet", "NonLinearNet", "MoreNonLinearNet"), ("TanhNet",
 
 @dataclass(frozen=True)
 class Job:
-    """data: what is distilled; architectures: one entry per network that an outer step averages over; seed: of the restart."""
+    """data: what is distilled; architectures: one entry per network that an outer step averages over; seed: of the restart.
+
+    pace: a factor on the outer steps of the points; points that move less serve other architectures better.
+    """
 
     data: Dataset
     architectures: tuple[str, ...]
     seed: int
+    pace: float = 1.0
 
 
 class Stack:
@@ -171,6 +175,7 @@ def distil(jobs: Sequence[Job], protocol: Protocol, *, compile: bool = True, pro
     groups = [{"params": [leaf], "lr": protocol.outer_rate * share} for leaf, share in zip((x, raw), shares, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=protocol.betas)
     adjoint: rd.Adjoint = rd.Reversible() if protocol.momentum else rd.StoreAll()
+    pace = torch.tensor([job.pace for job in jobs])[:, None, None]
     counts = torch.tensor([float(len(job.architectures)) for job in jobs])
     per_epoch = math.ceil(len(jobs[0].data.x) / protocol.outer_batch)
     total = protocol.outer_epochs * per_epoch
@@ -204,7 +209,10 @@ def distil(jobs: Sequence[Job], protocol: Protocol, *, compile: bool = True, pro
             decay = 0.5 * (1 + math.cos(math.pi * step / total))
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = protocol.outer_rate * share * decay
+        before = x.detach().clone()
         optimizer.step()
+        with torch.no_grad():
+            x.copy_(before + (x - before) * pace)
         if step >= first_averaged:
             for average, leaf in zip(averages, (x, raw), strict=True):
                 average.add_(leaf.detach(), alpha=1 / (total - first_averaged))

@@ -200,7 +200,7 @@ def draw_memory(results: dict[str, Any], path: Path) -> None:
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("extra peak memory, MiB")
     figure.supxlabel("training steps differentiated through", fontsize=9)
-    axes[0][-1].legend(fontsize=6)
+    axes[0][0].legend(fontsize=6)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -74,8 +74,9 @@ def section(results: dict[str, Any]) -> str:
     machine = results["machine"]
     settings = results["settings"]
     parts = [
-        f"`python benchmarks/medvedev2020.py`: {settings['restarts']} restarts, {results['seconds']:.0f} s on "
-        f"{machine['cores']} cores ({machine['processor']}), torch {results['versions']['torch']}. Test accuracy, mean and std "
+        f"`python benchmarks/medvedev2020.py`: {settings['restarts']} restarts; distilling took "
+        f"{results['parts']['faithful']['seconds']:.0f} s (faithful) and {results['parts']['ours']['seconds']:.0f} s (ours), a core "
+        f"each, on {machine['cores']} cores ({machine['processor']}), torch {results['versions']['torch']}. Test accuracy, mean and std "
         "over restarts, one fresh network each.",
         f"Faithful: {described(settings['faithful'])}. Ours: {described(settings['ours'])}.",
         beside_the_talk(results),

@@ -26,7 +26,7 @@ from tasks import KINDS
 CHECK_STEPS = 8
 TOLERANCE = {"float64": 1e-8, "float32": 2e-3}
 # steps on the CPU where 100 would take too long for a benchmark
-FEWER_STEPS = {"resnet18": 3, "transformer": 10}
+FEWER_STEPS = {"resnet18": 2, "transformer": 10}
 TARGETS = {"tiny": (1.2, 0.35), "mlp": (1.2, 0.8), "lenet": (1.15, 1.05), "convnet": (1.0, 0.75)}
 
 
@@ -36,7 +36,7 @@ def compare(task: str, steps: int, rounds: int, device: str, threads: int, only:
     chosen = [name for name, reason in reasons.items() if not reason and (not only or name in only or name == "autograd")]
     skipped: dict[str, str] = {name: reason for name, reason in reasons.items() if reason}
     workers = {name: Worker(task, name, device, threads) for name in chosen}
-    agreement = check(task, workers, skipped)
+    agreement = check(task, min(CHECK_STEPS, steps), workers, skipped)
     times: dict[str, list[float]] = {name: [] for name in workers if name not in skipped}
     for turn in range(rounds + 1):  # the first warms up
         for name in list(times):
@@ -68,19 +68,19 @@ def compare(task: str, steps: int, rounds: int, device: str, threads: int, only:
     return {"task": task, "title": KINDS[task].title, "steps": steps, "rounds": rounds, "methods": rows, "skipped": skipped}
 
 
-def check(task: str, workers: dict[str, Worker], skipped: dict[str, str]) -> dict[str, float]:
+def check(task: str, steps: int, workers: dict[str, Worker], skipped: dict[str, str]) -> dict[str, float]:
     """Each method's relative difference from plain autograd; a method that is off goes to `skipped`."""
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype, tolerance in TOLERANCE.items():
             reference = Path(folder) / f"{dtype}.npy"
-            workers["autograd"].ask(do="check", steps=CHECK_STEPS, dtype=dtype, path=str(reference))
+            workers["autograd"].ask(do="check", steps=steps, dtype=dtype, path=str(reference))
             for name, worker in workers.items():
                 compiles = METHODS[name].compiles
                 if name == "training" or compiles != (dtype == "float32"):
                     continue
                 path = Path(folder) / f"{name}-{dtype}.npy"
-                answer = worker.ask(do="check", steps=CHECK_STEPS, dtype=dtype, path=str(path))
+                answer = worker.ask(do="check", steps=steps, dtype=dtype, path=str(path))
                 if "error" in answer:
                     skipped[name] = answer["error"]
                     continue
@@ -130,7 +130,7 @@ def main() -> None:
     kept = {entry["task"]: entry for entry in (load(name) or {"tasks": []})["tasks"] if options.tasks}
     for task in tasks:
         steps = options.steps or (FEWER_STEPS.get(task, 100) if on_cpu else 100)
-        rounds = min(options.rounds, 3) if task in ("convnet", *FEWER_STEPS) else options.rounds
+        rounds = min(options.rounds, 2) if task in ("convnet", *FEWER_STEPS) else options.rounds
         kept[task] = compare(task, steps, rounds, options.device, options.threads, options.methods)
         ordered = [kept[t] for t in KINDS if t in kept]
         results = {

@@ -17,6 +17,7 @@ ADJOINTS: dict[str, type[Adjoint]] = {
     "store-all": StoreAll,
     "backprop": Backprop,
 }
+GRAPH_BYTES = 256 * 2**20  # for the unroll of one architecture: memory that any machine has, and a short unroll gains by
 INITS = ("random", "fixed")
 STARTS = ("noise", "real")
 
@@ -32,7 +33,7 @@ class Config:
     outer_steps, outer_lr, batch_size: Adam steps, their rate (decayed to 0 by a cosine), real samples in each.
     noise: standard deviation of Gaussian noise on the real samples, which keeps a small training set from being learned by
     heart; None for 0.5 on images and 0 otherwise. clip: the largest norm of a hypergradient, 0 for none.
-    adjoint: a name of ADJOINTS, None for the engine's choice.
+    adjoint: a name of ADJOINTS; None for the engine's choice, with the graphs of the last steps kept in up to GRAPH_BYTES.
 
     Errors: ValueError that names the field, what came and what is accepted.
     """
@@ -86,7 +87,9 @@ class Config:
         return self.steps * self.epochs
 
     def make_adjoint(self) -> Adjoint | None:
-        return None if self.adjoint is None else ADJOINTS[self.adjoint]()
+        if self.adjoint is not None:
+            return ADJOINTS[self.adjoint]()
+        return Reversible(graph_bytes=GRAPH_BYTES) if self.momentum > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
         """In the types of JSON."""

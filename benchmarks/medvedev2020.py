@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -198,12 +198,13 @@ def main() -> None:
     chosen = [part for name in options.only or MAIN for part in GROUPS.get(name, (name,))]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda part: in_own_process(part, restarts, options.quick, Path(folder)), chosen)
-        parts = dict(zip(chosen, found, strict=True))
-    seconds = time.perf_counter() - started
-    print(f"{', '.join(chosen)}: {seconds:.0f} s")
-    if not options.quick:
-        save("medvedev2020", merge(parts, seconds, restarts), indent=None)
+        running = {pool.submit(in_own_process, part, restarts, options.quick, Path(folder)): part for part in chosen}
+        parts: dict[str, dict[str, Any]] = {}
+        for done in as_completed(running):
+            parts[running[done]] = done.result()
+            print(f"{running[done]}: done after {time.perf_counter() - started:.0f} s", flush=True)
+            if not options.quick:  # after each part: a run that is killed has not been for nothing
+                save("medvedev2020", merge(parts, time.perf_counter() - started, restarts), indent=None)
 
 
 if __name__ == "__main__":

@@ -73,11 +73,11 @@ def section(results: dict[str, Any]) -> str:
     """The study in benchmarks/README.md."""
     machine = results["machine"]
     settings = results["settings"]
+    seconds = {name: results["parts"][name]["seconds"] for name in ("faithful", "ours")}
     parts = [
-        f"`python benchmarks/medvedev2020.py`: {settings['restarts']} restarts; distilling took "
-        f"{results['parts']['faithful']['seconds']:.0f} s (faithful) and {results['parts']['ours']['seconds']:.0f} s (ours), a core "
-        f"each, on {machine['cores']} cores ({machine['processor']}), torch {results['versions']['torch']}. Test accuracy, mean and std "
-        "over restarts, one fresh network each.",
+        f"`python benchmarks/medvedev2020.py`: {settings['restarts']} restarts; distilling took {seconds['faithful']:.0f} s (faithful) "
+        f"and {seconds['ours']:.0f} s (ours), a core each, on {machine['cores']} cores ({machine['processor']}), torch "
+        f"{results['versions']['torch']}. Test accuracy, mean and std over restarts, one fresh network each.",
         f"Faithful: {described(settings['faithful'])}. Ours: {described(settings['ours'])}.",
         beside_the_talk(results),
         best_for_all(results),

@@ -179,7 +179,7 @@ def memory_summary(results: dict[str, Any]) -> str:
             cells = [f"{found[s] / MIB:,.0f} MiB" if s in found else "-" for s in (10, 100, 1_000, 10_000)]
             m = next(m for m in entry["methods"] if m["method"] == method)
             rows.append([entry["title"] if method == "reversible" else "", title(method), *cells, fits(m, 1)])
-    return table(["extra peak memory", "", "T = 10", "T = 100", "T = 1,000", "T = 10,000", "longest in 4 GB"], rows)
+    return table(["extra peak memory", "", "T = 10", "T = 100", "T = 1,000", "T = 10,000", "longest in 4 GB, extrapolated"], rows)
 
 
 def draw_memory(results: dict[str, Any], path: Path) -> None:

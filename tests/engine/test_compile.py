@@ -53,7 +53,7 @@ def test_compiled_integers_have_eagers_bits() -> None:
     kernels, eager = CompiledKernels(), Kernels()
     for n in (58982, 1, 65535):
         v = torch.randint(-(2**60), 2**60, (1001,), generator=draw)
-        head = torch.randint(0, n << 46, (1001,), generator=draw)
+        head = torch.randint(0, min(n << 36, 2**52), (1001,), generator=draw)  # what multiply_ promises for
         g = torch.randn(1001, generator=draw)
         mine, theirs = (v.clone(), head.clone()), (v.clone(), head.clone())
         for k, tensors in ((kernels, mine), (eager, theirs)):

@@ -70,11 +70,9 @@ def add_rounded_(target: Tensor, source: Tensor, factor: float | Tensor, *, sign
     if target.device.type != "cpu":
         add_rounded_by_passes_(target, source, factor, sign=sign)
     elif isinstance(factor, Tensor):
-        loop = loops.add_rounded_each if sign > 0 else loops.subtract_rounded_each
-        loop(target.numpy(), source.numpy(), factor.numpy())
+        loops.add_rounded_each(target.numpy(), source.numpy(), (factor * sign).numpy())
     else:
-        scalar_loop = loops.add_rounded if sign > 0 else loops.subtract_rounded
-        scalar_loop(target.numpy(), source.numpy(), factor)
+        loops.add_rounded(target.numpy(), source.numpy(), factor * sign)
 
 
 def add_rounded_by_passes_(target: Tensor, source: Tensor, factor: float | Tensor, *, sign: int) -> None:

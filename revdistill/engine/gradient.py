@@ -79,7 +79,7 @@ class Data:
 
     def rows(self, k: int) -> tuple[Tensor, ...]:
         """Step k's batch of the table, detached; () where a function gives the batches."""
-        return tuple(rows[k % len(rows)] for rows in self._rows)
+        return tuple(rows[self.row(k)] for rows in self._rows)
 
     def from_function(self, k: int) -> Any:
         """Step k's batch, where a function gives the batches."""

@@ -79,9 +79,10 @@ class Guard:
         resolution = self._fixed.resolution
         source = gradient.double() if add.source == GRADIENT else state.fixed[add.source].double() * resolution
         after = state.fixed[add.target].double() * resolution + source * add.factor.at(k)
-        if not largest(after) < self._fixed.limit:
+        reached = largest(after)
+        if not reached < self._fixed.limit:
             self._raise_range(after, k, add.target)
-        self._bounds[add.target] = largest(after)
+        self._bounds[add.target] = reached
 
     def _advance(self, k: int, largest_gradient: float) -> bool:
         """Advance the bounds over step k; False, and no change, if one would reach the limit."""

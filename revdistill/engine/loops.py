@@ -54,16 +54,9 @@ def divide(v: Any, head: Any, n: int) -> None:
 
 @_compiled
 def add_rounded(target: Any, source: Any, factor: float) -> None:
-    """`fixedpoint.add_rounded_`: int64 target; source of float32, float64 or int64."""
+    """`fixedpoint.add_rounded_`: int64 target; source of float32, float64 or int64. -factor undoes factor: rint is odd."""
     for i in range(target.size):
         target[i] += np.int64(np.rint(np.float64(source[i]) * factor))
-
-
-@_compiled
-def subtract_rounded(target: Any, source: Any, factor: float) -> None:
-    """The inverse of `add_rounded`."""
-    for i in range(target.size):
-        target[i] -= np.int64(np.rint(np.float64(source[i]) * factor))
 
 
 @_compiled
@@ -71,13 +64,6 @@ def add_rounded_each(target: Any, source: Any, factors: Any) -> None:
     """`add_rounded` with a float64 factor for each element."""
     for i in range(target.size):
         target[i] += np.int64(np.rint(np.float64(source[i]) * factors[i]))
-
-
-@_compiled
-def subtract_rounded_each(target: Any, source: Any, factors: Any) -> None:
-    """The inverse of `add_rounded_each`."""
-    for i in range(target.size):
-        target[i] -= np.int64(np.rint(np.float64(source[i]) * factors[i]))
 
 
 @_compiled

@@ -94,8 +94,9 @@ class Reversal(Recording):
             at = self._kept.pop(k, None) or problem.gradient.linearize(k, theta)
 
             def undo(k: int = k, at: Linearization = at) -> dict[str, Tensor]:
-                same.check(k, at.gradient)
-                trajectory.undo_kicks_and_decays(k, at.gradient)
+                gradient = at.gradient  # once: a compiled one is told apart by its fingerprint each time it is asked for
+                same.check(k, gradient)
+                trajectory.undo_kicks_and_decays(k, gradient)
                 return trajectory.slots() if keep else {}
 
             slots = sweep.step(k, theta, at, after=slots, before=undo)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from methods import METHODS
-from tasks import make
+from tasks import KINDS, make
 
 import revdistill as rd
 
@@ -56,16 +56,20 @@ def _processor() -> str:
 def save(name: str, results: dict[str, Any], device: str = "cpu", *, indent: int | None = 1) -> Path:
     """results/NAME.json, or NAME-cuda.json; indent: as json's."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}-cuda.json")
+    path = _path(name, device)
     path.write_text(json.dumps(results, indent=indent) + "\n")
     print(f"wrote {path}")
     return path
 
 
-def load(name: str) -> dict[str, Any] | None:
+def load(name: str, device: str = "cpu") -> dict[str, Any] | None:
     """The committed results of that name, or None."""
-    path = RESULTS / f"{name}.json"
+    path = _path(name, device)
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def _path(name: str, device: str) -> Path:
+    return RESULTS / (f"{name}.json" if device == "cpu" else f"{name}-cuda.json")
 
 
 def _memory(field: str) -> int:
@@ -191,6 +195,20 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     return parser
+
+
+def task_arguments_of(description: str | None) -> argparse.ArgumentParser:
+    """Those of a benchmark over tasks and methods."""
+    parser = arguments_of(description)
+    parser.add_argument("--tasks", nargs="+", choices=list(KINDS), help="default: the small ones on a CPU, all on a GPU")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all; memory.py: the main ones but on the MLP")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def chosen_tasks(options: argparse.Namespace) -> list[str]:
+    """What --tasks says, or its default for the device."""
+    return options.tasks or [name for name, kind in KINDS.items() if not (kind.for_gpu and options.device == "cpu")]
 
 
 if __name__ == "__main__":

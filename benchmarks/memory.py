@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from measuring import MIB, Worker, arguments_of, load, machine, save, versions
+from measuring import MIB, Worker, chosen_tasks, load, machine, save, task_arguments_of, versions
 from methods import METHODS
 from tasks import KINDS
 
@@ -100,17 +100,12 @@ def longest(task: str, method: str, runs: list[dict[str, Any]], options: Any) ->
 
 def main() -> None:
     """The command."""
-    parser = arguments_of(__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=list(KINDS), help="default: the small ones on a CPU, all on a GPU")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all on the MLP, the main ones elsewhere")
+    parser = task_arguments_of(__doc__)
     parser.add_argument("--most-bytes", type=float, default=4e9)
     parser.add_argument("--most-seconds", type=float, default=150)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    on_cpu = options.device == "cpu"
-    tasks = options.tasks or [name for name, kind in KINDS.items() if not (kind.for_gpu and on_cpu)]
-    kept = {entry["task"]: entry for entry in (load("memory" if on_cpu else "memory-cuda") or {"tasks": []})["tasks"]}
-    for task in tasks:
+    kept = {entry["task"]: entry for entry in (load("memory", options.device) or {"tasks": []})["tasks"]}
+    for task in chosen_tasks(options):
         everything = [name for name in METHODS if name not in SKIPPED]
         methods = options.methods or (everything if task == "mlp" else EVERYWHERE)
         kept[task] = {"task": task, "title": KINDS[task].title, "methods": [rise(task, name, options) for name in methods]}

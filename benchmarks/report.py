@@ -272,12 +272,12 @@ SECTIONS = {"speed": ("Speed", speed_section, draw_speed), "memory": ("Memory", 
 def main() -> None:
     """Write everything that there is JSON for."""
     parts = [(HERE / "introduction.md").read_text().rstrip()]
-    for suffix, device in (("", ""), ("-cuda", " on a GPU")):
+    for device, suffix, words in (("cpu", "", ""), ("cuda", "-cuda", " on a GPU")):
         for name, (heading, section, draw) in SECTIONS.items():
-            results = load(name + suffix)
+            results = load(name, device)
             if results:
                 draw(results, RESULTS / f"{name}{suffix}.png")
-                parts += [f"## {heading}{device}", f"![{heading}{device}](results/{name}{suffix}.png)", section(results)]
+                parts += [f"## {heading}{words}", f"![{heading}{words}](results/{name}{suffix}.png)", section(results)]
     study = load("medvedev2020")
     if study:
         report_study.draw(study, RESULTS)

@@ -7,12 +7,13 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
+from stacked import STUDIED, UNSEEN, frame
 from tables import table
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-STUDIED, UNSEEN = ("LinearNet", "NonLinearNet", "MoreNonLinearNet"), ("TanhNet", "WideDeepNet")
 DATA = (*STUDIED, "all")
 SCHEDULES = {"raw": "raw steps", "strategy1": "strategy 1", "strategy2": "strategy 2", "strategy3": "strategy 3"}
 COLOURS = {"LinearNet": "C0", "NonLinearNet": "C1", "MoreNonLinearNet": "C2", "all": "C3"}
@@ -200,9 +201,7 @@ def draw_boundaries(parts: dict[str, Any]) -> plt.Figure:
     """Rows: original data, own distilled data, data distilled for all; columns: architectures."""
     real = parts["original"]["figures"]["real"]
     x, y = np.array(real["x_test"]), np.array(real["y_test"])
-    every = np.array(real["x"])
-    left, bottom = every.min(0) - 0.5
-    right, top = every.max(0) + 0.5
+    extent = frame(torch.tensor(real["x"]))
     rows = {
         "original data": [parts["original"]["figures"]["boundaries"][n] for n in STUDIED],
         "own distilled data": [parts["ours"]["figures"]["boundaries"][n] for n in STUDIED],
@@ -211,7 +210,6 @@ def draw_boundaries(parts: dict[str, Any]) -> plt.Figure:
     figure, axes = plt.subplots(3, 3, figsize=(10, 7), layout="constrained", sharex=True, sharey=True)
     for row, (heading, grids) in zip(axes, rows.items(), strict=True):
         for ax, name, values in zip(row, STUDIED, grids, strict=True):
-            extent = (left, right, bottom, top)
             ax.imshow(values, origin="lower", extent=extent, cmap="coolwarm", vmin=0, vmax=1, alpha=0.6, aspect="auto")
             ax.scatter(x[:, 0], x[:, 1], c=y, s=3, cmap="coolwarm")
             ax.set_title(f"{name}, {heading}", fontsize=8)

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import Worker, arguments_of, disagreement, load, machine, save, versions
+from measuring import Worker, chosen_tasks, disagreement, load, machine, save, task_arguments_of, versions
 from methods import METHODS
 from tasks import KINDS
 
@@ -117,18 +117,13 @@ def integer_work(parameters: int = 100_000, rounds: int = 50) -> dict[str, Any]:
 
 def main() -> None:
     """The command."""
-    parser = arguments_of(__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=list(KINDS), help="default: the small ones on a CPU, all on a GPU")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all")
+    parser = task_arguments_of(__doc__)
     parser.add_argument("--steps", type=int, help="T; default 100, fewer where that would take too long")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     on_cpu = options.device == "cpu"
-    tasks = options.tasks or [name for name, kind in KINDS.items() if not (kind.for_gpu and on_cpu)]
-    name = "speed" if on_cpu else "speed-cuda"
-    kept = {entry["task"]: entry for entry in (load(name) or {"tasks": []})["tasks"] if options.tasks}
-    for task in tasks:
+    kept = {entry["task"]: entry for entry in (load("speed", options.device) or {"tasks": []})["tasks"] if options.tasks}
+    for task in chosen_tasks(options):
         steps = options.steps or (FEWER_STEPS.get(task, 100) if on_cpu else 100)
         rounds = min(options.rounds, 2) if task in ("convnet", *FEWER_STEPS) else options.rounds
         kept[task] = compare(task, steps, rounds, options.device, options.threads, options.methods)

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 import revdistill as rd
 from revdistill.distill.data import Dataset
+from revdistill.distill.population import predictions
 from revdistill.distill.schedules import plan
+from revdistill.distill.synthetic import real_start
 
 Params = dict[str, Tensor]
 
@@ -118,8 +120,7 @@ class Stack:
         found = {}
         for name, owners in self.owners.items():
             logits = self.logits(name, params, x[owners])
-            guess = (logits[..., 0] > 0).long() if self.outputs == 1 else logits.argmax(-1)
-            found[name] = (guess == y[owners]).float().mean(1)
+            found[name] = (predictions(logits) == y[owners]).float().mean(1)
         return found
 
 
@@ -228,13 +229,7 @@ def _start(job: Job, protocol: Protocol, generator: torch.Generator) -> Tensor:
     inputs, per_batch = job.data.x[0].numel(), protocol.per_class * job.data.classes
     if protocol.start == "noise":
         return torch.randn(protocol.batches, per_batch, inputs, generator=generator)
-    columns = []
-    for c in range(job.data.classes):
-        own = (job.data.y == c).nonzero()[:, 0]
-        needed = protocol.batches * protocol.per_class
-        order = torch.cat([own[torch.randperm(len(own), generator=generator)] for _ in range(-(-needed // len(own)))])
-        columns.append(job.data.x[order[:needed]].flatten(1).reshape(protocol.batches, protocol.per_class, inputs))
-    return torch.cat(columns, 1)
+    return real_start(job.data, protocol.batches, protocol.per_class, generator).flatten(2)
 
 
 def _clip(x: Tensor, raw: Tensor, largest: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import revdistill as rd
+from revdistill.distill import models
 
 ROWS = 10  # synthetic batches, gone through again and again
 MOMENTUM = 58982 / 2**16  # what revdistill makes of 0.9; all methods train alike
@@ -59,18 +60,6 @@ def tiny_networks(networks: int = 30, batch: int = 8) -> tuple[Callable[..., Ten
 
     x = torch.randn(ROWS, batch, 2)
     return loss, params, (x, (x[..., 0] * x[..., 1] > 0).long())
-
-
-def mlp() -> nn.Module:
-    """784-100-100-10."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
-
-
-def lenet() -> nn.Module:
-    """LeNet on 28 x 28, as Wang et al. 2018 have it."""
-    features = [nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
-    head = [nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
-    return nn.Sequential(*features, nn.Flatten(), *head)
 
 
 def convnet(width: int = 64) -> nn.Module:
@@ -152,8 +141,8 @@ class Kind:
 
 KINDS = {
     "tiny": Kind("30 stacked 2-10-10-10-1, batch 8", None, (2,), 8, 0.05),
-    "mlp": Kind("MLP 784-100-100-10, batch 100", mlp, (1, 28, 28), 100, 0.01),
-    "lenet": Kind("LeNet, batch 10", lenet, (1, 28, 28), 10, 0.01),
+    "mlp": Kind("MLP 784-100-100-10, batch 100", lambda: models.build("MLP", (1, 28, 28), 10), (1, 28, 28), 100, 0.01),
+    "lenet": Kind("LeNet, batch 10", lambda: models.build("LeNet", (1, 28, 28), 10), (1, 28, 28), 10, 0.01),
     "convnet": Kind("ConvNet-3 width 64, 32 x 32, batch 20", convnet, (3, 32, 32), 20, 0.01),
     "resnet18": Kind("ResNet-18 GroupNorm, 32 x 32, batch 32", resnet18, (3, 32, 32), 32, 0.01, for_gpu=True),
     "transformer": Kind("4-layer transformer, 32 x 32, batch 32", Transformer, (3, 32, 32), 32, 0.01, for_gpu=True),

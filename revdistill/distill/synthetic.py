@@ -27,7 +27,10 @@ class Synthetic:
         self._config = config
         self.hard_labels = torch.arange(data.classes).repeat_interleave(config.per_class).expand(config.steps, -1).to(device)
         shape = (*self.hard_labels.shape, *data.input_shape)
-        x = torch.randn(shape, generator=generator).to(device) if config.start == "noise" else _real_start(config, data, generator)
+        if config.start == "noise":
+            x = torch.randn(shape, generator=generator).to(device)
+        else:
+            x = real_start(data, config.steps, config.per_class, generator)
         t = config.inner_steps
         self.leaves: dict[str, Tensor] = {
             "x": x,
@@ -59,14 +62,14 @@ class Synthetic:
         return self.hard_labels if raw is None else torch.softmax(raw, -1)
 
 
-def _real_start(config: Config, data: Dataset, generator: torch.Generator) -> Tensor:
-    """Real samples of each class, without repetition as long as there are enough."""
-    needed = config.steps * config.per_class
+def real_start(data: Dataset, batches: int, per_class: int, generator: torch.Generator) -> Tensor:
+    """[batches, classes x per_class, ...]: real samples of each class, without repetition as long as there are enough."""
+    needed = batches * per_class
     chosen = []
     for c in range(data.classes):
         own = (data.y.cpu() == c).nonzero()[:, 0]
         if not len(own):
             raise ValueError(f"start is 'real', but the training data has no sample of class {c}; use noise")
         order = torch.cat([own[torch.randperm(len(own), generator=generator)] for _ in range(-(-needed // len(own)))])
-        chosen.append(order[:needed].reshape(config.steps, config.per_class))
+        chosen.append(order[:needed].reshape(batches, per_class))
     return data.x[torch.cat(chosen, 1).to(data.x.device)].clone()

@@ -34,7 +34,7 @@ class Artifact:
     architectures: list[str]
     epochs: int
     seed: int
-    normalisation: dict[str, Any]
+    normalization: dict[str, Any]
     config: dict[str, Any]
     evaluation: dict[str, Any] = field(default_factory=dict)
     revdistill_version: str = ""
@@ -67,7 +67,7 @@ def write(path: Path, artifact: Artifact) -> None:
         file.attrs["steps"] = artifact.batches
         file.attrs["epochs"] = artifact.epochs
         file.attrs["seed"] = artifact.seed
-        for name in ("architectures", "normalisation", "config", "evaluation"):
+        for name in ("architectures", "normalization", "config", "evaluation"):
             file.attrs[name] = json.dumps(getattr(artifact, name))
 
 
@@ -84,7 +84,7 @@ def read(path: Path) -> Artifact:
             architectures=file.json("architectures", list),
             epochs=file.integer("epochs"),
             seed=file.integer("seed"),
-            normalisation=file.json("normalisation", dict),
+            normalization=file.json("normalization", dict),
             config=file.json("config", dict),
             evaluation=file.json("evaluation", dict),
             revdistill_version=file.text("revdistill_version"),
@@ -111,6 +111,6 @@ def _check(file: Reader, a: Artifact) -> None:
     if not all(isinstance(name, str) for name in a.architectures):
         raise file.fail("attribute 'architectures' must list names")
     for key in ("mean", "std"):
-        values = a.normalisation.get(key)
+        values = a.normalization.get(key)
         if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
-            raise file.fail(f"attribute 'normalisation' must hold a list of numbers {key!r}")
+            raise file.fail(f"attribute 'normalization' must hold a list of numbers {key!r}")

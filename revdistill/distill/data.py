@@ -38,7 +38,7 @@ class Dataset:
     x_test: Tensor
     y_test: Tensor
     classes: int
-    normalisation: dict[str, list[float]]
+    normalization: dict[str, list[float]]
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -206,4 +206,4 @@ def _assemble(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_tes
         "x_test": tensor(x_test),
         "y_test": torch.from_numpy(y_test),
     }
-    return Dataset(name=name, classes=classes, normalisation={"mean": mean.tolist(), "std": std.tolist()}, **parts)
+    return Dataset(name=name, classes=classes, normalization={"mean": mean.tolist(), "std": std.tolist()}, **parts)

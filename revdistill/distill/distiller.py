@@ -146,7 +146,7 @@ class Distiller:
                 architectures=list(config.architectures),
                 epochs=config.epochs,
                 seed=config.seed,
-                normalisation=self.data.normalisation,
+                normalization=self.data.normalization,
                 config=config.to_dict(),
             )
 

@@ -27,7 +27,7 @@ def artifact(**changes: Any) -> Artifact:
         architectures=["NonLinearNet"],
         epochs=2,
         seed=3,
-        normalisation={"mean": [0.0, 0.0], "std": [1.0, 1.0]},
+        normalization={"mean": [0.0, 0.0], "std": [1.0, 1.0]},
         config={"steps": 4},
         evaluation={"NonLinearNet": {"mean": 0.5}},
     )
@@ -55,7 +55,7 @@ def test_usable_without_this_project(tmp_path: Path) -> None:
         x, y, lr, momentum = (torch.tensor(f[name][()]) for name in ("x", "y", "lr", "momentum"))
         assert json.loads(f.attrs["architectures"]) == ["NonLinearNet"]
         names = {"format_version", "revdistill_version", "torch_version", "dataset", "architectures", "steps", "epochs", "seed"}
-        assert set(f.attrs) == names | {"normalisation", "config", "evaluation"}
+        assert set(f.attrs) == names | {"normalization", "config", "evaluation"}
         assert f.attrs["steps"] * f.attrs["epochs"] == len(lr)
     net = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
@@ -163,7 +163,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "deep json": (_attribute("config", "[" * 100_000), "not JSON"),
     "json kind": (_attribute("config", "[1]"), "expected a dict"),
     "architectures": (_attribute("architectures", "[1]"), "must list names"),
-    "normalisation": (_attribute("normalisation", '{"mean": 1, "std": []}'), "normalisation"),
+    "normalization": (_attribute("normalization", '{"mean": 1, "std": []}'), "normalization"),
     "large attribute": (_attribute("dataset", "x" * (5 * 2**20)), "too large|at most"),
     "array attribute": (_attribute("dataset", np.zeros(1000)), "too large"),
     "seed": (_attribute("seed", 1.5), "expected an integer"),

@@ -25,10 +25,10 @@ def test_built_in_datasets(name: str) -> None:
         assert data.input_shape == (1, 8, 8)
         assert abs(float(data.x.mean())) < 1e-5
         assert abs(float(data.x.std()) - 1) < 1e-3
-        raw = data.x * data.normalisation["std"][0] + data.normalisation["mean"][0]
+        raw = data.x * data.normalization["std"][0] + data.normalization["mean"][0]
         assert float((raw * 16 - (raw * 16).round()).abs().max()) < 1e-4  # what was recorded undoes what was done
     else:
-        assert data.normalisation == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
+        assert data.normalization == {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
 
 
 def test_moons_are_the_studys() -> None:

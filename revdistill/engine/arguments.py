@@ -25,6 +25,7 @@ def check_arguments(
     adjoint: Any,
     on_step: Any,
     seed: Any,
+    window: Any,
 ) -> None:
     """Raise ValueError or TypeError on the first argument that will not do."""
     if torch.is_inference_mode_enabled():
@@ -45,6 +46,8 @@ def check_arguments(
         raise TypeError(f"on_step must be callable as on_step(k, params, loss), got {_kind(on_step)}")
     if seed is not None:
         _check_int("seed", seed, least=0)
+    if window is not None:
+        _check_int("window", window, least=1)
 
 
 def _check_params(params: Any) -> torch.device:

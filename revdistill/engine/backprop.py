@@ -25,6 +25,8 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
     values = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in update.slots}
     keep_graph = torch.is_grad_enabled()
     for k in range(problem.steps):
+        if k and k == problem.first:
+            values = {name: value.detach() for name, value in values.items()}
         if data.function is None:
             batch: Any = tuple(r[data.row(k)] for r in rows)
         else:
@@ -36,7 +38,7 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
             value = loss(layout.views(at), batch, *hyper)
             if k == 0:
                 check_loss(value)
-            (gradient,) = torch.autograd.grad(value, at, create_graph=keep_graph)
+            (gradient,) = torch.autograd.grad(value, at, create_graph=keep_graph and k >= problem.first)
         _check_finite(problem, k, value, gradient)
         if problem.on_step is not None:
             with problem.ambient.outside():

@@ -14,6 +14,7 @@ from revdistill.engine.fixedpoint import FixedPoint
 from revdistill.engine.gradient import Linearization
 from revdistill.engine.history import History, NoHistory
 from revdistill.engine.moves import THETA
+from revdistill.engine.snapshot import Snapshot
 from revdistill.engine.sweep import Hypergradients, Sweep, wants_slots
 from revdistill.engine.trajectory import Problem, Trajectory
 
@@ -45,6 +46,10 @@ class UnrollStats:
         return 8 * self.history_bytes / max(1, self.parameters * self.steps)
 
 
+def _nothing(*_: object) -> None:
+    return
+
+
 class Recording(ABC):
     """A forward pass that can be gone back over once."""
 
@@ -63,21 +68,24 @@ class Reversal(Recording):
     """
 
     def __init__(self, problem: Problem, theta0: Tensor, fixed: FixedPoint, history: History, graph_bytes: int = 0) -> None:
-        self._graph_bytes, self._first_kept, self._steps = graph_bytes, problem.steps, problem.steps
+        self._graph_bytes, self._first_kept = graph_bytes, problem.steps
+        self._problem, self._history = problem, history
         self._kept: dict[int, Linearization] = {}
-        self._trajectory = Trajectory(problem, theta0, fixed, history)
-        if graph_bytes:
-            self._trajectory.run(after_step=self._keep)
-        else:
-            self._trajectory.run()
+        # Before the window nothing is kept: its steps are not gone back over.
+        self._trajectory = Trajectory(problem, theta0, fixed, NoHistory() if problem.first else history)
+        self._trajectory.run(self._before_step, self._keep if graph_bytes else _nothing)
         self.theta = self._trajectory.theta().clone()
         self.stats = stats_of(self._trajectory, self._trajectory.history.nbytes)
 
+    def _before_step(self, k: int) -> None:
+        if k and k == self._problem.first:
+            self._trajectory.start_here(self._history)
+
     def _keep(self, k: int, at: Linearization) -> None:
-        if k == 0:  # all steps' graphs are alike: the first tells how many fit
+        if k == self._problem.first:  # all steps' graphs are alike: the first tells how many fit
             nbytes = at.nbytes
             fitting = self._graph_bytes // nbytes if nbytes else 0
-            self._first_kept = max(0, self._steps - fitting)
+            self._first_kept = max(k, self._problem.steps - fitting)
             self._kept.clear()
         if k >= self._first_kept:
             self._kept[k] = at
@@ -88,7 +96,7 @@ class Reversal(Recording):
         keep = wants_slots(problem)
         slots = trajectory.slots() if keep else {}
         same = _Same(problem)
-        for k in reversed(range(problem.steps)):
+        for k in reversed(range(problem.first, problem.steps)):
             trajectory.undo_drifts(k)
             theta = trajectory.theta()
             at = self._kept.pop(k, None) or problem.gradient.linearize(k, theta)
@@ -106,8 +114,8 @@ class Reversal(Recording):
         trajectory.history.clear()
         if not back:
             raise ReversalError(
-                f"the way back over {problem.steps} steps did not end bit-exactly at the start, so the hypergradient would be "
-                f"wrong and is not returned. {_NONDETERMINISTIC}"
+                f"the way back over {problem.steps - problem.first} steps did not end bit-exactly at the start, so the "
+                f"hypergradient would be wrong and is not returned. {_NONDETERMINISTIC}"
             )
         return result
 
@@ -116,25 +124,25 @@ class Checkpoints(Recording):
     """Snapshots of the integers; each stretch between two of them is run again."""
 
     def __init__(self, problem: Problem, theta0: Tensor, fixed: FixedPoint, every: int | None) -> None:
-        self._every = every or max(1, math.isqrt(problem.steps))
+        self._every, self._first = every or max(1, math.isqrt(problem.steps - problem.first)), problem.first
         self._trajectory = Trajectory(problem, theta0, fixed, NoHistory())
         # Without momentum each v is overwritten before it is read: theta alone is a snapshot.
         self._with_slots = problem.update.keeps_memory(problem.steps)
-        self._snapshots: dict[int, _Snapshot] = {}
+        self._snapshots: dict[int, Snapshot] = {}
         self._trajectory.run(self._before_step)
         self.theta = self._trajectory.theta().clone()
         self._end = self._trajectory.state.fixed[THETA].clone()
         self.stats = stats_of(self._trajectory, sum(s.nbytes for s in self._snapshots.values()))
 
     def _before_step(self, k: int) -> None:
-        if k % self._every == 0:
-            self._snapshots[k] = _Snapshot(self._trajectory, self._with_slots)
+        if k >= self._first and (k - self._first) % self._every == 0:
+            self._snapshots[k] = Snapshot(self._trajectory.state, with_slots=self._with_slots)
 
     def backward(self, sweep: Sweep) -> Hypergradients:
         problem, end = sweep.problem, self._end
-        for start in reversed(range(0, problem.steps, self._every)):
+        for start in reversed(range(problem.first, problem.steps, self._every)):
             snapshot = self._snapshots.pop(start)
-            snapshot.restore(self._trajectory)
+            snapshot.restore(self._trajectory.state)
             stretch, same = _Stretch(self._trajectory), _Same(problem)
             for k in range(start, min(start + self._every, problem.steps)):
                 stretch.before_step(k)
@@ -167,33 +175,12 @@ class Stored(Recording):
         return sweep.finish()
 
 
-class _Snapshot:
-    """The integers before one step."""
-
-    def __init__(self, trajectory: Trajectory, with_slots: bool) -> None:
-        state = trajectory.state
-        self.theta = state.fixed[THETA].clone()
-        self._slots = {slot: state.fixed[slot].clone() for slot in state.stores} if with_slots else {}
-        self._stores = [store.snapshot() for store in state.all_stores()] if with_slots else []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.theta, *self._slots.values(), *(head for head, _, _ in self._stores)))
-
-    def restore(self, trajectory: Trajectory) -> None:
-        trajectory.state.fixed[THETA].copy_(self.theta)
-        for slot, values in self._slots.items():
-            trajectory.state.fixed[slot].copy_(values)
-        for store, snapshot in zip(trajectory.state.all_stores(), self._stores, strict=False):
-            store.restore(snapshot)
-
-
 class _Stretch:
     """theta_k, and the slots where they are needed, as floats over some steps; and the sweep back over them."""
 
     def __init__(self, trajectory: Trajectory) -> None:
         self._trajectory = trajectory
-        self._keep = wants_slots(trajectory.problem)
+        self._keep, self._first = wants_slots(trajectory.problem), trajectory.problem.first
         self._thetas: dict[int, Tensor] = {}
         self._slots: dict[int, dict[str, Tensor]] = {}
 
@@ -203,12 +190,14 @@ class _Stretch:
         return sum(t.nbytes for t in tensors)
 
     def before_step(self, k: int) -> None:
+        if k < self._first:
+            return
         self._thetas[k] = self._trajectory.theta().clone()
         if self._keep and k not in self._slots:
             self._slots[k] = self._trajectory.slots()
 
     def after_step(self, k: int, _: Linearization) -> None:
-        if self._keep:
+        if self._keep and k >= self._first:
             self._slots[k + 1] = self._trajectory.slots()
 
     def sweep_back(self, sweep: Sweep) -> None:

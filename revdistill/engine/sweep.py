@@ -16,9 +16,11 @@ from revdistill.engine.trajectory import Problem
 
 @dataclass(frozen=True)
 class Hypergradients:
-    """theta: float [numel]; tables: float64 by name; batches, hypers: like the tensors, None where not wanted."""
+    """theta: float [numel], None where the way back ends before theta_0; tables: float64 by name; batches, hypers: like the
+    tensors, None where not wanted.
+    """
 
-    theta: Tensor
+    theta: Tensor | None
     tables: dict[str, Tensor]
     batches: list[Tensor | None]
     hypers: list[Tensor | None]
@@ -77,7 +79,7 @@ class Sweep:
 
     def finish(self) -> Hypergradients:
         self._watch.flush(self.bars.flat[THETA])
-        return Hypergradients(self.bars.flat[THETA], self.bars.tables, self._batches, self._hypers)
+        return Hypergradients(None if self.problem.first else self.bars.flat[THETA], self.bars.tables, self._batches, self._hypers)
 
 
 def wants_slots(problem: Problem) -> bool:

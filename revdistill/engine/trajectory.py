@@ -15,6 +15,7 @@ from revdistill.engine.gradient import Data, Gradient, Linearization
 from revdistill.engine.guard import GPU_INTERVAL, Guard, SuspicionError
 from revdistill.engine.history import History
 from revdistill.engine.moves import GRADIENT, THETA, Add, Update
+from revdistill.engine.snapshot import Snapshot
 
 # (slot, head, n) for each decay of a step; (target, source, factor) for each kick or drift.
 Pushes = Sequence[tuple[Tensor, Tensor, int]]
@@ -56,6 +57,7 @@ class Problem:
     steps: int
     kernels: Kernels
     on_step: OnStep | None = None
+    first: int = 0  # the way back goes no further: dL/d(...) of the steps before it is left out
 
     @property
     def check_interval(self) -> int:
@@ -72,10 +74,19 @@ class Trajectory:
         self._reset(problem.check_interval)
 
     def _reset(self, interval: int) -> None:
+        self._start: Snapshot | None = None
         self.guard = Guard(self.problem.update, self.fixed, interval)
         self.guard.start(self._theta0)
         self.history.clear()
         self.state = self.problem.update.initial_state(self.fixed.from_float(self._theta0), self.history)
+
+    def start_here(self, history: History) -> None:
+        """The way back is to end at this very state. history: takes the words spilled from here on."""
+        history.clear()
+        self.history = history
+        for store in self.state.all_stores():
+            store.history = history
+        self._start = Snapshot(self.state, with_slots=True)
 
     def run(self, before_step: BeforeStep = _nothing, after_step: AfterStep = _nothing) -> None:
         """All steps forward, with a call before and after each; then the checks that are still open."""
@@ -145,7 +156,9 @@ class Trajectory:
             store.after_undecay(slot, n)
 
     def is_back_at_start(self) -> bool:
-        """theta and the slots equal the start bit for bit, and the bit stores are empty (invariant 3)."""
+        """theta and the slots equal the start bit for bit, and the bit stores are as they were (invariant 3)."""
+        if self._start is not None:
+            return not (self.history.nbytes or bool(self._start.differs(self.state)))
         differs = (self.state.fixed[THETA] != self.fixed.from_float(self._theta0)).any()
         for slot in self.problem.update.slots:
             differs = differs | self.state.fixed[slot].any()

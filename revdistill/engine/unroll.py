@@ -39,6 +39,7 @@ def unroll(
     on_step: OnStep | None = ...,
     return_stats: Literal[False] = ...,
     seed: int | None = ...,
+    window: int | None = ...,
 ) -> dict[str, Tensor]: ...
 
 
@@ -56,6 +57,7 @@ def unroll(
     on_step: OnStep | None = ...,
     return_stats: Literal[True],
     seed: int | None = ...,
+    window: int | None = ...,
 ) -> tuple[dict[str, Tensor], UnrollStats]: ...
 
 
@@ -72,6 +74,7 @@ def unroll(
     on_step: OnStep | None = None,
     return_stats: bool = False,
     seed: int | None = None,
+    window: int | None = None,
 ) -> dict[str, Tensor] | tuple[dict[str, Tensor], UnrollStats]:
     """The parameters after `steps` optimizer steps, differentiable with respect to all that went in.
 
@@ -90,6 +93,8 @@ def unroll(
     on_step: called as on_step(k, theta_k, loss_k) at each step of the forward pass, with detached tensors.
     return_stats: also return an `UnrollStats`.
     seed: of the random numbers inside the loss; by default drawn from torch's default generator.
+    window: go back over the last `window` steps only (truncated backpropagation: cheaper, and tamer where a long unroll's
+    hypergradient explodes, but biased). Steps before it add nothing, and params get no gradient. By default all steps.
 
     Returns a dict like params. Gradients flow to params, batches, hyper, lr, momentum and weight_decay; once: a second backward
     through the same unroll, and a derivative of the hypergradient, are UnsupportedErrors (`Backprop` can do both).
@@ -97,7 +102,9 @@ def unroll(
     Cost: see the adjoint. Errors: ValueError and TypeError for arguments; RangeError, NonFiniteError, ReversalError,
     UnsupportedError. Source: Maclaurin, Duvenaud & Adams 2015, algorithms 1 to 3.
     """
-    check_arguments(loss, params, batches, optimizer, steps=steps, hyper=hyper, adjoint=adjoint, on_step=on_step, seed=seed)
+    check_arguments(
+        loss, params, batches, optimizer, steps=steps, hyper=hyper, adjoint=adjoint, on_step=on_step, seed=seed, window=window
+    )
     layout = Layout.of(params)
     data = Data(batches, hyper)
     ambient = Ambient.capture(layout.device, draw_seed() if seed is None else seed)
@@ -110,6 +117,7 @@ def unroll(
         steps=steps,
         kernels=CompiledKernels() if compile and layout.device.type != "cpu" else Kernels(),
         on_step=on_step,
+        first=max(0, steps - window) if window else 0,
     )
     theta, stats = _run(problem, loss, theta0, adjoint or default_adjoint(problem))
     result = layout.views(theta)

@@ -29,9 +29,12 @@ from .table import evaluation_table
     help="raw: the learned step sizes; the strategies train for 50 epochs (1: rates of its own, 2: the learned epochs repeated "
     "with decay, 3: the last epoch repeated with decay).",
 )
+@options.data_dir
 @options.device
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def evaluate(run: Path, architectures: tuple[str, ...], restarts: int, schedule: str, device: str, as_json: bool) -> None:
+def evaluate(
+    run: Path, architectures: tuple[str, ...], restarts: int, schedule: str, data_dir: Path, device: str, as_json: bool
+) -> None:
     """Train fresh networks on the distilled data of RUN with plain SGD, and measure their test accuracy.
 
     Without --arch, the architectures that the data were distilled for.
@@ -39,7 +42,7 @@ def evaluate(run: Path, architectures: tuple[str, ...], restarts: int, schedule:
     _, artifact = read_run(run)
     found = {}
     with user_input():
-        data = load(artifact.dataset)
+        data = load(artifact.dataset, data_dir)
         for name in architectures or _own(artifact.architectures):
             result = evaluations.evaluate(artifact, data, name, restarts=restarts, schedule=schedule, device=device)
             found[name] = result.to_dict()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from revdistill.distill import models
 from revdistill.distill.config import check_device
+from revdistill.distill.data import DATA_DIR
+from revdistill.distill.image_files import FROM_FILES
 
 
 class _Checked(click.ParamType[Any]):
@@ -43,5 +46,14 @@ arch = click.option(
     metavar="NAME",
     help=f"Network: {', '.join(models.ARCHITECTURES)}, or your own factory package.module:function, called with "
     "(input_shape, classes). Repeat it for several.",
+)
+data_dir = click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    default=DATA_DIR,
+    show_default=True,
+    envvar="REVDISTILL_DATA_DIR",
+    show_envvar=True,
+    help=f"Where the files of {', '.join(FROM_FILES)} are: the folder itself, or one that holds folders of these names.",
 )
 device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")

@@ -8,7 +8,7 @@ import click
 import numpy as np
 
 from revdistill.distill.artifact import Artifact
-from revdistill.distill.data import load
+from revdistill.distill.data import Dataset, load
 from revdistill.distill.evaluation import check_compatible
 from revdistill.distill.run import METRICS, read_metrics
 
@@ -22,8 +22,7 @@ def show(run: Path) -> None:
     """Print what RUN holds and draw its pictures to RUN/plots."""
     directory, artifact = read_run(run)
     with user_input():
-        data = load(artifact.dataset)
-        check_compatible(artifact, data)
+        data = _data_behind(artifact)
         metrics = read_metrics(directory / METRICS)
         from revdistill.distill.plots import draw_all
 
@@ -35,6 +34,15 @@ def show(run: Path) -> None:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{directory}: attribute 'evaluation' of the artifact is not one of this release ({error})") from error
     click.echo("pictures: " + ", ".join(str(p) for p in pictures))
+
+
+def _data_behind(artifact: Artifact) -> Dataset | None:
+    """The real data where a picture shows them: points in the plane."""
+    if artifact.x.shape[2:] != (2,):
+        return None
+    data = load(artifact.dataset)
+    check_compatible(artifact, data)
+    return data
 
 
 def _summary(a: Artifact) -> str:

@@ -13,11 +13,14 @@ import click
 from click.core import ParameterSource
 
 import revdistill
+from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.distill.checkpoint import read_config, written_by
-from revdistill.distill.config import ADJOINTS, INITS, STARTS, Config
-from revdistill.distill.data import BUILT_IN, load
+from revdistill.distill.config import ADJOINTS, INITS, OUTER_DECAYS, STARTS, Config
+from revdistill.distill.data import NAMES, load
 from revdistill.distill.distiller import Distiller
+from revdistill.distill.image_files import FROM_FILES
+from revdistill.distill.presets import PRESETS, USUAL
 from revdistill.distill.run import METRICS, DirectoryInUseError, InterruptedRunError, Run, holds_run, read_metrics
 
 from . import options
@@ -41,7 +44,11 @@ _RATE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command(short_help="Distil a dataset.")
-@_option("--dataset", f"{', '.join(BUILT_IN)}, or a .npz file with x and y.")
+@click.option(
+    "--preset", type=click.Choice(list(PRESETS)), help="Settings that belong together; what else is given goes before them."
+)
+@_option("--dataset", f"{', '.join(NAMES)}, or a .npz file with x and y.")
+@options.data_dir
 @options.arch
 @_option("--steps", "Synthetic batches.", type=_COUNT)
 @_option("--epochs", "How often they are gone through: steps x epochs inner steps.", type=_COUNT)
@@ -54,7 +61,19 @@ _RATE = click.FloatRange(min=0, min_open=True)
 @_option("--inits", "Networks per outer step (and architecture), trained side by side.", type=_COUNT)
 @_option("--start", "Synthetic data start as noise or as real samples.", type=click.Choice(STARTS))
 @_option("--outer-steps", "Adam steps on data and step sizes.", type=_COUNT)
-@_option("--outer-lr", "Adam's rate, decayed to 0 by a cosine.", type=_RATE)
+@_option("--outer-lr", "Adam's rate.", type=_RATE)
+@_option("--outer-lr-rates", "Adam's rate for step sizes and momenta.  [default: --outer-lr]", type=click.FloatRange(min=0))
+@_option("--outer-decay", "How Adam's rate falls: to 0, halved ten times, or not.", type=click.Choice(OUTER_DECAYS))
+@_option("--outer-beta1", "Adam's beta1.", type=click.FloatRange(0, 1, max_open=True))
+@_option("--average", "Share of the last outer steps whose iterates are averaged.", type=click.FloatRange(0, 1))
+@_option("--window", "Go back over the last so many of a random number of inner steps.  [default: all of all]", type=_COUNT)
+@_option("--grow", "Share of the outer steps over which the number of inner steps grows.", type=click.FloatRange(0, 1))
+@_option(
+    "--augment",
+    f"Siamese augmentation, one at random for each outer step: {', '.join(AUGMENTATIONS)}. Repeat it for several.",
+    type=click.Choice(list(AUGMENTATIONS)),
+    multiple=True,
+)
 @_option("--batch-size", "Real samples per outer step.", type=_COUNT)
 @_option(
     "--noise",
@@ -73,17 +92,23 @@ _RATE = click.FloatRange(min=0, min_open=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, to the same result bit for bit.")
 @click.option("--save-every", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds between checkpoints.")
 @click.pass_context
-def train(ctx: click.Context, /, out: Path | None, resume: bool, save_every: float, **values: Any) -> None:
+def train(
+    ctx: click.Context, /, preset: str | None, data_dir: Path, out: Path | None, resume: bool, save_every: float, **values: Any
+) -> None:
     """Learn a small synthetic dataset with its step sizes, such that a fresh network trained on it does well on the real one.
 
     The result is OUT/distilled.h5; beside it metrics.jsonl, pictures in plots/, and checkpoint.h5 for --resume.
     """
-    values["architectures"] = values["architectures"] or _DEFAULT.architectures
+    if preset:
+        if resume:
+            raise UserError("--preset and --resume: a run that is resumed has its settings already")
+        values |= {name: value for name, value in PRESETS[preset].items() if not _given(ctx, name)}
+    values["architectures"] = values["architectures"] or _architectures(preset, values["dataset"])
     out = out or _default_directory(values["dataset"], resume)
     with user_input():
         config = _resumed(ctx, out, values) if resume else Config(**values)
     with user_input("--dataset"):
-        data = load(config.dataset)
+        data = load(config.dataset, data_dir)
     with user_input("--arch" if config.start == "noise" else None):
         distiller = Distiller(config, data)
     with user_input("--out"):
@@ -98,7 +123,8 @@ def train(ctx: click.Context, /, out: Path | None, resume: bool, save_every: flo
         raise UserError(f"--out: {error}") from error
     except InterruptedRunError as stopped:
         click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
-        click.echo(f"  revdistill train --resume --out {shlex.quote(str(out))}", err=True)
+        where = f" --data-dir {shlex.quote(str(data_dir))}" if config.dataset in FROM_FILES else ""
+        click.echo(f"  revdistill train --resume --out {shlex.quote(str(out))}{where}", err=True)
         ctx.exit(130)
     click.echo(f"distilled in {time.monotonic() - started:.0f} s; test accuracy of fresh networks trained on it:")
     click.echo(evaluation_table(result.evaluation))
@@ -127,9 +153,8 @@ def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> Config:
         raise ValueError(f"--resume: {out} holds no {CHECKPOINT}")
     saved = read_config(path)
     for name, value in values.items():
-        given = ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
         before = getattr(saved, name)
-        if given and value != before:
+        if _given(ctx, name) and value != before:
             flag = "--arch" if name == "architectures" else "--" + name.replace("_", "-")
             raise ValueError(
                 f"{flag} is {_plain(value)}, but the run in {out} has {_plain(before)}; resume without it, or start a new run"
@@ -138,6 +163,15 @@ def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> Config:
     if version != revdistill.__version__:
         click.echo(f"note: the checkpoint was written by revdistill {version}, this is {revdistill.__version__}", err=True)
     return saved
+
+
+def _given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+
+
+def _architectures(preset: str | None, dataset: str) -> tuple[str, ...]:
+    """Without --arch: what the preset takes for the dataset."""
+    return (USUAL[dataset],) if preset and dataset in USUAL else _DEFAULT.architectures
 
 
 def _plain(value: Any) -> str:

@@ -16,9 +16,9 @@ from revdistill.distill.distiller import Distiller
 from revdistill.distill.files import replacing
 from revdistill.distill.hdf5 import reading
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "checkpoint.h5"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS, _AVERAGE = ("exp_avg", "exp_avg_sq"), "average"
 
 
 def save(path: Path, distiller: Distiller) -> None:
@@ -29,12 +29,15 @@ def save(path: Path, distiller: Distiller) -> None:
         file.attrs["config"] = json.dumps(distiller.config.to_dict())
         file.attrs["outer_step"] = distiller.outer_step
         file.attrs["adam_step"] = _adam_step(distiller)
+        file.attrs["averaged"] = distiller.averaged
         for name, leaf in distiller.synthetic.leaves.items():
             file.create_dataset(name, data=leaf.detach().cpu().numpy())
             state = distiller.optimizer.state.get(leaf, {})
             for moment in _MOMENTS:
                 value: Tensor = state.get(moment, torch.zeros_like(leaf))
                 file.create_dataset(f"{name}.{moment}", data=value.cpu().numpy())
+            if name in distiller.averages:
+                file.create_dataset(f"{name}.{_AVERAGE}", data=distiller.averages[name].cpu().numpy())
 
 
 def read_config(path: Path) -> Config:
@@ -57,12 +60,16 @@ def written_by(path: Path) -> str:
 def restore(path: Path, distiller: Distiller) -> None:
     """Put a distiller of the same configuration where `save` was called. Errors: ArtifactError."""
     with reading(path) as file:
-        outer_step, adam_step = file.integer("outer_step"), file.integer("adam_step")
-        if not 0 <= adam_step <= outer_step <= distiller.config.outer_steps:
-            raise file.fail(f"attributes outer_step {outer_step} and adam_step {adam_step} do not go with its configuration")
+        outer_step, adam_step, averaged = (file.integer(name) for name in ("outer_step", "adam_step", "averaged"))
+        if not 0 <= averaged <= adam_step <= outer_step <= distiller.config.outer_steps:
+            raise file.fail(
+                f"attributes outer_step {outer_step}, adam_step {adam_step} and averaged {averaged} do not go with its "
+                "configuration"
+            )
+        kept = (*_MOMENTS, _AVERAGE) if distiller.averages else _MOMENTS
         tensors: dict[str, Tensor] = {}
         for name, leaf in distiller.synthetic.leaves.items():
-            for key in (name, *(f"{name}.{moment}" for moment in _MOMENTS)):
+            for key in (name, *(f"{name}.{part}" for part in kept)):
                 values = torch.from_numpy(file.array(key, "float32"))
                 if values.shape != leaf.shape:
                     raise file.fail(f"{key!r} has shape {list(values.shape)}; expected {list(leaf.shape)}")
@@ -70,10 +77,12 @@ def restore(path: Path, distiller: Distiller) -> None:
     for name, leaf in distiller.synthetic.leaves.items():
         with torch.no_grad():
             leaf.copy_(tensors[name])
+            if distiller.averages:
+                distiller.averages[name].copy_(tensors[f"{name}.{_AVERAGE}"])
         if adam_step:
             state: dict[str, Any] = {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
             distiller.optimizer.state[leaf] = {"step": torch.tensor(float(adam_step)), **state}
-    distiller.outer_step = outer_step
+    distiller.outer_step, distiller.averaged = outer_step, averaged
 
 
 def _adam_step(distiller: Distiller) -> int:

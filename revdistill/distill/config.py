@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from revdistill.distill import models
+from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.engine import Backprop, Checkpoint, Reversible, StoreAll
 from revdistill.engine.adjoints import Adjoint
 
@@ -18,8 +19,10 @@ ADJOINTS: dict[str, type[Adjoint]] = {
     "backprop": Backprop,
 }
 GRAPH_BYTES = 256 * 2**20  # for the unroll of one architecture: memory that any machine has, and a short unroll gains by
+OUTER_DECAYS = ("cosine", "halving", "none")
 INITS = ("random", "fixed")
 STARTS = ("noise", "real")
+_TUPLES = ("architectures", "augment")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,12 @@ class Config:
     images of each class in one batch. momentum: of the inner SGD; lr: its learned step sizes at the start.
     init: "random" draws new networks at every outer step, "fixed" distils for one network; inits: networks per outer step
     and architecture. start: synthetic data from noise or from real samples. learn_labels, learn_momentum: learn them too.
-    outer_steps, outer_lr, batch_size: Adam steps, their rate (decayed to 0 by a cosine), real samples in each.
+    outer_steps, outer_lr, batch_size: Adam steps, their rate, real samples in each. outer_lr_rates: Adam's rate for step sizes and
+    momenta, None for outer_lr. outer_decay: "cosine" takes these rates to 0, "halving" halves them ten times, as Wang et al.,
+    "none" keeps them. outer_beta1: Adam's. average: the share of the last outer steps whose iterates are averaged for the result.
+    window: each outer step makes a random number of inner steps, from `window` to T, and goes back over the last `window` only
+    (Feng et al. 2023); None goes back over all T. grow: the share of the outer steps over which T grows, from a tenth.
+    augment: names of AUGMENTATIONS; one at each outer step for real and synthetic images alike (Zhao & Bilen 2021).
     noise: standard deviation of Gaussian noise on the real samples, which keeps a small training set from being learned by
     heart; None for 0.5 on images and 0 otherwise. clip: the largest norm of a hypergradient, 0 for none.
     adjoint: a name of ADJOINTS; None for the engine's choice, with the graphs of the last steps kept in up to GRAPH_BYTES.
@@ -55,6 +63,13 @@ class Config:
     learn_labels: bool = False
     noise: float | None = None
     clip: float = 1.0
+    outer_lr_rates: float | None = None
+    outer_decay: str = "cosine"
+    outer_beta1: float = 0.5
+    average: float = 0.0
+    window: int | None = None
+    grow: float = 0.0
+    augment: tuple[str, ...] = ()
     adjoint: str | None = None
     device: str = "cpu"
     seed: int = 0
@@ -66,6 +81,15 @@ class Config:
         self._need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
         self._need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
         self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
+        rates = self.outer_lr_rates
+        self._need("outer_lr_rates", rates is None or 0 <= rates < 1e4, "a number of at least 0 and below 10,000")
+        self._need("outer_decay", self.outer_decay in OUTER_DECAYS, ", ".join(OUTER_DECAYS))
+        self._need("outer_beta1", 0 <= self.outer_beta1 < 1, "a number from 0 to below 1")
+        self._need("average", 0 <= self.average <= 1, "a number from 0 to 1")
+        self._need("grow", 0 <= self.grow <= 1, "a number from 0 to 1")
+        fits = self.window is None or 1 <= self.window <= self.inner_steps
+        self._need("window", fits, f"an integer from 1 to steps x epochs, {self.inner_steps}")
+        self._need("augment", set(self.augment) <= set(AUGMENTATIONS), f"names out of {', '.join(AUGMENTATIONS)}")
         self._need("noise", self.noise is None or 0 <= self.noise < 1e4, "a number of at least 0")
         self._need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
         self._need("init", self.init in INITS, " or ".join(INITS))
@@ -93,12 +117,12 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """In the types of JSON."""
-        return asdict(self) | {"architectures": list(self.architectures)}
+        return asdict(self) | {name: list(getattr(self, name)) for name in _TUPLES}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """From what `to_dict` gave; TypeError or ValueError where it did not."""
-        return cls(**(values | {"architectures": tuple(values.get("architectures", ()))}))
+        return cls(**(values | {name: tuple(values.get(name, ())) for name in _TUPLES}))
 
 
 def check_device(name: str) -> torch.device:

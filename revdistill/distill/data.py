@@ -1,4 +1,4 @@
-"""Real datasets with fixed splits: the built-in ones, and any .npz with x and y.
+"""Real datasets with fixed splits: the built-in ones, the standard image sets, and any .npz with x and y.
 
 Each comes normalised per feature (vectors) or per channel (images) by the training set's mean and standard deviation, except
 the two-dimensional ones of the study, which are used as they are.
@@ -6,24 +6,23 @@ the two-dimensional ones of the study, which are used as they are.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from revdistill.distill.image_files import FROM_FILES
+from revdistill.distill.npz import Arrays, load_npz
 from revdistill.engine import ArtifactError
 
 SPLIT_SEED = 8  # of make_moons and of every split, as in the study
 MOONS_TEST = 0.33
 TEST = 0.25
 VALIDATION = 0.1
-
-Arrays = tuple[np.ndarray, np.ndarray]
+CHUNK = 4096  # samples normalised at once
 
 
 @dataclass(frozen=True)
@@ -82,89 +81,34 @@ def _blobs() -> Arrays:
 
 
 BUILT_IN: dict[str, Callable[[], Arrays]] = {"digits": _digits, "moons": _moons, "circles": _circles, "blobs": _blobs}
+NAMES = (*BUILT_IN, *FROM_FILES)
+DATA_DIR = "data"
 _AS_THEY_ARE = {"moons", "circles", "blobs"}
 
 
-def load(name: str) -> Dataset:
-    """A built-in dataset by name, or a .npz file by path.
+def load(name: str, data_dir: str | Path = DATA_DIR) -> Dataset:
+    """A dataset by name, or a .npz file by path.
 
-    The file holds x, numbers [N, features] or [N, H, W] or [N, channels, H, W], and y, integer classes [N]; optionally x_test
-    and y_test. Errors: ValueError for a name that is neither; ArtifactError that names the file and what is wrong with it.
+    data_dir: where the files of mnist, fashion-mnist and cifar10 are, see `image_files`. A .npz file holds x, numbers
+    [N, features] or [N, H, W] or [N, channels, H, W], and y, integer classes [N]; optionally x_test and y_test. Errors:
+    ValueError for a name that is none of these; ArtifactError that names the file and what is wrong with it.
     """
     if name in BUILT_IN:
         x, y = BUILT_IN[name]()
         test = MOONS_TEST if name == "moons" else TEST
         return _split(name, np.asarray(x, np.float32), np.asarray(y, np.int64), test, normalise=name not in _AS_THEY_ARE)
+    if name in FROM_FILES:
+        (x, y), (x_test, y_test) = FROM_FILES[name](Path(data_dir))
+        return _assemble(name, _unit(x), y, _unit(x_test), y_test, normalise=True)
     if not name.endswith(".npz"):
-        raise ValueError(f"unknown dataset {name!r}; accepted are {', '.join(BUILT_IN)} and the path of a .npz file")
-    return _from_npz(Path(name))
-
-
-def _from_npz(path: Path) -> Dataset:
-    arrays = read_npz(path)
-    for key in ("x", "y"):
-        if key not in arrays:
-            raise ArtifactError(f"{path}: has no array {key!r}; it holds {sorted(arrays) or 'nothing'}, and x and y are needed")
-    x, classes, y = _checked(path, "x", arrays["x"], "y", arrays["y"])
-    if "x_test" not in arrays or "y_test" not in arrays:
-        return _split(str(path.resolve()), x, y, TEST, normalise=True)
-    x_test, test_classes, y_test = _checked(path, "x_test", arrays["x_test"], "y_test", arrays["y_test"])
-    if x_test.shape[1:] != x.shape[1:]:
-        raise ArtifactError(f"{path}: x_test has entries of shape {x_test.shape[1:]}, but x of {x.shape[1:]}")
-    if not set(test_classes) <= set(classes):
-        raise ArtifactError(f"{path}: y_test has classes {sorted(set(test_classes) - set(classes))} that y does not have")
-    y_test = np.searchsorted(classes, test_classes[y_test])
-    return _assemble(str(path.resolve()), x, y, x_test, y_test, normalise=True)
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file. No pickle is read, and nothing larger than the file's own contents is allocated."""
-    try:
-        found = {}
-        with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
-            for info in archive.infolist():
-                key = info.filename.removesuffix(".npy")
-                with archive.open(info) as member:
-                    version = np.lib.format.read_magic(member)
-                    read_header: Any = {
-                        (1, 0): np.lib.format.read_array_header_1_0,
-                        (2, 0): np.lib.format.read_array_header_2_0,
-                    }.get(version)
-                    if read_header is None:
-                        raise ArtifactError(f"{path}: array {key!r} is of .npy version {version}; accepted are 1.0 and 2.0")
-                    shape, _, dtype = read_header(member)
-                if dtype.hasobject:
-                    raise ArtifactError(f"{path}: array {key!r} holds Python objects; only numbers are read")
-                declared = dtype.itemsize * int(np.prod(shape, dtype=object))
-                if declared > info.file_size:
-                    raise ArtifactError(f"{path}: array {key!r} declares {declared} bytes, but holds {info.file_size}")
-                found[key] = arrays[key]
-        return found
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: no such file") from None
-    except ArtifactError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, MemoryError, NotImplementedError) as error:
-        raise ArtifactError(f"{path}: is not a readable .npz file ({error})") from error
-    except Exception as error:  # zlib and the header's parser raise what they like on a damaged file
-        raise ArtifactError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
-
-
-def _checked(path: Path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x as float32 with a channel dimension, the classes, and y as indices into them."""
-    if x.dtype.kind not in "fiub":
-        raise ArtifactError(f"{path}: {x_name} has dtype {x.dtype}; accepted are numbers")
-    if x.ndim not in (2, 3, 4) or 0 in x.shape:
-        raise ArtifactError(f"{path}: {x_name} has shape {x.shape}; accepted are (N, features), (N, H, W), (N, channels, H, W)")
-    if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-        raise ArtifactError(f"{path}: {y_name} is {y.dtype} of shape {y.shape}; accepted are integer classes of shape ({len(x)},)")
-    x = x.astype(np.float32)
-    if not np.isfinite(x).all():
-        raise ArtifactError(f"{path}: {x_name} has entries that are not finite in float32")
-    classes, indices = np.unique(y, return_inverse=True)
-    if len(classes) < 2:
-        raise ArtifactError(f"{path}: {y_name} has {len(classes)} class; at least two are needed")
-    return (x[:, None] if x.ndim == 3 else x), classes, indices.astype(np.int64)
+        raise ValueError(f"unknown dataset {name!r}; accepted are {', '.join(NAMES)} and the path of a .npz file")
+    own, test_data = load_npz(Path(name))
+    full_name = str(Path(name).resolve())
+    return (
+        _split(full_name, *own, TEST, normalise=True)
+        if test_data is None
+        else _assemble(full_name, *own, *test_data, normalise=True)
+    )
 
 
 def _split(name: str, x: np.ndarray, y: np.ndarray, test: float, *, normalise: bool) -> Dataset:
@@ -196,7 +140,11 @@ def _assemble(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_tes
     shape = (1, -1, 1, 1) if x.ndim == 4 else (1, -1)
 
     def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(((values - mean.reshape(shape)) / std.reshape(shape)).astype(np.float32))
+        found = np.empty(values.shape, np.float32)
+        for start in range(0, len(values), CHUNK):  # the float64 of all images at once would be a gigabyte
+            rows = slice(start, start + CHUNK)
+            found[rows] = (values[rows] - mean.reshape(shape)) / std.reshape(shape)
+        return torch.from_numpy(found)
 
     parts = {
         "x": tensor(x),
@@ -207,3 +155,9 @@ def _assemble(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_tes
         "y_test": torch.from_numpy(y_test),
     }
     return Dataset(name=name, classes=classes, normalization={"mean": mean.tolist(), "std": std.tolist()}, **parts)
+
+
+def _unit(images: np.ndarray) -> np.ndarray:
+    """uint8 as float32 from 0 to 1."""
+    found: np.ndarray = images.astype(np.float32) / np.float32(255)
+    return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from revdistill.distill import augment
 from revdistill.distill.artifact import Artifact
 from revdistill.distill.config import Config, check_device
 from revdistill.distill.data import Dataset
@@ -15,7 +17,10 @@ from revdistill.distill.population import Population
 from revdistill.distill.synthetic import Synthetic
 from revdistill.engine import SGD, NonFiniteError, RangeError, unroll
 
-BETAS = (0.5, 0.999)  # as in Wang et al.
+BETA2 = 0.999
+HALVINGS = 10  # Wang et al. halve every 40 of 400 epochs
+SHORTEST = 0.1  # of T, where the unroll grows
+_RATES = ("raw_lr", "raw_momentum")
 MAX_FAILURES = 10
 IMAGE_NOISE = 0.5  # in units of the standard deviation of the normalised images
 
@@ -40,11 +45,18 @@ class Distiller:
         self.config = config
         self.device = check_device(config.device)
         self.data = data.to(self.device)
+        if config.augment and not data.is_image:
+            raise ValueError(f"augment is {config.augment!r}, but {data.name} has no images; accepted is none")
         self.synthetic = Synthetic(config, self.data)
         size = 1 if config.init == "fixed" else config.inits
         self.populations = [Population(name, size, data.input_shape, data.classes, self.device) for name in config.architectures]
-        self.optimizer = torch.optim.Adam(list(self.synthetic.leaves.values()), lr=config.outer_lr, betas=BETAS)
+        self.optimizer = torch.optim.Adam(
+            [{"params": [leaf], "outer_lr": self._outer_lr(name)} for name, leaf in self.synthetic.leaves.items()],
+            betas=(config.outer_beta1, BETA2),
+        )
         self.outer_step = 0
+        self.averages = {name: torch.zeros_like(leaf) for name, leaf in self.synthetic.leaves.items()} if config.average else {}
+        self.averaged = 0  # iterates in them
         self._failures = 0
         default_noise = IMAGE_NOISE if data.is_image else 0.0
         self._noise = default_noise if config.noise is None else config.noise
@@ -54,7 +66,7 @@ class Distiller:
         k = self.outer_step
         x, y = self._real_batch(k)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.outer_lr * 0.5 * (1 + math.cos(math.pi * k / self.config.outer_steps))
+            group["lr"] = group["outer_lr"] * self._outer_decay(k)
         self.optimizer.zero_grad(set_to_none=True)
         try:
             loss = self._outer_loss(k, x, y)
@@ -68,28 +80,79 @@ class Distiller:
         if self.config.clip:
             torch.nn.utils.clip_grad_norm_(leaves, self.config.clip)
         self.optimizer.step()
+        self._average(k)
         self._failures = 0
         self.outer_step = k + 1
         return OuterStep(k, loss.item(), norm)
 
+    def _outer_lr(self, leaf: str) -> float:
+        rates = self.config.outer_lr_rates
+        return rates if rates is not None and leaf in _RATES else self.config.outer_lr
+
+    def _outer_decay(self, k: int) -> float:
+        share = k / self.config.outer_steps
+        if self.config.outer_decay == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * share))
+        return 0.5 ** int(share * HALVINGS) if self.config.outer_decay == "halving" else 1.0
+
+    def _average(self, k: int) -> None:
+        """Running mean of the last iterates."""
+        if k < self.config.outer_steps * (1 - self.config.average) or not self.averages:
+            return
+        self.averaged += 1
+        for name, average in self.averages.items():
+            average.lerp_(self.synthetic.leaves[name].detach(), 1 / self.averaged)
+
     def _outer_loss(self, k: int, x: Tensor, y: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
+        steps, transform = self._horizon(k), self._augmentation(k)
         for i, population in enumerate(self.populations):
             params = population.sample(self._network_seed(k, i))
-            total = total + population.mean_loss(self._train(population, params, seed=k), x, y)
+            theta = self._train(self.synthetic, population, params, seed=k, steps=steps, transform=transform)
+            total = total + population.mean_loss(theta, transform(x), y)
         return total / len(self.populations)
 
-    def _train(self, population: Population, params: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        synthetic = self.synthetic
+    def _horizon(self, k: int) -> int:
+        """How many inner steps outer step k makes."""
+        config, steps = self.config, self.config.inner_steps
+        if config.grow:
+            share = SHORTEST + (1 - SHORTEST) * (k + 1) / (config.grow * config.outer_steps)
+            steps = max(1, min(steps, round(steps * share)))
+        if config.window is not None:
+            least = min(config.window, steps)
+            steps = int(torch.randint(least, steps + 1, (), generator=_generator(config.seed, 5, k)))
+        return steps
+
+    def _augmentation(self, k: int) -> Callable[[Tensor], Tensor]:
+        if not self.config.augment:
+            return lambda images: images
+        return augment.draw(self.config.augment, _generator(self.config.seed, 6, k))
+
+    def _train(
+        self,
+        synthetic: Synthetic,
+        population: Population,
+        params: dict[str, Tensor],
+        seed: int,
+        steps: int,
+        transform: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        momentum = synthetic.momentum()
         return unroll(
             population.loss,
             params,
-            (synthetic.x, synthetic.labels()),
-            SGD(synthetic.lr(), synthetic.momentum()),
-            steps=self.config.inner_steps,
+            (transform(synthetic.x.flatten(0, 1)).reshape(synthetic.x.shape), synthetic.labels()),
+            SGD(synthetic.lr()[:steps], momentum[:steps] if isinstance(momentum, Tensor) else momentum),
+            steps=steps,
             adjoint=self.config.make_adjoint(),
             seed=seed,
+            window=self.config.window,
         )
+
+    @property
+    def result(self) -> Synthetic:
+        """What would be shipped now: the average, once there is one."""
+        return self.synthetic.at(self.averages) if self.averaged else self.synthetic
 
     def _skip(self, k: int, error: RangeError | NonFiniteError) -> OuterStep:
         self._failures += 1
@@ -124,8 +187,16 @@ class Distiller:
         """Mean accuracy on the held-out data of networks that this outer step would draw."""
         found = []
         for i, population in enumerate(self.populations):
+            params = population.sample(self._network_seed(self.outer_step, i))
             try:
-                theta = self._train(population, population.sample(self._network_seed(self.outer_step, i)), seed=self.outer_step)
+                theta = self._train(
+                    self.result,
+                    population,
+                    params,
+                    seed=self.outer_step,
+                    steps=self.config.inner_steps,
+                    transform=lambda images: images,
+                )
             except (RangeError, NonFiniteError):
                 return math.nan
             found.append(population.accuracies(theta, self.data.x_validation, self.data.y_validation).mean())
@@ -133,7 +204,7 @@ class Distiller:
 
     def artifact(self) -> Artifact:
         """What was learned, as it stands."""
-        s, config = self.synthetic, self.config
+        s, config = self.result, self.config
         momentum = s.momentum()
         with torch.no_grad():
             momenta = momentum.cpu() if isinstance(momentum, Tensor) else torch.full((config.inner_steps,), momentum)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch.nn.functional as F
@@ -49,9 +50,7 @@ class LeNet(nn.Module):
 
     def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
-        if len(input_shape) != 3 or min(input_shape[1:]) < 12:
-            raise ValueError(f"LeNet needs images of at least 12 x 12, got inputs of shape {list(input_shape)}")
-        channels, height, width = input_shape
+        channels, height, width = _image("LeNet", input_shape, 12)
         self.conv1 = nn.Conv2d(channels, 6, 5, padding=2)
         self.conv2 = nn.Conv2d(6, 16, 5)
         features = 16 * ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2)
@@ -66,12 +65,72 @@ class LeNet(nn.Module):
         return self.fc3(F.relu(self.fc2(x)))  # type: ignore[no-any-return]
 
 
+class AlexCifarNet(nn.Module):
+    """The AlexNet-like network of Wang et al. 2018 for 32 x 32 images: two 5 x 5 convolutions of 64, then 384, 192, classes."""
+
+    def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        channels, height, width = _image("AlexCifarNet", input_shape, 4)
+        normalise = partial(nn.LocalResponseNorm, 4, alpha=0.001 / 9.0, beta=0.75, k=1.0)
+        pool = partial(nn.MaxPool2d, kernel_size=3, stride=2, padding=1)
+        first, second = nn.Conv2d(channels, 64, 5, padding=2), nn.Conv2d(64, 64, 5, padding=2)
+        self.features = nn.Sequential(first, nn.ReLU(), pool(), normalise(), second, nn.ReLU(), normalise(), pool())
+        features = 64 * _halved(height, 2) * _halved(width, 2)
+        self.classifier = nn.Sequential(
+            nn.Linear(features, 384), nn.ReLU(), nn.Linear(384, 192), nn.ReLU(), nn.Linear(192, classes)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))  # type: ignore[no-any-return]
+
+
+class ConvNet3(nn.Module):
+    """The field's standard ConvNet: three blocks of 3 x 3 convolution (128), instance norm, ReLU and 2 x 2 average pooling."""
+
+    WIDTH = 128
+
+    def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        channels, height, width = _image("ConvNet-3", input_shape, 8)
+        padding = 3 if (height, width) == (28, 28) else 1  # as in the field: images of 28 x 28 are padded to 32 x 32
+        height, width = height + 2 * (padding - 1), width + 2 * (padding - 1)
+        layers: list[nn.Module] = []
+        for _ in range(3):
+            layers += [
+                nn.Conv2d(channels, self.WIDTH, 3, padding=padding),
+                nn.GroupNorm(self.WIDTH, self.WIDTH),  # a group for each channel: instance norm, with learned scale and shift
+                nn.ReLU(),
+                nn.AvgPool2d(2),
+            ]
+            channels, padding = self.WIDTH, 1
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(self.WIDTH * (height // 8) * (width // 8), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))  # type: ignore[no-any-return]
+
+
+def _image(name: str, input_shape: tuple[int, ...], least: int) -> tuple[int, ...]:
+    if len(input_shape) != 3 or min(input_shape[1:]) < least:
+        raise ValueError(f"{name} needs images of at least {least} x {least}, got inputs of shape {list(input_shape)}")
+    return input_shape
+
+
+def _halved(side: int, times: int) -> int:
+    """After poolings of stride 2 that round up."""
+    for _ in range(times):
+        side = (side + 1) // 2
+    return side
+
+
 ARCHITECTURES: dict[str, Factory] = {
     "LinearNet": linear_net,
     "NonLinearNet": non_linear_net,
     "MoreNonLinearNet": more_non_linear_net,
     "MLP": mlp,
     "LeNet": LeNet,
+    "AlexCifarNet": AlexCifarNet,
+    "ConvNet-3": ConvNet3,
 }
 
 

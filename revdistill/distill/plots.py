@@ -24,14 +24,14 @@ GRID = 200  # points per side of a decision picture
 _COLOURS = plt.get_cmap("tab10")
 
 
-def draw_all(directory: Path, artifact: Artifact, data: Dataset, metrics: list[dict[str, Any]]) -> list[Path]:
-    """Write every picture that fits the run to directory/plots and return the files."""
+def draw_all(directory: Path, artifact: Artifact, data: Dataset | None, metrics: list[dict[str, Any]]) -> list[Path]:
+    """Write every picture that fits the run to directory/plots and return the files. data: needed for points in the plane only."""
     figures: dict[str, Figure] = {"rates": rates(artifact)}
     if metrics:
         figures["outer"] = outer(metrics)
-    if data.is_image:
+    if artifact.x.ndim == 5:
         figures["images"] = images(artifact)
-    elif data.input_shape == (2,):
+    elif data is not None and data.input_shape == (2,):
         figures["points"] = points(artifact, data)
         names = [name for name in artifact.architectures if ":" not in name]
         if names:

@@ -33,8 +33,8 @@ def predictions(logits: Tensor) -> Tensor:
 class Population:
     """name: the architecture; size: E. `loss(params, (x, y))` sums the networks' losses on one shared batch.
 
-    P0 is Xavier-normal weights and zero biases for the registered architectures, as in the study and in Wang et al. 2018;
-    a user's own factory draws its parameters itself.
+    P0 is Xavier-normal weights and zero biases (scales of normalization layers 1) for the registered architectures, as in the
+    study and in Wang et al. 2018; a user's own factory draws its parameters itself.
     """
 
     def __init__(self, name: str, size: int, input_shape: tuple[int, ...], classes: int, device: torch.device) -> None:
@@ -68,7 +68,7 @@ class Population:
         if self.name not in models.ARCHITECTURES:
             return self._sample_own(seed)
         generator = torch.Generator().manual_seed(seed)
-        drawn = {name: _xavier(self.size, shape, generator) for name, shape in self._shapes.items()}
+        drawn = {name: _xavier(name, self.size, shape, generator) for name, shape in self._shapes.items()}
         return {name: p.to(self._device) for name, p in drawn.items()}
 
     def _sample_own(self, seed: int) -> Params:
@@ -117,9 +117,9 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _xavier(size: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    if len(shape) < 2:
-        return torch.zeros(size, *shape)
+def _xavier(name: str, size: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if len(shape) < 2:  # a bias, or the scale of a normalization layer
+        return torch.full((size, *shape), float(name.endswith("weight")))
     receptive = math.prod(shape[2:])
     std = math.sqrt(2.0 / ((shape[0] + shape[1]) * receptive))
     return torch.randn(size, *shape, generator=generator) * std

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -45,6 +46,12 @@ class Synthetic:
             self.leaves["raw_momentum"] = torch.full((t,), math.log(config.momentum / (1 - config.momentum)), device=device)
         for leaf in self.leaves.values():
             leaf.requires_grad_()
+
+    def at(self, leaves: dict[str, Tensor]) -> Synthetic:
+        """The same, with other values of the leaves."""
+        other = copy.copy(self)
+        other.leaves = leaves
+        return other
 
     @property
     def x(self) -> Tensor:

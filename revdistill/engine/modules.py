@@ -45,7 +45,7 @@ def stack_modules(
     shared_batches: all networks see the same batch (x, y); otherwise each entry of a batch has a leading dimension E, an own
     one for each network.
 
-    Cost: one batched evaluation (torch.func.vmap). Random numbers (dropout) differ between networks.
+    Cost: one batched evaluation (torch.func.vmap; none of it where E is 1). Random numbers (dropout) differ between networks.
     Errors: TypeError, ValueError when the networks' parameters differ in name or shape, or `nets` is empty.
     """
     if not nets:
@@ -68,10 +68,19 @@ def stack_modules(
     every = torch.func.vmap(one, in_dims=(0, 0, None if shared_batches else 0), randomness="different")
 
     def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
-        summed: Tensor = every(params, {name: t.clone() for name, t in rest.items()}, tuple(batch)).sum()
+        copies = {name: t.clone() for name, t in rest.items()}
+        if len(nets) == 1:  # a convolution costs more under vmap
+            own = tuple(batch) if shared_batches else tuple(t.squeeze(0) for t in batch)
+            return one(_first(params), _first(copies), own)
+        summed: Tensor = every(params, copies, tuple(batch)).sum()
         return summed
 
     return loss, params
+
+
+def _first(stacked: dict[str, Tensor]) -> dict[str, Tensor]:
+    """[1, ...] -> [...], as views."""
+    return {name: t.squeeze(0) for name, t in stacked.items()}
 
 
 def _check(net: object, criterion: object) -> None:

@@ -18,6 +18,9 @@ from revdistill.cli import main as command
 from revdistill.cli.main import cli
 
 import revdistill
+from revdistill.distill.artifact import read
+from revdistill.distill.presets import PRESETS
+from tests.distill.test_image_files import write_mnist
 
 QUICK = [
     "train",
@@ -98,6 +101,11 @@ BAD = {
     "device": (["train", "--device", "tpu"], "--device"),
     "seed": (["train", "--seed", "-1"], "--seed"),
     "resume nothing": (["train", "--resume", "--out", "nothing"], "--resume"),
+    "no files": (["train", "--dataset", "mnist", "--data-dir", "here"], "--dataset: mnist: no train-images-idx3-ubyte.gz or"),
+    "preset": (["train", "--preset", "worst"], "--preset"),
+    "preset and resume": (["train", "--preset", "best", "--resume"], "--preset and --resume"),
+    "window": (["train", "--window", "91"], "window is 91; accepted is an integer from 1 to steps x epochs, 90"),
+    "augmented points": (["train", "--dataset", "moons", "--augment", "flip"], "augment is ('flip',), but moons has no images"),
     "learn momentum": (["train", "--momentum", "0", "--learn-momentum"], "momentum is 0.0"),
     "evaluate nothing": (["evaluate"], "Missing argument 'RUN'"),
     "evaluate none": (["evaluate", "nowhere"], "RUN is 'nowhere'"),
@@ -163,6 +171,47 @@ def test_a_file_does_not_choose_what_is_imported(finished: Path, tmp_path: Path,
     assert "antigravity" not in sys.modules
     assert invoke("show", str(tmp_path), capsys=capsys)[0] == 0
     assert "antigravity" not in sys.modules
+
+
+def test_a_preset_gives_way_to_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "run"
+    quick = ["--preset", "wang2018", "--outer-steps", "1", "--epochs", "1", "--dataset", "digits", "--inits", "1"]
+    assert invoke("train", *quick, "--out", str(directory), capsys=capsys)[0] == 0
+    config = read(directory / "distilled.h5").config
+    asked = {"outer_steps": 1, "epochs": 1, "inits": 1}
+    assert {name: config[name] for name in PRESETS["wang2018"]} == PRESETS["wang2018"] | asked
+    assert config["architectures"] == ["MLP"]
+
+
+def test_images_are_trained_shown_and_evaluated_from_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, run = ["--data-dir", str(write_mnist(tmp_path / "files"))], tmp_path / "run"
+    quick = [
+        "--preset",
+        "best",
+        "--dataset",
+        "mnist",
+        "--epochs",
+        "3",
+        "--outer-steps",
+        "2",
+        "--per-class",
+        "1",
+        "--batch-size",
+        "20",
+    ]
+    code, out, _ = invoke("train", *quick, *files, "--out", str(run), capsys=capsys)
+    assert code == 0
+    assert "LeNet" in out
+    assert str(tmp_path) not in read(run / "distilled.h5").config.values()  # goes to other machines
+    assert invoke("evaluate", str(run), *files, "--restarts", "2", capsys=capsys)[0] == 0
+    code, _, err = invoke("evaluate", str(run), "--data-dir", str(tmp_path / "none"), capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "mnist: no train-images" in err
+    assert invoke("show", str(run), capsys=capsys)[0] == 0  # needs no data
+    assert (run / "plots/images.png").exists()
+    resumed = ["train", "--resume", "--out", str(run)]
+    assert invoke(*resumed, *files, capsys=capsys)[0] == 0
+    assert invoke(*resumed, capsys=capsys)[0] == 2
 
 
 def test_a_damaged_artifact_is_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,9 +36,16 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
         run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("stop", [1, 3, 7])
-def test_resuming_gives_the_same_bits(stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run(tmp_path / "whole").distil()
+@pytest.mark.parametrize(
+    ("stop", "config"),
+    [
+        *((stop, SMALL) for stop in (1, 3, 7)),
+        *((stop, replace(SMALL, average=0.5, outer_lr_rates=0.01, outer_beta1=0.9, grow=0.5, window=3)) for stop in (2, 6)),
+        (3, replace(SMALL, dataset="digits", architectures=("MLP",), augment=("crop", "rotate"), average=1.0)),
+    ],
+)
+def test_resuming_gives_the_same_bits(stop: int, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path / "whole", config).distil()
     step = Distiller.step
 
     class Killed(BaseException):
@@ -51,9 +58,9 @@ def test_resuming_gives_the_same_bits(stop: int, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Distiller, "step", dying)
     with pytest.raises(Killed):
-        run(tmp_path / "part", save_every=0.0).distil()
+        run(tmp_path / "part", config, save_every=0.0).distil()
     monkeypatch.undo()
-    resumed = run(tmp_path / "part", resume=True)
+    resumed = run(tmp_path / "part", config, resume=True)
     assert resumed.distiller.outer_step == stop
     result = resumed.distil()
     for name in ("x", "y", "lr", "momentum"):

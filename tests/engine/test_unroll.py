@@ -121,6 +121,17 @@ def test_batch_norm_leaves_the_modules_buffers_alone() -> None:
     assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_stack_of_one_is_the_network_itself(shared: bool) -> None:
+    net, (x, y) = mlp(), data(5)
+    loss, params = rd.from_module(net, CE)
+    stacked, many = rd.stack_modules([net], CE, shared_batches=shared)
+    alone = rd.unroll(loss, params, (x, y), rd.SGD(torch.full((9,), 0.1), 0.9), steps=9)
+    batches = (x, y) if shared else (x.unsqueeze(1), y.unsqueeze(1))
+    in_stack = rd.unroll(stacked, many, batches, rd.SGD(torch.full((9, 1), 0.1), 0.9), steps=9)
+    assert all(torch.equal(alone[name], in_stack[name][0]) for name in alone)
+
+
 def test_frozen_shared_empty_and_scalar_parameters() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -1,0 +1,43 @@
+"""Settings that belong together. What they reach is in benchmarks/wang2018.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Wang et al. 2018: ten batches of one image per class, three times, plain gradient descent, four networks an outer step. (Their 400
+# epochs are some 23,000 outer steps.)
+_WANG2018: dict[str, Any] = {
+    "steps": 10,
+    "epochs": 3,
+    "per_class": 1,
+    "momentum": 0.0,
+    "inits": 4,
+    "outer_steps": 1000,
+    "batch_size": 1024,
+    "lr": 0.02,
+    "outer_lr": 0.01,
+    "outer_decay": "halving",
+    "start": "noise",
+    "noise": 0.0,
+    "clip": 0.0,
+}
+# All images in one batch, with soft labels, gone through many times with momentum.
+_BEST: dict[str, Any] = {
+    "steps": 1,
+    "epochs": 60,
+    "per_class": 10,
+    "momentum": 0.9,
+    "inits": 1,
+    "outer_steps": 2000,
+    "batch_size": 256,
+    "lr": 0.02,
+    "outer_lr": 0.02,
+    "outer_beta1": 0.9,
+    "average": 0.2,
+    "start": "real",
+    "learn_labels": True,
+    "noise": 0.0,
+    "clip": 1.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {"wang2018": _WANG2018, "best": _BEST}
+USUAL = {"mnist": "LeNet", "fashion-mnist": "LeNet", "cifar10": "AlexCifarNet"}  # architectures that a preset takes by default

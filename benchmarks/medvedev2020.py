@@ -48,7 +48,7 @@ OURS = Protocol(
 )
 COPIES = 3  # networks of an outer step that distils for one architecture
 ALL = {"faithful": STUDIED, "ours": STUDIED * 2}  # networks of an outer step that distils for all
-PACE = {"faithful": 1.0, "ours": 0.06}  # of points for one architecture: those that move less serve the others too
+PACE = {"faithful": 1.0, "ours": 0.03}  # of points for one architecture: those that move less serve the others too
 MOMENTA = (0.5, 0.9, 0.99)
 MAIN = ("faithful", "ours", "original")
 GROUPS = {"datasets": ("circles", "blobs", "digits"), "momentum": tuple(f"momentum-{m}" for m in MOMENTA)}

@@ -10,6 +10,7 @@ from statistics import geometric_mean
 from typing import Any
 
 import matplotlib as mpl
+import report_images
 import report_study
 from measuring import HERE, MIB, RESULTS, load
 from methods import METHODS
@@ -282,6 +283,11 @@ def main() -> None:
     if study:
         report_study.draw(study, RESULTS)
         parts += ["## The data distillation study (Medvedev 2020)", report_study.section(study)]
+    distilled = load("wang2018")
+    if distilled:
+        if "race" in distilled:
+            report_images.draw_race(distilled, RESULTS / "wang2018-race.png")
+        parts += ["## Images: MNIST and CIFAR-10 (Wang et al. 2018)", report_images.section(distilled)]
     bits = load("bits")
     if bits:
         draw_bits(bits, RESULTS / "bits.png")
@@ -294,6 +300,8 @@ def main() -> None:
         fill(MAIN_README, "speed", f"{speed_summary(speed)}\n\nOn {where(speed)}.")
     if memory:
         fill(MAIN_README, "memory", memory_summary(memory))
+    if distilled:
+        fill(MAIN_README, "images", report_images.summary(distilled))
     if study:
         fill(MAIN_README, "study", report_study.beside_the_talk(study, ("ours",)) + "\n\n" + report_study.best_for_all(study))
 

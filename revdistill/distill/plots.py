@@ -49,17 +49,20 @@ def draw_all(directory: Path, artifact: Artifact, data: Dataset | None, metrics:
 
 
 def images(artifact: Artifact) -> Figure:
-    """The synthetic batches, one a row, classes in columns, their rates beside them (Wang et al. 2018, figure 3)."""
-    s, size = artifact.x.shape[:2]
-    shown = _spread(s, MAX_IMAGE_ROWS)
-    taken = _spread(size, MAX_IMAGE_COLUMNS)
+    """The synthetic images, classes in columns, a batch in as many rows as it has images of a class, rates beside it.
+
+    As Wang et al. 2018, figure 3.
+    """
+    per_class, columns = _per_class(artifact), _spread(artifact.x.shape[1] // _per_class(artifact), MAX_IMAGE_COLUMNS)
+    rows = [(batch, i) for batch in range(artifact.batches) for i in range(per_class)]
+    rows = [rows[i] for i in _spread(len(rows), MAX_IMAGE_ROWS)]
     epochs = min(artifact.epochs, MAX_RATE_COLUMNS)
     cell, left, top, right = 0.6, 0.85, 0.75, 0.1 + 0.5 * epochs + 0.3 * (artifact.epochs > epochs)  # inches
-    width, height = left + cell * len(taken) + right, top + cell * len(shown) + 0.1
+    width, height = left + cell * len(columns) + right, top + cell * len(rows) + 0.1
     figure = plt.figure(figsize=(width, height))
     grid = figure.add_gridspec(
-        len(shown),
-        len(taken),
+        len(rows),
+        len(columns),
         left=left / width,
         right=1 - right / width,
         top=1 - top / height,
@@ -68,21 +71,31 @@ def images(artifact: Artifact) -> Figure:
         hspace=0.06,
     )
     low, high = np.quantile(artifact.x, [0.005, 0.995])
-    for i, batch in enumerate(shown):
-        for j, position in enumerate(taken):
+    for i, (batch, index) in enumerate(rows):
+        for j, column in enumerate(columns):
+            position = column * per_class + index
             ax = figure.add_subplot(grid[i, j], xticks=[], yticks=[])
             image = np.clip((artifact.x[batch, position] - low) / max(high - low, 1e-12), 0, 1)
             ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
             if i == 0:
                 ax.set_title(_label(artifact, batch, position), fontsize=9)
-            if j == 0:
+            if j == 0 and index == 0:
                 ax.set_ylabel(f"batch {batch + 1}", rotation=0, ha="right", va="center", fontsize=8)
-        rates_here = [f"{rate:.3f}" for rate in artifact.lr.reshape(artifact.epochs, s)[:epochs, batch]]
-        text = "   ".join(rates_here) + ("   ..." if artifact.epochs > epochs else "")
-        ax.annotate(text, (1.12, 0.5), xycoords="axes fraction", va="center", fontsize=8, annotation_clip=False)
+        if index == 0:
+            rates_here = [f"{rate:.3f}" for rate in artifact.lr.reshape(artifact.epochs, -1)[:epochs, batch]]
+            text = "   ".join(rates_here) + ("   ..." if artifact.epochs > epochs else "")
+            ax.annotate(text, (1.12, 0.5), xycoords="axes fraction", va="center", fontsize=8, annotation_clip=False)
     many = "epoch" if artifact.epochs == 1 else f"each of {artifact.epochs} epochs"
-    figure.suptitle(f"{len(shown)} of {s} distilled batches; right: step size in {many}", fontsize=10, y=1 - 0.1 / height, va="top")
+    shown, total = len(rows) * len(columns), artifact.x.shape[0] * artifact.x.shape[1]
+    figure.suptitle(f"{shown} of {total} distilled images; right: step size in {many}", fontsize=10, y=1 - 0.1 / height, va="top")
     return figure
+
+
+def _per_class(artifact: Artifact) -> int:
+    """Images of a class in each batch, where a batch is ordered by class; else 1."""
+    size = artifact.x.shape[1]
+    classes = artifact.y.shape[2] if artifact.has_soft_labels else len(np.unique(artifact.y))
+    return size // classes if size % classes == 0 else 1
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -98,9 +98,10 @@ class Population:
 
     @torch.no_grad()
     def accuracies(self, params: Params, x: Tensor, y: Tensor, *, batch: int = 2048) -> Tensor:
-        """[E], each network's share of right answers."""
+        """[E], each network's share of right answers. batch: images evaluated at once, over all networks."""
         right = torch.zeros(self.size, device=self._device)
-        for xs, ys in zip(torch.split(x, batch), torch.split(y, batch), strict=True):
+        each = max(1, batch // self.size)
+        for xs, ys in zip(torch.split(x, each), torch.split(y, each), strict=True):
             right += (predictions(self.logits(params, xs)) == ys).sum(-1)
         return right / len(x)
 

@@ -21,17 +21,19 @@ _WANG2018: dict[str, Any] = {
     "noise": 0.0,
     "clip": 0.0,
 }
-# All images in one batch, with soft labels, gone through many times with momentum.
+# Real images and soft labels in ten batches, gone through ten times with momentum; small outer steps, back over random windows.
 _BEST: dict[str, Any] = {
-    "steps": 1,
-    "epochs": 60,
-    "per_class": 10,
+    "steps": 10,
+    "epochs": 10,
+    "per_class": 1,
     "momentum": 0.9,
     "inits": 1,
-    "outer_steps": 2000,
+    "outer_steps": 3000,
     "batch_size": 256,
-    "lr": 0.02,
+    "lr": 0.01,
     "outer_lr": 0.02,
+    "outer_lr_rates": 0.01,
+    "window": 40,
     "outer_beta1": 0.9,
     "average": 0.2,
     "start": "real",

@@ -81,7 +81,8 @@ class Run:
         distiller, total = self.distiller, self.config.outer_steps
         log_every = max(1, total // 100)
         validate_every = max(1, total // 10)
-        saved = time.monotonic()
+        saved = started = time.monotonic()
+        before = _seconds_of(read_metrics(self.directory / METRICS), distiller.outer_step)
         disable = None if progress is None else not progress
         with (
             self._metrics() as metrics,
@@ -96,7 +97,7 @@ class Run:
                 if validated:
                     accuracy = distiller.validation_accuracy()
                 if validated or report.step % log_every == 0 or report.diverged:
-                    _log(metrics, report, accuracy if validated else None)
+                    _log(metrics, report, accuracy if validated else None, before + time.monotonic() - started)
                 bar.set_postfix_str(
                     f"loss {report.loss:.4f}" + ("" if math.isnan(accuracy) else f", held-out accuracy {accuracy:.1%}")
                 )
@@ -150,8 +151,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _log(file: TextIO, report: OuterStep, accuracy: float | None) -> None:
+def _seconds_of(metrics: list[dict[str, Any]], outer_step: int) -> float:
+    """What the run had taken when it was at `outer_step`."""
+    return max((float(line.get("seconds", 0)) for line in metrics if line["step"] < outer_step), default=0.0)
+
+
+def _log(file: TextIO, report: OuterStep, accuracy: float | None, seconds: float) -> None:
     entry: dict[str, Any] = {"step": report.step, "loss": _finite(report.loss), "hypergradient_norm": _finite(report.norm)}
+    entry["seconds"] = round(seconds, 1)
     if accuracy is not None:
         entry["held_out_accuracy"] = _finite(accuracy)
     if report.diverged:

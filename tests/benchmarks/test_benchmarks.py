@@ -8,12 +8,15 @@ from pathlib import Path
 
 import methods
 import pytest
+import report_images
 import report_study
 import stacked
 import tasks
 import torch
+import wang2018
 
 from revdistill.distill.data import load
+from tests.distill.test_image_files import write_mnist
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = stacked.Protocol(batches=3, per_class=2, epochs=2, outer_epochs=1, outer_batch=512)
@@ -91,3 +94,32 @@ def test_the_studys_table_has_every_cell_of_the_talk() -> None:
     for cell in results["cells"]:
         first.setdefault((cell["data"], cell["schedule"], cell["test"]), cell["setting"])
     assert all(setting == "ours" for (data, *_), setting in first.items() if data != "original")
+
+
+def test_distilled_images_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wang2018, "RUNS", tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    data = load("mnist", write_mnist(tmp_path / "files"))
+    rows = {}
+    for name in ("mnist_fixed_10", "mnist_random_100"):
+        row = wang2018.ROWS[name]
+        row = replace(row, config=replace(row.config, steps=2, epochs=2, per_class=1, window=None), tests=row.tests[:1])
+        rows[name] = wang2018.run_row(name, row, data, quick=True)
+    assert rows["mnist_fixed_10"]["evaluation"]["LeNet"]["restarts"] == 1  # there is but one such network
+    assert set(rows["mnist_random_100"]["evaluation"]) == {"LeNet", "MLP"}
+    results = {"rows": rows, "race": wang2018.race(data, quick=True)}
+    text = report_images.section(json.loads(json.dumps(results)))
+    assert "79.50 +- 8.08" not in text  # of a row that was not run
+    for row in rows.values():
+        assert row["title"] in text
+        assert f"{row['evaluation']['LeNet']['mean']:.1%}" in text
+    report_images.draw_race(results, tmp_path / "race.png")
+    assert (tmp_path / "race.png").exists()
+
+
+def test_every_row_of_the_table_is_a_configuration_to_be_run() -> None:
+    assert {row.config.dataset for row in wang2018.ROWS.values()} == {"mnist", "cifar10"}
+    assert [name for name, row in wang2018.ROWS.items() if row.config.init == "fixed"] == ["mnist_fixed_10"]
+    for row in wang2018.ROWS.values():
+        images = row.config.steps * row.config.per_class * 10
+        assert f"{images} images" in row.title

@@ -104,7 +104,7 @@ BAD = {
     "no files": (["train", "--dataset", "mnist", "--data-dir", "here"], "--dataset: mnist: no train-images-idx3-ubyte.gz or"),
     "preset": (["train", "--preset", "worst"], "--preset"),
     "preset and resume": (["train", "--preset", "best", "--resume"], "--preset and --resume"),
-    "window": (["train", "--window", "91"], "window is 91; accepted is an integer from 1 to steps x epochs, 90"),
+    "window": (["train", "--window", "0"], "--window"),
     "augmented points": (["train", "--dataset", "moons", "--augment", "flip"], "augment is ('flip',), but moons has no images"),
     "learn momentum": (["train", "--momentum", "0", "--learn-momentum"], "momentum is 0.0"),
     "evaluate nothing": (["evaluate"], "Missing argument 'RUN'"),

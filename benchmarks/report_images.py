@@ -1,0 +1,106 @@
+"""Tables and pictures of distilled MNIST and CIFAR-10, from results/wang2018.json and the artifacts beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from tables import table
+
+# Accuracy after so many seconds of the public reference code, one core of a machine like ours, 20 fresh networks.
+REFERENCE_CODE = {
+    "4 networks": [(141, 0.641), (417, 0.749), (825, 0.781), (1379, 0.797), (1815, 0.803)],
+    "1 network": [(69, 0.665), (204, 0.749), (337, 0.774), (809, 0.786), (900, 0.752)],
+}
+WANTED = 0.795  # what Wang et al. report
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """Per cent, with the spread where there is one."""
+    return f"{found['mean']:.1%}" + (f" +- {found['std']:.1%}" if found["restarts"] > 1 else "")
+
+
+def settings_table(results: dict[str, Any]) -> str:
+    """Each row beside its reference."""
+    rows = []
+    for row in results["rows"].values():
+        config = row["config"]
+        ours = ", ".join(
+            in_words(row["evaluation"][name]) + (f" ({name})" if len(config["architectures"]) > 1 else "")
+            for name in config["architectures"]
+        )
+        cores = "a core" if row["machine"]["threads"] == 1 else f"{row['machine']['threads']} threads"
+        rows.append([row["title"], row["reference"], row["target"], ours, f"{row['seconds'] / 60:.0f} min, {cores}"])
+    return table(["setting", "reference", "aimed at", "ours", "distilled in"], rows)
+
+
+def across_architectures(results: dict[str, Any]) -> str:
+    """What was distilled for one, trained on others."""
+    rows = {name: row for name, row in results["rows"].items() if len(row["evaluation"]) > 1}
+    tests = list(dict.fromkeys(test for row in rows.values() for test in row["evaluation"]))
+    cells = [
+        [
+            ", ".join(row["config"]["architectures"]),
+            *(in_words(row["evaluation"][t]) if t in row["evaluation"] else "-" for t in tests),
+        ]
+        for row in rows.values()
+    ]
+    return table(["100 MNIST images, distilled for", *tests], cells)
+
+
+def race_in_words(results: dict[str, Any]) -> str:
+    """When it got where Wang et al. are."""
+    curve = results["race"]["curve"]
+    reached = next((point for point in curve if point["mean"] >= WANTED), None)
+    end = curve[-1]
+    reference = next(seconds for seconds, accuracy in REFERENCE_CODE["4 networks"] if accuracy >= WANTED)
+    how = f"{WANTED:.1%} after {reached['seconds']:.0f} s" if reached else f"not yet {WANTED:.1%}"
+    return (
+        f"Wang et al.'s setting on one core: {how} (their code: {reference:,} s on such a core), "
+        f"{end['mean']:.1%} +- {end['std']:.1%} after {end['seconds']:.0f} s; 20 fresh networks each time."
+    )
+
+
+def draw_race(results: dict[str, Any], path: Path) -> None:
+    """Accuracy against the time that distilling took."""
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    curve = results["race"]["curve"]
+    ax.errorbar(*zip(*((p["seconds"], p["mean"], p["std"]) for p in curve), strict=True), label="revdistill", marker=".", capsize=2)
+    for name, points in REFERENCE_CODE.items():
+        ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"reference code, {name} an outer step")
+    ax.axhline(WANTED, color="grey", linewidth=0.8, linestyle=":")
+    ax.set_xscale("log")
+    ax.set_xlabel("seconds of distilling, one core")
+    ax.set_ylabel("test accuracy of fresh networks")
+    ax.set_title("MNIST, LeNet, 100 images, 10 steps x 3 epochs", fontsize=11)
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def section(results: dict[str, Any]) -> str:
+    """The images in benchmarks/README.md."""
+    machine = next(iter(results["rows"].values()))["machine"] if results["rows"] else results["race"]["machine"]
+    parts = [
+        f"`python benchmarks/wang2018.py --data-dir DIR`, on {machine['cores']} cores ({machine['processor']}). Test accuracy of "
+        "ten fresh networks (one for a fixed initialisation) trained by torch.optim.SGD on the artifact of the same name in "
+        "results/. Each row's settings are in results/wang2018.json and in its artifact.",
+        settings_table(results),
+    ]
+    if any(len(row["evaluation"]) > 1 for row in results["rows"].values()):
+        parts.append(across_architectures(results))
+    if "race" in results:
+        parts += [race_in_words(results), "![accuracy against time](results/wang2018-race.png)"]
+    for name, row in results["rows"].items():
+        parts.append(f"{row['title']}:\n\n![{row['title']}](results/{name}.png)")
+    return "\n\n".join(parts)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The images in the main README."""
+    parts = [settings_table(results)]
+    if "race" in results:
+        parts.append(race_in_words(results))
+    return "\n\n".join(parts)

@@ -1,0 +1,177 @@
+"""Distilled MNIST and CIFAR-10, beside Wang et al. 2018 and what came after.
+
+    python benchmarks/wang2018.py --data-dir DIR            every row of the table; hours on a CPU
+    python benchmarks/wang2018.py --data-dir DIR --only mnist_fixed_10 race
+    python benchmarks/wang2018.py --data-dir DIR --quick    three outer steps of each row: whether it runs
+
+Each row is a run in runs/wang2018/ROW that goes on where it was stopped. Writes results/wang2018.json, keeping the rows that were
+not run, and each row's artifact and picture; `python benchmarks/report.py` makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import HERE, RESULTS, machine, save, versions
+from measuring import load as load_results
+
+from revdistill.distill.artifact import FILE_NAME, Artifact, read
+from revdistill.distill.config import Config
+from revdistill.distill.data import DATA_DIR, Dataset, load
+from revdistill.distill.distiller import Distiller
+from revdistill.distill.evaluation import Evaluation, evaluate
+from revdistill.distill.plots import images
+from revdistill.distill.presets import PRESETS
+from revdistill.distill.run import METRICS, Run, holds_run, read_metrics
+
+RUNS = HERE.parent / "runs" / "wang2018"
+NETWORKS = 10  # fresh ones that an artifact is measured with
+RACE_NETWORKS = 20  # as for the reference code's figures
+RACE_EVERY = 10.0  # seconds of distilling between two looks
+
+
+@dataclass(frozen=True)
+class Row:
+    """reference, target: of the table. tests: architectures trained on the result, besides those it was distilled for."""
+
+    title: str
+    config: Config
+    reference: str
+    target: str
+    tests: tuple[str, ...] = field(default=())
+
+
+def _row(title: str, reference: str, target: str, preset: str = "best", tests: tuple[str, ...] = (), **changes: Any) -> Row:
+    settings = {"dataset": "mnist", "architectures": ("LeNet",)} | PRESETS[preset] | changes
+    return Row(title, Config(**settings), reference, target, tests)
+
+
+ROWS = {
+    "mnist_random_100_wang": _row(
+        "MNIST, LeNet, random init, 100 images, 10 steps x 3 epochs",
+        "79.50 +- 8.08",
+        ">= 85, std <= 3",
+        epochs=3,
+        window=None,
+        momentum=0.6,
+        lr=0.05,
+        outer_lr=0.03,
+    ),
+    "mnist_random_100": _row("MNIST, LeNet, random init, 100 images, any schedule", "79.50", ">= 95", tests=("MLP", "ConvNet-3")),
+    "mnist_fixed_10": _row("MNIST, LeNet, fixed init, 10 images", "94", ">= 96", steps=1, epochs=40, window=None, init="fixed"),
+    "mnist_random_10": _row("MNIST, LeNet, random init, 10 images, any schedule", "-", ">= 85", steps=1, epochs=100),
+    "mnist_all_100": _row(
+        "MNIST, LeNet and MLP at once, random init, 100 images",
+        "-",
+        "-",
+        architectures=("LeNet", "MLP"),
+        tests=("ConvNet-3",),
+    ),
+    "cifar10_random_100": _row(
+        "CIFAR-10, AlexCifarNet, random init, 100 images",
+        "36.79 +- 1.18",
+        ">= 45",
+        dataset="cifar10",
+        architectures=("AlexCifarNet",),
+    ),
+    "cifar10_convnet_10": _row(
+        "CIFAR-10, ConvNet-3, random init, 10 images",
+        "about 49",
+        "-",
+        dataset="cifar10",
+        architectures=("ConvNet-3",),
+        steps=1,
+        epochs=60,
+        window=20,
+    ),
+    "cifar10_convnet_100": _row(
+        "CIFAR-10, ConvNet-3, random init, 100 images", "about 62", "-", dataset="cifar10", architectures=("ConvNet-3",)
+    ),
+}
+RACE = replace(ROWS["mnist_random_100_wang"].config, outer_steps=450, outer_lr=0.05)
+
+
+def run_row(name: str, row: Row, data: Dataset, quick: bool) -> dict[str, Any]:
+    """Distil, or go on with it; measure fresh networks trained by torch.optim.SGD; keep artifact and picture."""
+    config = replace(row.config, outer_steps=3, batch_size=64) if quick else row.config
+    directory = RUNS / (f"quick-{name}" if quick else name)
+    if quick:
+        shutil.rmtree(directory, ignore_errors=True)
+    if not (directory / FILE_NAME).exists():
+        Run(directory, Distiller(config, data), resume=holds_run(directory)).distil()
+    artifact = read(directory / FILE_NAME)
+    evaluation = {test: measure(artifact, data, test, 2 if quick else NETWORKS) for test in (*config.architectures, *row.tests)}
+    seconds = [line["seconds"] for line in read_metrics(directory / METRICS)]
+    if not quick:
+        shutil.copy(directory / FILE_NAME, RESULTS / f"{name}.h5")
+        images(artifact).savefig(RESULTS / f"{name}.png", dpi=100)
+    return {
+        "title": row.title,
+        "reference": row.reference,
+        "target": row.target,
+        "config": config.to_dict(),
+        "seconds": seconds[-1],
+        "evaluation": {test: found.to_dict() for test, found in evaluation.items()},
+        "machine": machine(config.device),
+        "versions": versions(),
+    }
+
+
+def measure(artifact: Artifact, data: Dataset, architecture: str, networks: int) -> Evaluation:
+    """Test accuracy of fresh networks; a fixed initialisation has but one."""
+    fixed = artifact.config.get("init") == "fixed" and architecture in artifact.architectures
+    return evaluate(artifact, data, architecture, restarts=1 if fixed else networks)
+
+
+def race(data: Dataset, quick: bool) -> dict[str, Any]:
+    """Test accuracy against the seconds that distilling took, on one core; measuring is not counted."""
+    torch.set_num_threads(1)
+    distiller = Distiller(replace(RACE, outer_steps=3, batch_size=64) if quick else RACE, data)
+    seconds, looked, curve = 0.0, 0.0, []
+    while distiller.outer_step < distiller.config.outer_steps:
+        started = time.perf_counter()
+        distiller.step()
+        seconds += time.perf_counter() - started
+        if seconds - looked >= RACE_EVERY or distiller.outer_step == distiller.config.outer_steps:
+            looked = seconds
+            found = evaluate(distiller.artifact(), data, "LeNet", restarts=2 if quick else RACE_NETWORKS)
+            curve.append({"seconds": seconds, "outer_step": distiller.outer_step, "mean": found.mean, "std": found.std})
+            print(f"race: {seconds:.0f} s, {found.mean:.1%} +- {found.std:.1%}", flush=True)
+    return {"config": distiller.config.to_dict(), "curve": curve, "machine": machine("cpu", 1), "versions": versions()}
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Into results/wang2018.json, beside what it holds."""
+    results = load_results("wang2018") or {"rows": {}}
+    if name == "race":
+        results["race"] = found
+    else:
+        rows = results["rows"] | {name: found}
+        results["rows"] = {key: rows[key] for key in ROWS if key in rows}
+    save("wang2018", {"machine": machine("cpu"), "versions": versions()} | results)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=Path(DATA_DIR))
+    parser.add_argument("--only", nargs="+", choices=[*ROWS, "race"], default=[*ROWS, "race"])
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    loaded: dict[str, Dataset] = {}
+    for name in options.only:
+        dataset = "mnist" if name == "race" else ROWS[name].config.dataset
+        data = loaded.setdefault(dataset, load(dataset, options.data_dir))
+        found = race(data, options.quick) if name == "race" else run_row(name, ROWS[name], data, options.quick)
+        if not options.quick:  # after each: what is stopped has not been for nothing
+            keep(name, found)
+
+
+if __name__ == "__main__":
+    main()

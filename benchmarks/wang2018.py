@@ -64,14 +64,18 @@ ROWS = {
         outer_lr=0.03,
     ),
     "mnist_random_100": _row("MNIST, LeNet, random init, 100 images, any schedule", "79.50", ">= 95", tests=("MLP", "ConvNet-3")),
-    "mnist_fixed_10": _row("MNIST, LeNet, fixed init, 10 images", "94", ">= 96", steps=1, epochs=40, window=None, init="fixed"),
-    "mnist_random_10": _row("MNIST, LeNet, random init, 10 images, any schedule", "-", ">= 85", steps=1, epochs=100),
+    "mnist_fixed_10": _row(
+        "MNIST, LeNet, fixed init, 10 images", "94", ">= 96", steps=1, epochs=60, window=None, outer_steps=600, init="fixed"
+    ),
+    "mnist_random_10": _row(
+        "MNIST, LeNet, random init, 10 images, any schedule", "-", ">= 85", steps=1, epochs=100, outer_steps=1200
+    ),
     "mnist_all_100": _row(
         "MNIST, LeNet and MLP at once, random init, 100 images",
         "-",
         "-",
         architectures=("LeNet", "MLP"),
-        tests=("ConvNet-3",),
+        outer_steps=500,
     ),
     "cifar10_random_100": _row(
         "CIFAR-10, AlexCifarNet, random init, 100 images",
@@ -79,6 +83,10 @@ ROWS = {
         ">= 45",
         dataset="cifar10",
         architectures=("AlexCifarNet",),
+        epochs=3,
+        window=15,
+        batch_size=128,
+        outer_steps=300,
     ),
     "cifar10_convnet_10": _row(
         "CIFAR-10, ConvNet-3, random init, 10 images",

@@ -66,7 +66,9 @@ _RATE = click.FloatRange(min=0, min_open=True)
 @_option("--outer-decay", "How Adam's rate falls: to 0, halved ten times, or not.", type=click.Choice(OUTER_DECAYS))
 @_option("--outer-beta1", "Adam's beta1.", type=click.FloatRange(0, 1, max_open=True))
 @_option("--average", "Share of the last outer steps whose iterates are averaged.", type=click.FloatRange(0, 1))
-@_option("--window", "Go back over the last so many of a random number of inner steps.  [default: all of all]", type=_COUNT)
+@_option(
+    "--window", "Make a random number of inner steps, and go back over the last so many.  [default: all, over all]", type=_COUNT
+)
 @_option("--grow", "Share of the outer steps over which the number of inner steps grows.", type=click.FloatRange(0, 1))
 @_option(
     "--augment",
@@ -109,7 +111,7 @@ def train(
         config = _resumed(ctx, out, values) if resume else Config(**values)
     with user_input("--dataset"):
         data = load(config.dataset, data_dir)
-    with user_input("--arch" if config.start == "noise" else None):
+    with user_input():
         distiller = Distiller(config, data)
     with user_input("--out"):
         run = Run(out, distiller, resume=resume, save_every=save_every)

@@ -21,7 +21,8 @@ _WANG2018: dict[str, Any] = {
     "noise": 0.0,
     "clip": 0.0,
 }
-# Real images and soft labels in ten batches, gone through ten times with momentum; small outer steps, back over random windows.
+# Ten batches that start from real images, gone through ten times with momentum; soft labels; one network an outer step; back over
+# random windows, and step sizes that stay small: where they grow, some of the networks diverge.
 _BEST: dict[str, Any] = {
     "steps": 10,
     "epochs": 10,

@@ -15,6 +15,7 @@ import tasks
 import torch
 import wang2018
 
+from revdistill.distill.artifact import read
 from revdistill.distill.data import load
 from tests.distill.test_image_files import write_mnist
 
@@ -115,6 +116,15 @@ def test_distilled_images_are_measured_and_reported(tmp_path: Path, monkeypatch:
         assert f"{row['evaluation']['LeNet']['mean']:.1%}" in text
     report_images.draw_race(results, tmp_path / "race.png")
     assert (tmp_path / "race.png").exists()
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.h5")), ids=lambda p: p.name)
+def test_committed_artifacts_are_those_of_the_table(path: Path) -> None:
+    artifact = read(path)
+    row = json.loads((BENCHMARKS / "results/wang2018.json").read_text())["rows"][path.stem]
+    assert artifact.config == row["config"]
+    assert artifact.evaluation.keys() == set(artifact.architectures)
+    assert path.with_suffix(".png").exists()
 
 
 def test_every_row_of_the_table_is_a_configuration_to_be_run() -> None:

@@ -59,9 +59,9 @@ def race_in_words(results: dict[str, Any]) -> str:
     config = results["race"]["config"]
     return (
         f"100 images in 10 steps x 3 epochs on one core (momentum {config['momentum']}, soft labels, from real images): {how}, "
-        f"{end['mean']:.1%} +- {end['std']:.1%} after {end['seconds']:.0f} s, 20 fresh networks each time. The public reference code "
-        f"(gradient descent, hard labels, from noise) took {reference:,} s to {WANTED:.1%} on a core of such a machine; that was "
-        "measured outside this repository."
+        f"{end['mean']:.1%} +- {end['std']:.1%} after {end['seconds']:.0f} s, 20 fresh networks each time. The public reference "
+        f"code (gradient descent, hard labels, from noise) took {reference:,} s to {WANTED:.1%} on a core of such a machine; that "
+        "was measured outside this repository."
     )
 
 

@@ -65,7 +65,15 @@ ROWS = {
     ),
     "mnist_random_100": _row("MNIST, LeNet, random init, 100 images, any schedule", "79.50", ">= 95", tests=("MLP", "ConvNet-3")),
     "mnist_fixed_10": _row(
-        "MNIST, LeNet, fixed init, 10 images", "94", ">= 96", steps=1, epochs=60, window=None, outer_steps=600, init="fixed"
+        "MNIST, LeNet, fixed init, 10 images",
+        "94",
+        ">= 96",
+        steps=1,
+        epochs=60,
+        window=None,
+        outer_steps=1500,
+        outer_lr=0.05,
+        init="fixed",
     ),
     "mnist_random_10": _row(
         "MNIST, LeNet, random init, 10 images, any schedule", "-", ">= 85", steps=1, epochs=100, outer_steps=1200

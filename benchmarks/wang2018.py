@@ -71,8 +71,7 @@ ROWS = {
         steps=1,
         epochs=60,
         window=None,
-        outer_steps=1500,
-        outer_lr=0.05,
+        outer_steps=600,
         init="fixed",
     ),
     "mnist_random_10": _row(

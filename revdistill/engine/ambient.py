@@ -2,13 +2,17 @@
 
 Random numbers (seeded from (seed, step)), autocast, the number of threads, deterministic kernels, TensorFloat-32 off, and
 the attention kernel that has second derivatives. All of it is restored afterwards.
+
+torch keeps most of this for the whole process, so the unrolls of several threads take turns (`_TURN`), and a setting that one of
+them made stays until the last of them has left (`_ProcessWide`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +21,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _CUBLAS_VARIABLE, _CUBLAS_SETTING = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+# Held by the thread that is in a passage. Re-entrant: a loss may hold an unroll of its own.
+_TURN = threading.RLock()
+
+
+def _forked() -> None:
+    """A child process has none of the other threads, and must not wait for them."""
+    global _TURN
+    _TURN = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def draw_seed() -> int:
@@ -42,18 +58,16 @@ class Ambient:
 
     @contextmanager
     def passage(self) -> Iterator[None]:
-        """Around a whole pass, forward or back."""
+        """Around a whole pass, forward or back. One thread at a time; the others wait."""
         with ExitStack() as stack:
+            stack.enter_context(_TURN)
             stack.enter_context(_threads(self.threads))
-            stack.enter_context(_deterministic())
-            if self.device.type == "cuda":
-                stack.enter_context(_repeatable_cuda())
+            for setting in self._process_wide():
+                stack.enter_context(setting.held())
             # Without its cache, which would keep casts of theta from one step to the next.
             stack.enter_context(
                 torch.autocast(self.device.type, enabled=self.autocast, dtype=self.autocast_dtype, cache_enabled=False)
             )
-            # The only attention kernel with second derivatives; the fused ones cannot give a Hessian product.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(self._own_generators())
             yield
 
@@ -69,14 +83,31 @@ class Ambient:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Around a call of the user's, in a passage: with the random numbers that it would have drawn outside."""
+        """Around a call of the user's for a batch, in a passage: with the random numbers that it would have drawn outside.
+
+        Other threads may take their turn meanwhile, so that the user's code may wait for them.
+        """
         generators = self._generators()
         for generator, state in zip(generators, self._callers, strict=True):
             generator.set_state(state)
+        _TURN.release()
         try:
             yield
         finally:
+            _TURN.acquire()
             self._callers[:] = [generator.get_state() for generator in generators]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a call of the user's that gives nothing back, in a passage: as `outside`, with torch's settings as they were."""
+        with ExitStack() as stack:
+            for setting in self._process_wide():
+                stack.enter_context(setting.let_go())
+            stack.enter_context(self.outside())
+            yield
+
+    def _process_wide(self) -> tuple[_ProcessWide, ...]:
+        return (_REPEATABLE, _REPEATABLE_CUDA) if self.device.type == "cuda" else (_REPEATABLE,)
 
     @contextmanager
     def _own_generators(self) -> Iterator[None]:
@@ -97,6 +128,42 @@ class Ambient:
         return generators
 
 
+class _ProcessWide:
+    """A setting of the whole process, made while anyone holds it: threads may leave in any order."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make, self._holders, self._made = make, 0, ExitStack()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._take()
+        try:
+            yield
+        finally:
+            self._give()
+
+    @contextmanager
+    def let_go(self) -> Iterator[None]:
+        """Not held by this holder for a while."""
+        self._give()
+        try:
+            yield
+        finally:
+            self._take()
+
+    def _take(self) -> None:
+        with _TURN:
+            if not self._holders:
+                self._made.enter_context(self._make())
+            self._holders += 1
+
+    def _give(self) -> None:
+        with _TURN:
+            self._holders -= 1
+            if not self._holders:
+                self._made.close()
+
+
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Sums are split by thread, so another number of threads rounds differently."""
@@ -109,6 +176,13 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    # The only attention kernel with second derivatives; the fused ones cannot give a Hessian product.
+    with _deterministic(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
@@ -154,3 +228,6 @@ def _repeatable_cuda() -> Iterator[None]:
             os.environ.pop(_CUBLAS_VARIABLE, None)
         else:
             os.environ[_CUBLAS_VARIABLE] = workspace
+
+
+_REPEATABLE, _REPEATABLE_CUDA = _ProcessWide(_repeatable), _ProcessWide(_repeatable_cuda)

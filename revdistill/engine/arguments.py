@@ -114,6 +114,8 @@ def _check_tensor(label: str, t: Any) -> None:
         raise TypeError(f"{label} must be a tensor, got {_kind(t)}")
     if t.layout != torch.strided:
         raise ValueError(f"{label} has layout {t.layout}; accepted are dense tensors: call .to_dense()")
+    if t.is_meta:
+        raise ValueError(f"{label} is on device meta and holds no numbers; make it on a real device")
     if t.is_inference():
         raise UnsupportedError(
             f"{label} was made in torch.inference_mode() and cannot be differentiated; make it outside, or clone it"

@@ -41,7 +41,7 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
             (gradient,) = torch.autograd.grad(value, at, create_graph=keep_graph and k >= problem.first)
         _check_finite(problem, k, value, gradient)
         if problem.on_step is not None:
-            with problem.ambient.outside():
+            with problem.ambient.watching():
                 problem.on_step(k, layout.views(start.detach()), value.detach())
         seen = values | {THETA: start, GRADIENT: gradient}
         for decay in update.decays:

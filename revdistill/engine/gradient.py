@@ -21,6 +21,9 @@ from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.layout import Layout
 from revdistill.engine.scans import Fingerprints
 
+CHANGED_IN_PLACE = (
+    "the loss (or on_step) changes {} in place, so a second evaluation would see other values; compute new tensors instead"
+)
 Batch = tuple[Any, ...]
 Loss = Callable[..., Tensor]
 Hyper = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None
@@ -268,6 +271,13 @@ def named_errors() -> Iterator[None]:
                 "differentiable operations (for cuDNN recurrent layers: torch.backends.cudnn.flags(enabled=False)). "
                 f"torch said: {text}"
             ) from error
+        if "not implemented for sparse tensors" in text:
+            raise UnsupportedError(
+                "the loss has a sparse gradient, which has no way back; make it dense: torch.nn.Embedding(..., sparse=False). "
+                f"torch said: {text}"
+            ) from error
+        if "is a view and its base or another view of its base has been modified inplace" in text:
+            raise UnsupportedError(f"{CHANGED_IN_PLACE.format('params or a batch')}. torch said: {text}") from error
         raise
 
 

@@ -129,6 +129,8 @@ def _block(label: str, value: object, layout: Layout, steps: int, *, stackable: 
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{label} must be a float or a tensor, got {type(value).__name__}")
         return torch.full((1, 1), float(value), dtype=torch.float64, device=layout.device)
+    if value.is_meta:
+        raise ValueError(f"{label} is on device meta and holds no numbers; make it on {layout.device}")
     if not value.is_floating_point():
         raise TypeError(f"{label} must be a floating-point tensor, got {value.dtype}")
     accepted = f"[], [{steps}]" + (f" or [{steps}, networks]" if stackable else "")

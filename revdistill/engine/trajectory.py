@@ -105,7 +105,7 @@ class Trajectory:
             else:
                 theta = self.theta().clone()
                 at = self.step(k)
-                with self.problem.ambient.outside():
+                with self.problem.ambient.watching():
                     on_step(k, self.problem.update.layout.views(theta), at.loss)
             after_step(k, at)
         self.guard.flush(self.state)

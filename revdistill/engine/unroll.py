@@ -15,7 +15,7 @@ from revdistill.engine.arguments import check_arguments
 from revdistill.engine.backprop import unroll_with_graph
 from revdistill.engine.compiled import CompiledGradient, CompiledKernels
 from revdistill.engine.errors import ReversalError, UnsupportedError
-from revdistill.engine.gradient import Data, Gradient, Hyper, Loss
+from revdistill.engine.gradient import CHANGED_IN_PLACE, Data, Gradient, Hyper, Loss
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers import SGD
 from revdistill.engine.recordings import Recording, UnrollStats
@@ -162,9 +162,11 @@ class _Unroll(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, theta0: Tensor, *inputs: Tensor) -> Tensor:
         ctx.run = run
         ctx.save_for_backward(theta0, *inputs)
+        run.versions = run.data_versions()
         with run.problem.ambient.passage():
             run.recording = run.adjoint.record(run.problem, theta0.detach())
-        run.versions = run.data_versions()
+        if run.data_versions() != run.versions:
+            raise UnsupportedError(CHANGED_IN_PLACE.format("a tensor in batches or hyper"))
         return run.recording.theta
 
     @staticmethod

@@ -1,0 +1,311 @@
+"""Everything that could make the way back differ in silence: each either works, as autograd does, or ends in its named error.
+
+The rest of the catalogue is tested beside what it belongs to: in-place changes of batches, NaN in the Hessian product alone, wrong
+shapes and dtypes in test_errors; the number of threads, autocast, dropout, BatchNorm, frozen, shared, empty and 0-dim parameters,
+expanded and non-contiguous tensors in test_unroll; several threads in test_threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import revdistill as rd
+from tests.engine.small import CE
+
+AGAIN = [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()]  # every gradient is evaluated a second time
+FIXED = [*AGAIN, rd.Reversible(graph_bytes=2**20)]
+EVERY = [*FIXED, rd.Backprop()]
+STEPS = 10
+Params = dict[str, Tensor]
+
+
+def problem() -> tuple[Params, tuple[Tensor, ...]]:
+    draw = torch.Generator().manual_seed(0)
+    params = {"a": torch.randn(3, dtype=torch.float64, generator=draw), "b": torch.randn(2, 2, dtype=torch.float64, generator=draw)}
+    batches = (torch.randn(4, 3, dtype=torch.float64, generator=draw),)
+    return {n: p.requires_grad_() for n, p in params.items()}, tuple(t.requires_grad_() for t in batches)
+
+
+def quartic(params: Params, batch: tuple[Tensor, ...]) -> Tensor:
+    return (params["a"] - batch[0]).abs().square().sum() * params["b"].square().sum()
+
+
+def outer(theta: Params) -> Tensor:
+    return torch.stack([p.sum() for p in theta.values()]).sum()
+
+
+def unrolled(loss: Callable[..., Tensor], params: Params, batches: Any, adjoint: Any, **kwargs: Any) -> Tensor:
+    optimizer = kwargs.pop("optimizer", rd.SGD(0.02, 0.9))
+    return outer(rd.unroll(loss, params, batches, optimizer, steps=STEPS, adjoint=adjoint, **kwargs))
+
+
+# --- caught: what differs from one call to the next -----------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """A module that counts its calls in an attribute, which no copy of its buffers can undo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(3, 2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        result: Tensor = self.layer(x) * (1 + 0.01 * self.calls)
+        return result
+
+
+def python_random() -> Callable[..., Tensor]:
+    draw = random.Random(0)
+    return lambda p, b: quartic(p, b) * (1 + 0.1 * draw.random())
+
+
+def numpy_random() -> Callable[..., Tensor]:
+    draw = np.random.default_rng(0)
+    return lambda p, b: quartic(p, b) * (1 + 0.1 * draw.random())
+
+
+def own_generator() -> Callable[..., Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return lambda p, b: quartic(p, b) * (1 + 0.1 * torch.rand((), generator=draw, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
+@pytest.mark.parametrize("make", [python_random, numpy_random, own_generator], ids=lambda make: make.__name__)
+def test_random_numbers_that_are_not_torchs_are_caught(make: Callable[[], Callable[..., Tensor]], adjoint: Any) -> None:
+    params, batches = problem()
+    value = unrolled(make(), params, batches, adjoint)
+    with pytest.raises(rd.ReversalError, match=r"gradient at step .* must be deterministic"):
+        value.backward()
+
+
+@pytest.mark.parametrize("make", [python_random, numpy_random, own_generator], ids=lambda make: make.__name__)
+def test_random_numbers_that_are_drawn_once_are_right(make: Callable[[], Callable[..., Tensor]]) -> None:
+    """Where every graph is kept, nothing is evaluated again."""
+    params, batches = problem()
+    found, expected = (
+        torch.autograd.grad(unrolled(make(), params, batches, adjoint), batches)[0]
+        for adjoint in (rd.Reversible(graph_bytes=2**20), rd.Backprop())
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
+def test_a_module_that_counts_is_caught(adjoint: Any) -> None:
+    torch.manual_seed(0)
+    loss, params = rd.from_module(Counting().double(), CE)
+    batches = (torch.randn(2, 5, 3, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.long))
+    value = unrolled(loss, params, batches, adjoint)
+    with pytest.raises(rd.ReversalError, match="no counters or other state"):
+        value.backward()
+
+
+@pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
+def test_data_in_another_order_is_caught(adjoint: Any) -> None:
+    params, _ = problem()
+    rows, order = torch.randn(100, 3, dtype=torch.float64), itertools.count()
+    value = unrolled(quartic, params, lambda k: (rows[next(order)],), adjoint)
+    with pytest.raises(rd.ReversalError, match="batches given as a function must return the same"):
+        value.backward()
+
+
+@pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
+def test_another_training_mode_between_the_passes_is_caught(adjoint: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    loss, params = rd.from_module(net, CE)
+    value = unrolled(loss, params, (torch.randn(2, 5, 3), torch.zeros(2, 5, dtype=torch.long)), adjoint)
+    net.eval()
+    with pytest.raises(rd.ReversalError, match="the module in the same training mode"):
+        value.backward()
+
+
+@pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
+def test_data_changed_behind_torchs_back_are_caught(adjoint: Any) -> None:
+    """Through numpy, which shares the memory, torch's count of in-place changes does not move."""
+    params, batches = problem()
+    data = batches[0].detach()
+    value = unrolled(quartic, params, (data,), adjoint)
+    data.numpy()[:] += 1.0
+    with pytest.raises(rd.ReversalError, match="gradient at step"):
+        value.backward()
+
+
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+def test_hyper_changed_in_place_is_caught(adjoint: Any) -> None:
+    params, batches = problem()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    value = unrolled(lambda p, b, h: quartic(p, b) * h, params, batches, adjoint, hyper=scale)
+    with torch.no_grad():
+        scale.mul_(2.0)
+    with pytest.raises(rd.ReversalError, match="batches or hyper was changed in place"):
+        value.backward()
+
+
+@pytest.mark.parametrize("adjoint", EVERY, ids=repr)
+def test_a_loss_that_changes_its_params_is_named(adjoint: Any) -> None:
+    def loss(params: Params, batch: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
+            params["a"].mul_(0.9)
+        return quartic(params, batch)
+
+    params, batches = problem()
+    with pytest.raises(rd.UnsupportedError, match="changes params or a batch in place"):
+        unrolled(loss, params, batches, adjoint)
+
+
+@pytest.mark.parametrize("adjoint", EVERY, ids=repr)
+def test_a_loss_that_changes_its_batch_is_caught(adjoint: Any) -> None:
+    def loss(params: Params, batch: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
+            batch[0].mul_(0.9)
+        return quartic(params, batch)
+
+    params, batches = problem()
+    with pytest.raises(rd.UnsupportedError, match=r"changes .* batch.* in place"):
+        unrolled(loss, params, batches, adjoint)
+
+
+# --- refused: what has no gradient here -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adjoint", EVERY, ids=repr)
+def test_a_sparse_gradient_is_named(adjoint: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2))
+    loss, params = rd.from_module(net, CE)
+    with pytest.raises(rd.UnsupportedError, match=r"sparse=False"):
+        unrolled(loss, params, (torch.randint(0, 5, (2, 4, 2)), torch.zeros(2, 4, dtype=torch.long)), adjoint)
+
+
+def test_tensors_elsewhere_are_named() -> None:
+    """The meta device stands in for a second device, which not every machine has."""
+    params, batches = problem()
+    meta = torch.zeros((), device="meta")
+    with pytest.raises(ValueError, match=r"params\['b'\] is on device meta"):
+        unrolled(quartic, params | {"b": meta}, batches, None)
+    with pytest.raises(ValueError, match=r"batches\[0\] is on device meta"):
+        unrolled(quartic, params, (batches[0].to("meta"),), None)
+    with pytest.raises(ValueError, match=r"hyper is on device meta"):
+        unrolled(lambda p, b, h: quartic(p, b), params, batches, None, hyper=meta)
+    with pytest.raises(ValueError, match=r"lr is on device meta"):
+        unrolled(quartic, params, batches, None, optimizer=rd.SGD(meta))
+
+
+def test_a_complex_loss_is_named() -> None:
+    params, batches = problem()
+    with pytest.raises(ValueError, match=r"scalar floating-point tensor, got shape \[\], torch.complex128"):
+        unrolled(lambda p, b: quartic(p, b).to(torch.complex128), params, batches, None)
+
+
+# --- works: the same hypergradient as plain autograd's --------------------------------------------------------------------------
+
+
+def complex_batches() -> tuple[Callable[..., Tensor], Params, Any]:
+    params, batches = problem()
+    return quartic, params, (torch.complex(batches[0].detach(), batches[0].detach().flip(0)).requires_grad_(),)
+
+
+def overlapping_parameters() -> tuple[Callable[..., Tensor], Params, Any]:
+    _, batches = problem()
+    memory = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
+    params = {"a": memory[:3].detach().requires_grad_(), "b": memory.as_strided((2, 2), (1, 1), 1).detach().requires_grad_()}
+    return quartic, params, batches
+
+
+def overlapping_batches() -> tuple[Callable[..., Tensor], Params, Any]:
+    params, _ = problem()
+    memory = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64, requires_grad=True)
+    return quartic, params, (memory.unfold(0, 3, 1),)
+
+
+def batches_of_another_dtype() -> tuple[Callable[..., Tensor], Params, Any]:
+    params, batches = problem()
+    return quartic, params, (batches[0].detach().float().requires_grad_(),)
+
+
+def a_loss_of_another_dtype() -> tuple[Callable[..., Tensor], Params, Any]:
+    params, batches = problem()
+    return lambda p, b: quartic(p, b).float(), params, batches
+
+
+def hooks_on_the_module() -> tuple[Callable[..., Tensor], Params, Any]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    net[0].register_forward_hook(lambda module, inputs, output: output * 1.1)
+    net[1].register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * 0.5,))
+    loss, params = rd.from_module(net, CE)
+    x = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
+    return loss, params, (x, torch.zeros(4, 5, dtype=torch.long))
+
+
+def a_hook_on_a_parameter() -> tuple[Callable[..., Tensor], Params, Any]:
+    params, batches = problem()
+    params["a"].register_hook(lambda gradient: gradient * 2)  # of the hypergradient: once, at the end
+    return quartic, params, batches
+
+
+def a_dense_embedding() -> tuple[Callable[..., Tensor], Params, Any]:
+    torch.manual_seed(0)
+    loss, params = rd.from_module(nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2)).double(), CE)
+    return loss, params, (torch.randint(0, 5, (4, 4, 2)), torch.zeros(4, 4, dtype=torch.long))
+
+
+WORKS = [
+    complex_batches,
+    overlapping_parameters,
+    overlapping_batches,
+    batches_of_another_dtype,
+    a_loss_of_another_dtype,
+    hooks_on_the_module,
+    a_hook_on_a_parameter,
+    a_dense_embedding,
+]
+
+
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+@pytest.mark.parametrize("make", WORKS, ids=lambda make: make.__name__)
+def test_odd_but_right(make: Callable[[], tuple[Callable[..., Tensor], Params, Any]], adjoint: Any) -> None:
+    found, expected = [], []
+    for into, chosen in ((found, adjoint), (expected, rd.Backprop())):
+        loss, params, batches = make()
+        learned = [t for t in (*params.values(), *batches) if t.requires_grad]
+        into += torch.autograd.grad(unrolled(loss, params, batches, chosen), learned)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        single = torch.float32 in (a.dtype, b.dtype) or make is a_loss_of_another_dtype
+        torch.testing.assert_close(a, b, rtol=1e-5 if single else 1e-9, atol=1e-6 if single else 1e-12)
+
+
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+def test_schedules_and_results_may_change_between_the_passes(adjoint: Any) -> None:
+    """They were read into tables, or are the caller's copy: the way back does not look at them again."""
+    params, batches = problem()
+    lr = torch.full((STEPS,), 0.02, dtype=torch.float64, requires_grad=True)
+    rates = {"a": torch.full((STEPS,), 0.02, dtype=torch.float64), "b": 0.01}
+
+    def hypergradient(change: bool) -> list[Tensor]:
+        found = []
+        for optimizer in (rd.SGD(lr), rd.SGD(rates)):
+            theta = rd.unroll(quartic, params, batches, optimizer, steps=STEPS, adjoint=adjoint)
+            value = outer(theta)
+            if change:
+                with torch.no_grad():
+                    for t in (lr, rates["a"], theta["a"]):
+                        t.mul_(0.5)
+            found += torch.autograd.grad(value, [batches[0], lr], allow_unused=True)
+            if change:
+                with torch.no_grad():
+                    for t in (lr, rates["a"]):
+                        t.mul_(2.0)
+        return [t for t in found if t is not None]
+
+    assert all(map(torch.equal, hypergradient(change=True), hypergradient(change=False)))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 import revdistill
+from revdistill.distill.run import NotSavedError
 from revdistill.engine import RevdistillError
 
 from .errors import UserError
@@ -56,6 +57,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("revdistill: interrupted", err=True)
         return 130
-    except (RevdistillError, OSError) as error:
+    except (RevdistillError, NotSavedError, OSError) as error:
         click.echo(f"revdistill: {' '.join(str(error).split())}", err=True)
         return 1

@@ -9,8 +9,8 @@ import numpy as np
 
 from revdistill.distill.artifact import Artifact
 from revdistill.distill.data import Dataset, load
+from revdistill.distill.directory import METRICS, read_metrics
 from revdistill.distill.evaluation import check_compatible
-from revdistill.distill.run import METRICS, read_metrics
 
 from .errors import UserError, read_run, user_input
 from .table import evaluation_table, table

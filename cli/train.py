@@ -18,10 +18,11 @@ from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.distill.checkpoint import read_config, written_by
 from revdistill.distill.config import ADJOINTS, INITS, OUTER_DECAYS, STARTS, Config
 from revdistill.distill.data import NAMES, load
+from revdistill.distill.directory import METRICS, DirectoryInUseError, read_metrics
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.image_files import FROM_FILES
 from revdistill.distill.presets import PRESETS, USUAL
-from revdistill.distill.run import METRICS, DirectoryInUseError, InterruptedRunError, Run, holds_run, read_metrics
+from revdistill.distill.run import InterruptedRunError, Run, holds_run
 
 from . import options
 from .errors import UserError, user_input
@@ -127,7 +128,7 @@ def train(
         click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
         where = f" --data-dir {shlex.quote(str(data_dir))}" if config.dataset in FROM_FILES else ""
         click.echo(f"  revdistill train --resume --out {shlex.quote(str(out))}{where}", err=True)
-        ctx.exit(130)
+        ctx.exit(128 + stopped.signum)
     click.echo(f"distilled in {time.monotonic() - started:.0f} s; test accuracy of fresh networks trained on it:")
     click.echo(evaluation_table(result.evaluation))
     from revdistill.distill.plots import draw_all

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
 import revdistill
-from revdistill.distill.files import replacing
-from revdistill.distill.hdf5 import Reader, reading
+from revdistill.distill.hdf5 import Reader, reading, writing
 
 FORMAT_VERSION = 1
 FILE_NAME = "distilled.h5"
@@ -57,7 +55,7 @@ class Artifact:
 
 def write(path: Path, artifact: Artifact) -> None:
     """Write the file whole, or leave what was there."""
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with writing(path) as file:
         for name in ("x", "y", "lr", "momentum"):
             file.create_dataset(name, data=getattr(artifact, name))
         file.attrs["format_version"] = FORMAT_VERSION

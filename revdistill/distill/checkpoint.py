@@ -6,15 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import h5py
 import torch
 from torch import Tensor
 
 import revdistill
 from revdistill.distill.config import Config
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.files import replacing
-from revdistill.distill.hdf5 import reading
+from revdistill.distill.hdf5 import reading, writing
 
 FORMAT_VERSION = 2
 FILE_NAME = "checkpoint.h5"
@@ -23,7 +21,7 @@ _MOMENTS, _AVERAGE = ("exp_avg", "exp_avg_sq"), "average"
 
 def save(path: Path, distiller: Distiller) -> None:
     """Write the file whole, or leave what was there."""
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with writing(path) as file:
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["revdistill_version"] = revdistill.__version__
         file.attrs["config"] = json.dumps(distiller.config.to_dict())

@@ -1,4 +1,6 @@
-"""Reading HDF5 files that may come from strangers: every object is looked at before anything is allocated or followed."""
+"""HDF5 files, written whole or not at all, and read as if they came from strangers: every object is looked at before anything is
+allocated or followed.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from revdistill.distill.files import replacing
 from revdistill.engine import ArtifactError
 
 MAX_TEXT = 4 * 1024 * 1024  # bytes of one attribute
@@ -94,6 +97,21 @@ class Reader:
         if isinstance(value, (str, bytes)) and len(value) > MAX_TEXT:
             raise self.fail(f"attribute {name!r} is a text of {len(value)} characters; at most {MAX_TEXT} are accepted")
         return value
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[h5py.File]:
+    """A new file; on success it takes `path`'s place, on an error what was there stays. Errors: OSError.
+
+    It is made in memory and written in one go: where a disk is full, HDF5's own writing can end the process (a segmentation
+    fault while it closes the file, seen with h5py 3.16).
+    """
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
+        yield file
+        file.flush()
+        image = file.id.get_file_image()
+    with replacing(path) as temporary:
+        temporary.write_bytes(image)
 
 
 @contextmanager

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 from revdistill.distill import artifact as artifacts
 from revdistill.distill import checkpoint as checkpoints
+from revdistill.distill.directory import METRICS, Claim, DirectoryInUseError, Log, read_metrics
 from revdistill.distill.distiller import Distiller, OuterStep
 from revdistill.distill.evaluation import evaluate
-from revdistill.distill.files import replacing
-from revdistill.engine import ArtifactError
+from revdistill.distill.files import remove_leftovers, replacing
 
-METRICS = "metrics.jsonl"
-LOCK = "run.lock"
 RESTARTS = 10
+# Ctrl-C; what a batch system sends before it kills; a terminal that was closed
+_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class InterruptedRunError(Exception):
-    """The user stopped the run; everything up to `outer_step` is saved."""
+    """The run was told to stop, by the signal `signum`; everything up to `outer_step` is saved."""
 
-    def __init__(self, outer_step: int) -> None:
+    def __init__(self, outer_step: int, signum: int) -> None:
         super().__init__(f"stopped after outer step {outer_step}")
-        self.outer_step = outer_step
+        self.outer_step, self.signum = outer_step, signum
 
 
-class DirectoryInUseError(Exception):
-    """Another process is running in the directory."""
+class NotSavedError(Exception):
+    """The run's directory took no checkpoint at the end; the message says where the checkpoint is instead."""
 
 
 class Run:
@@ -67,28 +67,28 @@ class Run:
     def distil(self, *, progress: bool | None = None) -> artifacts.Artifact:
         """All outer steps that are left, then the evaluation; returns the artifact that was written.
 
-        progress: a bar on standard error; by default only where that is a terminal. Errors: InterruptedRunError after Ctrl-C,
-        DirectoryInUseError.
+        progress: a bar on standard error; by default only where that is a terminal. A checkpoint that cannot be written (a
+        full disk) is reported there, and tried again at the next one. Errors: InterruptedRunError after Ctrl-C and other
+        signals to stop, DirectoryInUseError, NotSavedError, OSError where nothing can be written at the start.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with _locked(self.directory / LOCK), _interruptible() as interrupted:
-            self._distil(interrupted, progress)
+        with Claim(self.directory) as claim, _interruptible() as interrupted:
+            for path in (self._checkpoint, self.directory / artifacts.FILE_NAME, self.directory / METRICS):
+                remove_leftovers(path)
+            self._distil(claim, interrupted, progress)
             result = self._evaluated()
             artifacts.write(self.directory / artifacts.FILE_NAME, result)
         return result
 
-    def _distil(self, interrupted: Callable[[], bool], progress: bool | None) -> None:
+    def _distil(self, claim: Claim, interrupted: Callable[[], int | None], progress: bool | None) -> None:
         distiller, total = self.distiller, self.config.outer_steps
         log_every = max(1, total // 100)
         validate_every = max(1, total // 10)
         saved = started = time.monotonic()
+        metrics = self._metrics()
         before = _seconds_of(read_metrics(self.directory / METRICS), distiller.outer_step)
         disable = None if progress is None else not progress
-        with (
-            self._metrics() as metrics,
-            tqdm(total=total, initial=distiller.outer_step, disable=disable, unit="step", desc="distil", smoothing=0.05) as bar,
-        ):
-            checkpoints.save(self._checkpoint, distiller)
+        checkpoints.save(self._checkpoint, distiller)
+        with tqdm(total=total, initial=distiller.outer_step, disable=disable, unit="step", desc="distil", smoothing=0.05) as bar:
             accuracy = math.nan
             while distiller.outer_step < total:
                 report = distiller.step()
@@ -97,16 +97,42 @@ class Run:
                 if validated:
                     accuracy = distiller.validation_accuracy()
                 if validated or report.step % log_every == 0 or report.diverged:
-                    _log(metrics, report, accuracy if validated else None, before + time.monotonic() - started)
+                    entry = _entry(report, accuracy if validated else None, before + time.monotonic() - started)
+                    self._written(claim, lambda entry=entry: metrics.append(entry))  # type: ignore[misc]
                 bar.set_postfix_str(
                     f"loss {report.loss:.4f}" + ("" if math.isnan(accuracy) else f", held-out accuracy {accuracy:.1%}")
                 )
                 bar.update()
-                if interrupted() or time.monotonic() - saved > self._save_every or done == total:
-                    checkpoints.save(self._checkpoint, distiller)
+                signum = interrupted()
+                last = signum is not None or done == total
+                if last or time.monotonic() - saved > self._save_every:
+                    fine = self._written(claim, lambda: checkpoints.save(self._checkpoint, distiller))
                     saved = time.monotonic()
-                if interrupted() and done < total:
-                    raise InterruptedRunError(done)
+                    if last and not fine:
+                        self._rescue()
+                if signum is not None and done < total:
+                    raise InterruptedRunError(done, signum)
+
+    def _written(self, claim: Claim, write: Callable[[], None]) -> bool:
+        """Whether it could be: the run goes on all the same, so that hours are not lost to a disk that is full for a minute."""
+        try:
+            claim.renew()
+            write()
+        except (OSError, DirectoryInUseError) as error:
+            tqdm.write(f"revdistill: {self.directory} took nothing ({error}); going on, and trying again later", file=sys.stderr)
+            return False
+        return True
+
+    def _rescue(self) -> None:
+        """The last checkpoint, elsewhere."""
+        failed = f"{self.directory} took no checkpoint of outer step {self.distiller.outer_step}"
+        try:
+            directory = Path(tempfile.mkdtemp(prefix="revdistill-"))
+            checkpoints.save(directory / checkpoints.FILE_NAME, self.distiller)
+        except OSError as error:
+            raise NotSavedError(f"{failed}, nor did {tempfile.gettempdir()}: {error}") from error
+        saved = directory / checkpoints.FILE_NAME
+        raise NotSavedError(f"{failed}; it is {saved}: put it there and resume, or resume with --out {directory}")
 
     def _evaluated(self) -> artifacts.Artifact:
         result = self.distiller.artifact()
@@ -116,15 +142,15 @@ class Run:
         }
         return replace(result, evaluation=found)
 
-    @contextmanager
-    def _metrics(self) -> Iterator[TextIO]:
+    def _metrics(self) -> Log:
         """metrics.jsonl, without the lines of steps that the checkpoint does not have behind it."""
         path = self.directory / METRICS
         kept = [line for line in read_metrics(path) if line["step"] < self.distiller.outer_step]
         with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        with path.open("a") as file:
-            yield file
+            log = Log(temporary)
+            for line in kept:
+                log.append(line)
+        return Log(path)
 
 
 def holds_run(directory: Path) -> bool:
@@ -132,39 +158,19 @@ def holds_run(directory: Path) -> bool:
     return any((directory / name).exists() for name in (checkpoints.FILE_NAME, artifacts.FILE_NAME))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
-    lines = []
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error})") from error
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            lines.append(entry)
-    return lines
-
-
 def _seconds_of(metrics: list[dict[str, Any]], outer_step: int) -> float:
     """What the run had taken when it was at `outer_step`."""
     return max((float(line.get("seconds", 0)) for line in metrics if line["step"] < outer_step), default=0.0)
 
 
-def _log(file: TextIO, report: OuterStep, accuracy: float | None, seconds: float) -> None:
+def _entry(report: OuterStep, accuracy: float | None, seconds: float) -> dict[str, Any]:
     entry: dict[str, Any] = {"step": report.step, "loss": _finite(report.loss), "hypergradient_norm": _finite(report.norm)}
     entry["seconds"] = round(seconds, 1)
     if accuracy is not None:
         entry["held_out_accuracy"] = _finite(accuracy)
     if report.diverged:
         entry["diverged"] = report.diverged
-    file.write(json.dumps(entry) + "\n")
-    file.flush()
+    return entry
 
 
 def _finite(value: float) -> float | None:
@@ -172,44 +178,25 @@ def _finite(value: float) -> float | None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag, so that a step is finished and saved; a second one interrupts at once."""
-    seen = False
+def _interruptible() -> Iterator[Callable[[], int | None]]:
+    """Turn the first signal to stop into its number, so that a step is finished and saved; a second one interrupts at once."""
+    seen: int | None = None
 
     def note(signum: int, frame: Any) -> None:
         nonlocal seen
-        if seen:
+        if seen is not None:
             raise KeyboardInterrupt
-        seen = True
+        seen = signum
 
+    before: dict[int, Any] = {}
     try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread: whoever runs us handles Ctrl-C
-        yield lambda: False
+        for signum in _STOPPING:
+            before[signum] = signal.signal(signum, note)
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        yield lambda: None
         return
     try:
         yield lambda: seen
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One run at a time in a directory. The lock of a process that is gone does not count."""
-    import fcntl
-
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise DirectoryInUseError(
-                f"{path.parent} is in use by another run (process {file.read().strip() or 'unknown'})"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -13,9 +13,10 @@ from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.artifact import read
 from revdistill.distill.config import Config
 from revdistill.distill.data import load
+from revdistill.distill.directory import read_metrics
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.plots import draw_all
-from revdistill.distill.run import Run, read_metrics
+from revdistill.distill.run import Run
 
 SMALL = Config(dataset="moons", architectures=("NonLinearNet",), steps=4, epochs=2, outer_steps=8, batch_size=64, learn_labels=True)
 

@@ -35,9 +35,10 @@ from revdistill.distill.data import Dataset, load
 from revdistill.distill.schedules import SCHEDULES
 
 FAITHFUL = Protocol()
+# Chosen by restarts with other seeds (from 1000) and 2,000 other test points, not by those of the tables.
 OURS = Protocol(
     momentum=0.9,
-    rate=0.05,
+    rate=0.1,
     start="real",
     outer_rate=0.02,
     rates_share=0.1,
@@ -47,7 +48,8 @@ OURS = Protocol(
     average=0.2,
 )
 COPIES = 3  # networks of an outer step that distils for one architecture
-ALL = {"faithful": STUDIED, "ours": STUDIED * 2}  # networks of an outer step that distils for all
+# Networks of an outer step that distils for all. The one hidden layer is what gets stuck most, so it is distilled for twice.
+ALL = {"faithful": STUDIED, "ours": ("LinearNet", "NonLinearNet", "NonLinearNet", "MoreNonLinearNet")}
 PACE = {"faithful": 1.0, "ours": 0.03}  # of points for one architecture: those that move less serve the others too
 MOMENTA = (0.5, 0.9, 0.99)
 MAIN = ("faithful", "ours", "original")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from revdistill.distill.artifact import FILE_NAME, Artifact, read
+from revdistill.distill.data import NAMES
 from revdistill.engine import ArtifactError
 
 
@@ -24,6 +25,13 @@ def user_input(option: str | None = None) -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from error
     except PermissionError as error:
         raise UserError(f"{prefix}{error.filename}: permission denied") from error
+
+
+def dataset_of(artifact: Artifact, asked: str | None) -> str:
+    """The real data's name. A file does not get to say which other file is read: that must be asked for."""
+    if asked is None and artifact.dataset not in NAMES:
+        raise UserError(f"the data were distilled from {artifact.dataset!r}; give --dataset with that file to read it")
+    return asked or artifact.dataset
 
 
 def read_run(run: Path) -> tuple[Path, Artifact]:

@@ -13,7 +13,7 @@ from revdistill.distill.data import load
 from revdistill.distill.schedules import SCHEDULES
 
 from . import options
-from .errors import read_run, user_input
+from .errors import dataset_of, read_run, user_input
 from .table import evaluation_table
 
 
@@ -29,11 +29,19 @@ from .table import evaluation_table
     help="raw: the learned step sizes; the strategies train for 50 epochs (1: rates of its own, 2: the learned epochs repeated "
     "with decay, 3: the last epoch repeated with decay).",
 )
+@options.dataset
 @options.data_dir
 @options.device
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
-    run: Path, architectures: tuple[str, ...], restarts: int, schedule: str, data_dir: Path, device: str, as_json: bool
+    run: Path,
+    architectures: tuple[str, ...],
+    restarts: int,
+    schedule: str,
+    dataset: str | None,
+    data_dir: Path,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Train fresh networks on the distilled data of RUN with plain SGD, and measure their test accuracy.
 
@@ -42,7 +50,7 @@ def evaluate(
     _, artifact = read_run(run)
     found = {}
     with user_input():
-        data = load(artifact.dataset, data_dir)
+        data = load(dataset_of(artifact, dataset), data_dir)
         for name in architectures or _own(artifact.architectures):
             result = evaluations.evaluate(artifact, data, name, restarts=restarts, schedule=schedule, device=device)
             found[name] = result.to_dict()

@@ -56,4 +56,9 @@ data_dir = click.option(
     show_envvar=True,
     help=f"Where the files of {', '.join(FROM_FILES)} are: the folder itself, or one that holds folders of these names.",
 )
+dataset = click.option(
+    "--dataset",
+    help="Real data instead of those that RUN names: a name, or a .npz file. Needed where RUN was distilled from a .npz file: "
+    "which file is read is yours to say.",
+)
 device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")

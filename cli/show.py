@@ -12,17 +12,19 @@ from revdistill.distill.data import Dataset, load
 from revdistill.distill.directory import METRICS, read_metrics
 from revdistill.distill.evaluation import check_compatible
 
-from .errors import UserError, read_run, user_input
+from . import options
+from .errors import UserError, dataset_of, read_run, user_input
 from .table import evaluation_table, table
 
 
 @click.command(short_help="Summary in the terminal, pictures to RUN/plots.")
 @click.argument("run", type=click.Path(path_type=Path))
-def show(run: Path) -> None:
+@options.dataset
+def show(run: Path, dataset: str | None) -> None:
     """Print what RUN holds and draw its pictures to RUN/plots."""
     directory, artifact = read_run(run)
     with user_input():
-        data = _data_behind(artifact)
+        data = _data_behind(artifact, dataset)
         metrics = read_metrics(directory / METRICS)
         from revdistill.distill.plots import draw_all
 
@@ -36,11 +38,11 @@ def show(run: Path) -> None:
     click.echo("pictures: " + ", ".join(str(p) for p in pictures))
 
 
-def _data_behind(artifact: Artifact) -> Dataset | None:
+def _data_behind(artifact: Artifact, asked: str | None) -> Dataset | None:
     """The real data where a picture shows them: points in the plane."""
     if artifact.x.shape[2:] != (2,):
         return None
-    data = load(artifact.dataset)
+    data = load(dataset_of(artifact, asked))
     check_compatible(artifact, data)
     return data
 

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from revdistill.engine import ArtifactError
 
+MAX_METRICS = 64 * 2**20  # bytes; a run of 10^5 outer steps that all diverge writes half of it
 LOCK, METRICS = "run.lock", "metrics.jsonl"
 
 
@@ -99,6 +100,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The log's entries; lines cut short, by a kill or a full disk, are left out. Errors: ArtifactError."""
     lines = []
     try:
+        if path.stat().st_size > MAX_METRICS:
+            raise ArtifactError(f"{path}: has {path.stat().st_size} bytes; at most {MAX_METRICS} are read")
         text = path.read_text()
     except FileNotFoundError:
         return []

@@ -30,6 +30,8 @@ def settings_table(results: dict[str, Any]) -> str:
             in_words(row["evaluation"][name]) + (f" ({name})" if len(config["architectures"]) > 1 else "")
             for name in config["architectures"]
         )
+        schedule = next(iter(row["evaluation"].values()))["schedule"]
+        ours += "" if schedule == "raw" else f", along {schedule.replace('strategy', 'strategy ')}"
         cores = "a core" if row["machine"]["threads"] == 1 else f"{row['machine']['threads']} threads"
         rows.append([row["title"], row["reference"], row["target"], ours, f"{row['seconds'] / 60:.0f} min, {cores}"])
     return table(["setting", "reference", "aimed at", "ours", "distilled in"], rows)

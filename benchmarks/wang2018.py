@@ -39,18 +39,22 @@ RACE_EVERY = 10.0  # seconds of distilling between two looks
 
 @dataclass(frozen=True)
 class Row:
-    """reference, target: of the table. tests: architectures trained on the result, besides those it was distilled for."""
+    """reference, target: of the table. tests: architectures trained on the result, besides those it was distilled for.
+
+    schedule: how fresh networks are trained on it; where any will do, the learned steps and then the last epoch's again and again.
+    """
 
     title: str
     config: Config
     reference: str
     target: str
     tests: tuple[str, ...] = field(default=())
+    schedule: str = "raw"
 
 
-def _row(title: str, reference: str, target: str, preset: str = "best", tests: tuple[str, ...] = (), **changes: Any) -> Row:
-    settings = {"dataset": "mnist", "architectures": ("LeNet",)} | PRESETS[preset] | changes
-    return Row(title, Config(**settings), reference, target, tests)
+def _row(title: str, reference: str, target: str, tests: tuple[str, ...] = (), schedule: str = "raw", **changes: Any) -> Row:
+    settings = {"dataset": "mnist", "architectures": ("LeNet",)} | PRESETS["best"] | changes
+    return Row(title, Config(**settings), reference, target, tests, schedule)
 
 
 ROWS = {
@@ -63,25 +67,44 @@ ROWS = {
         momentum=0.6,
         lr=0.05,
         outer_lr=0.03,
+        outer_steps=6000,
+        average=0.3,
     ),
-    "mnist_random_100": _row("MNIST, LeNet, random init, 100 images, any schedule", "79.50", ">= 95", tests=("MLP", "ConvNet-3")),
+    "mnist_random_100": _row(
+        "MNIST, LeNet, random init, 100 images, any schedule",
+        "79.50",
+        ">= 95",
+        tests=("MLP", "ConvNet-3"),
+        schedule="strategy3",
+    ),
     "mnist_fixed_10": _row(
         "MNIST, LeNet, fixed init, 10 images",
         "94",
         ">= 96",
         steps=1,
-        epochs=60,
+        epochs=10,
+        lr=0.05,
         window=None,
-        outer_steps=600,
+        outer_steps=10_000,
         init="fixed",
     ),
     "mnist_random_10": _row(
-        "MNIST, LeNet, random init, 10 images, any schedule", "-", ">= 85", steps=1, epochs=100, outer_steps=1200
+        "MNIST, LeNet, random init, 10 images, any schedule",
+        "-",
+        ">= 85",
+        schedule="strategy3",
+        steps=1,
+        epochs=40,
+        lr=0.02,
+        window=None,
+        outer_steps=4000,
     ),
     "mnist_all_100": _row(
         "MNIST, LeNet and MLP at once, random init, 100 images",
         "-",
         "-",
+        tests=("ConvNet-3",),
+        schedule="strategy3",
         architectures=("LeNet", "MLP"),
         outer_steps=500,
     ),
@@ -92,9 +115,11 @@ ROWS = {
         dataset="cifar10",
         architectures=("AlexCifarNet",),
         epochs=3,
+        lr=0.02,
         window=15,
         batch_size=128,
-        outer_steps=300,
+        outer_lr=0.03,
+        outer_steps=700,
     ),
     "cifar10_convnet_10": _row(
         "CIFAR-10, ConvNet-3, random init, 10 images",
@@ -102,12 +127,28 @@ ROWS = {
         "-",
         dataset="cifar10",
         architectures=("ConvNet-3",),
+        schedule="strategy3",
         steps=1,
-        epochs=60,
-        window=20,
+        epochs=30,
+        lr=0.02,
+        window=15,
+        batch_size=128,
+        outer_lr=0.03,
+        outer_steps=350,
     ),
     "cifar10_convnet_100": _row(
-        "CIFAR-10, ConvNet-3, random init, 100 images", "about 62", "-", dataset="cifar10", architectures=("ConvNet-3",)
+        "CIFAR-10, ConvNet-3, random init, 100 images",
+        "about 62",
+        "-",
+        dataset="cifar10",
+        architectures=("ConvNet-3",),
+        schedule="strategy3",
+        epochs=5,
+        lr=0.02,
+        window=20,
+        batch_size=128,
+        outer_lr=0.03,
+        outer_steps=300,
     ),
 }
 RACE = replace(ROWS["mnist_random_100_wang"].config, outer_steps=450, outer_lr=0.05)
@@ -122,7 +163,8 @@ def run_row(name: str, row: Row, data: Dataset, quick: bool) -> dict[str, Any]:
     if not (directory / FILE_NAME).exists():
         Run(directory, Distiller(config, data), resume=holds_run(directory)).distil()
     artifact = read(directory / FILE_NAME)
-    evaluation = {test: measure(artifact, data, test, 2 if quick else NETWORKS) for test in (*config.architectures, *row.tests)}
+    tests = (*config.architectures, *row.tests)
+    evaluation = {test: measure(artifact, data, test, 2 if quick else NETWORKS, row.schedule) for test in tests}
     seconds = [line["seconds"] for line in read_metrics(directory / METRICS)]
     if not quick:
         shutil.copy(directory / FILE_NAME, RESULTS / f"{name}.h5")
@@ -139,10 +181,10 @@ def run_row(name: str, row: Row, data: Dataset, quick: bool) -> dict[str, Any]:
     }
 
 
-def measure(artifact: Artifact, data: Dataset, architecture: str, networks: int) -> Evaluation:
+def measure(artifact: Artifact, data: Dataset, architecture: str, networks: int, schedule: str) -> Evaluation:
     """Test accuracy of fresh networks; a fixed initialisation has but one."""
     fixed = artifact.config.get("init") == "fixed" and architecture in artifact.architectures
-    return evaluate(artifact, data, architecture, restarts=1 if fixed else networks)
+    return evaluate(artifact, data, architecture, restarts=1 if fixed else networks, schedule=schedule)
 
 
 def race(data: Dataset, quick: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,8 +12,13 @@ from revdistill.distill.config import check_device
 from revdistill.distill.data import DATA_DIR
 from revdistill.distill.image_files import FROM_FILES
 
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # older releases of click have it without a parameter
 
-class _Checked(click.ParamType[Any]):
+
+class _Checked(_ParamType):
     """A text that a function of the library checks."""
 
     def __init__(self, name: str, check: Any) -> None:

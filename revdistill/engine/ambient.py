@@ -28,7 +28,10 @@ _TURN = threading.RLock()
 def _forked() -> None:
     """A child process has none of the other threads, and must not wait for them."""
     global _TURN
-    _TURN = threading.RLock()
+    if _TURN.acquire(blocking=False):
+        _TURN.release()  # nobody's, or that of the very thread that lives on here
+    else:
+        _TURN = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -38,6 +41,15 @@ if hasattr(os, "register_at_fork"):
 def draw_seed() -> int:
     """A seed from torch's default generator: two unrolls in a row differ, and torch.manual_seed repeats both."""
     return int(torch.randint(0, 2**62, ()).item())
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    _TURN.acquire()
+    try:
+        yield
+    finally:
+        _TURN.release()  # by its name: a child process may have another
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ class Ambient:
     def passage(self) -> Iterator[None]:
         """Around a whole pass, forward or back. One thread at a time; the others wait."""
         with ExitStack() as stack:
-            stack.enter_context(_TURN)
+            stack.enter_context(_turn())
             stack.enter_context(_threads(self.threads))
             for setting in self._process_wide():
                 stack.enter_context(setting.held())

@@ -242,6 +242,43 @@ def test_a_process_forked_in_the_middle_of_an_unroll_has_its_own_turn() -> None:
     assert found == expected
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("place", ["loss", "on_step", "batches"])
+def test_a_child_forked_by_the_users_own_code_goes_on(place: str) -> None:
+    """Both processes finish the unroll that they were in."""
+    loss, params, batches = dropout_problem(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
+    children: list[int] = []
+
+    def fork(where: str) -> None:
+        if where == place and not children:
+            children.append(os.fork())
+
+    def forking_loss(p: dict[str, Tensor], batch: Any) -> Tensor:
+        fork("loss")
+        return loss(p, batch)
+
+    def batch(k: int) -> tuple[Tensor, ...]:
+        fork("batches")
+        return tuple(t.detach()[k % 4] for t in batches)
+
+    try:
+        theta = rd.unroll(forking_loss, params, batch, rd.SGD(0.1), steps=3, on_step=lambda *_: fork("on_step"))
+        total(theta).backward()
+        if not children[0]:
+            os._exit(0)
+    except BaseException:
+        if children and not children[0]:
+            os._exit(1)
+        raise
+    finally:
+        torch.set_num_threads(threads)
+    _, status = os.waitpid(children[0], 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
 def test_no_grad_and_inference_mode() -> None:
     loss, params = rd.from_module(mlp(), CE)
     trained = rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=9)

@@ -167,7 +167,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
 PICTURES = {
     "data": "Train and test data",
     "points": "Synthetic points of steps 1, 14, 27 and 40 over the real data",
-    "boundaries": "Decision boundaries of networks trained on original and on distilled data",
+    "boundaries": "Decision boundaries, first restart: trained on original data, and on distilled data along the learned steps",
     "rates": "Learned step sizes, mean over restarts, beside strategy 1",
 }
 

@@ -37,7 +37,7 @@ class FixedPointAdjoint(ABC):
         """The same forward pass bit for bit, keeping nothing."""
         trajectory = Trajectory(problem, theta0, self.fixed, NoHistory())
         trajectory.run()
-        return trajectory.theta().clone(), stats_of(trajectory, trajectory.history.nbytes)
+        return trajectory.result(), stats_of(trajectory, trajectory.history.nbytes)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def check_arguments(
     on_step: Any,
     seed: Any,
     window: Any,
+    save_at: Any,
 ) -> None:
     """Raise ValueError or TypeError on the first argument that will not do."""
     if torch.is_inference_mode_enabled():
@@ -48,6 +49,8 @@ def check_arguments(
         _check_int("seed", seed, least=0)
     if window is not None:
         _check_int("window", window, least=1)
+    if save_at is not None:
+        _check_save_at(save_at, steps)
 
 
 def _check_params(params: Any) -> torch.device:
@@ -125,6 +128,17 @@ def _check_tensor(label: str, t: Any) -> None:
 def _check_device(label: str, t: Tensor, device: torch.device) -> None:
     if t.device != device:
         raise ValueError(f"{label} is on {t.device}, but params are on {device}; move it with .to({str(device)!r})")
+
+
+def _check_save_at(save_at: Any, steps: int) -> None:
+    if not isinstance(save_at, (tuple, list, range)):
+        raise TypeError(f"save_at must be a list of steps, got {_kind(save_at)}")
+    if not save_at:
+        raise ValueError(f"save_at is empty; it must hold at least one step from 0 to {steps}")
+    for i, k in enumerate(save_at):
+        _check_int(f"save_at[{i}]", k, least=0)
+        if k > steps:
+            raise ValueError(f"save_at[{i}] is {k}; with steps={steps} it must be from 0 to {steps}")
 
 
 def _check_int(label: str, value: Any, *, least: int) -> None:

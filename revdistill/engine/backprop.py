@@ -17,16 +17,20 @@ from revdistill.engine.trajectory import Problem
 
 
 def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
-    """theta_T from theta_0 (float [numel]), with the graph of every step. Differentiable any number of times."""
+    """theta_T from theta_0 (float [numel]), or theta at `save_at` [n, numel], with the graph of every step. Differentiable any
+    number of times."""
     update, data, layout = problem.update, problem.data, problem.update.layout
     # unbind once: its backward is one stack, where indexing step by step would fill a zero tensor per step.
     rows: Sequence[Sequence[Tensor]] = [t.unbind(0) for t in data.tensors]
     hyper = data.pack_hyper(data.hypers)
     values = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in update.slots}
     keep_graph = torch.is_grad_enabled()
+    saved: dict[int, Tensor] = {}
     for k in range(problem.steps):
         if k and k == problem.first:
             values = {name: value.detach() for name, value in values.items()}
+        if k in (problem.save_at or ()):
+            saved[k] = values[THETA] if k >= problem.first else values[THETA].detach()
         if data.function is None:
             batch: Any = tuple(r[data.row(k)] for r in rows)
         else:
@@ -49,7 +53,10 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
         for add in (*update.kicks, *update.drifts):
             source = values[add.source] if add.source in update.slots else seen[add.source]
             values[add.target] = values[add.target] + source * _factor(add, k, theta.dtype)
-    return values[THETA]
+    if problem.save_at is None:
+        return values[THETA]
+    saved[problem.steps] = values[THETA]
+    return torch.stack([saved[k] for k in problem.save_at])
 
 
 def _at(table: Table, k: int, dtype: torch.dtype) -> float | Tensor:

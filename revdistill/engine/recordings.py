@@ -53,7 +53,7 @@ def _nothing(*_: object) -> None:
 class Recording(ABC):
     """A forward pass that can be gone back over once."""
 
-    theta: Tensor  # theta_T, float [numel]
+    theta: Tensor  # theta_T, float [numel], or theta at save_at [n, numel]
     stats: UnrollStats
 
     @abstractmethod
@@ -74,7 +74,7 @@ class Reversal(Recording):
         # Before the window nothing is kept: its steps are not gone back over.
         self._trajectory = Trajectory(problem, theta0, fixed, NoHistory() if problem.first else history)
         self._trajectory.run(self._before_step, self._keep if graph_bytes else _nothing)
-        self.theta = self._trajectory.theta().clone()
+        self.theta = self._trajectory.result()
         self.stats = stats_of(self._trajectory, self._trajectory.history.nbytes)
 
     def _before_step(self, k: int) -> None:
@@ -130,7 +130,7 @@ class Checkpoints(Recording):
         self._with_slots = problem.update.keeps_memory(problem.steps)
         self._snapshots: dict[int, Snapshot] = {}
         self._trajectory.run(self._before_step)
-        self.theta = self._trajectory.theta().clone()
+        self.theta = self._trajectory.result()
         self._end = self._trajectory.state.fixed[THETA].clone()
         self.stats = stats_of(self._trajectory, sum(s.nbytes for s in self._snapshots.values()))
 
@@ -167,7 +167,7 @@ class Stored(Recording):
         trajectory = Trajectory(problem, theta0, fixed, NoHistory())
         self._stretch = _Stretch(trajectory)
         trajectory.run(self._stretch.before_step, self._stretch.after_step)
-        self.theta = trajectory.theta().clone()
+        self.theta = trajectory.result()
         self.stats = stats_of(trajectory, self._stretch.nbytes)
 
     def backward(self, sweep: Sweep) -> Hypergradients:

@@ -27,13 +27,19 @@ class Hypergradients:
 
 
 class Sweep:
-    """theta_bar: dL/dtheta_T, float [numel] (copied)."""
+    """result_bar: dL/d(the unroll's result): of theta_T, float [numel], or of theta at each of `save_at`, [n, numel]."""
 
-    def __init__(self, problem: Problem, theta_bar: Tensor) -> None:
+    def __init__(self, problem: Problem, result_bar: Tensor) -> None:
         self.problem = problem
         update, data = problem.update, problem.data
-        flat = {THETA: theta_bar.clone(), GRADIENT: torch.zeros_like(theta_bar)}
-        flat |= {slot: torch.zeros_like(theta_bar) for slot in update.slots}
+        # theta's bars at the steps where the loss sees it: each enters when the way back is there
+        self._entering: dict[int, Tensor] = {}
+        rows = [result_bar] if problem.save_at is None else result_bar
+        for k, bar in zip(problem.save_at or [problem.steps], rows, strict=True):
+            self._entering[k] = self._entering[k] + bar if k in self._entering else bar
+        zero = torch.zeros(update.layout.numel, dtype=result_bar.dtype, device=result_bar.device)
+        flat = {THETA: self._entering.pop(problem.steps, zero).clone(), GRADIENT: torch.zeros_like(zero)}
+        flat |= {slot: torch.zeros_like(zero) for slot in update.slots}
         tables = {name: torch.zeros_like(t.values) for name, t in update.tables.items() if t.values.requires_grad}
         self.bars = Bars(flat, tables)
         self._batches = [torch.zeros_like(t) if t.requires_grad else None for t in data.tensors]
@@ -71,6 +77,8 @@ class Sweep:
         for bar, product in zip(self._hypers, products.hyper, strict=True):
             if bar is not None and product is not None:
                 bar.add_(product)
+        if k in self._entering:
+            bars.flat[THETA].add_(self._entering.pop(k))
         self._watch.after_step(k, bars.flat[THETA])
         slots_before = before()
         for decay in reversed(update.decays):

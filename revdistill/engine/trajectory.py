@@ -58,6 +58,7 @@ class Problem:
     kernels: Kernels
     on_step: OnStep | None = None
     first: int = 0  # the way back goes no further: dL/d(...) of the steps before it is left out
+    save_at: tuple[int, ...] | None = None  # the result is theta at these steps, stacked; None: theta_T alone
 
     @property
     def check_interval(self) -> int:
@@ -78,6 +79,7 @@ class Trajectory:
         self.guard = Guard(self.problem.update, self.fixed, interval)
         self.guard.start(self._theta0)
         self.history.clear()
+        self._saved: dict[int, Tensor] = {}
         self.state = self.problem.update.initial_state(self.fixed.from_float(self._theta0), self.history)
 
     def start_here(self, history: History) -> None:
@@ -100,6 +102,7 @@ class Trajectory:
     def _run(self, before_step: BeforeStep, after_step: AfterStep, on_step: OnStep | None) -> None:
         for k in range(self.problem.steps):
             before_step(k)
+            self._save(k)
             if on_step is None:
                 at = self.step(k)
             else:
@@ -108,7 +111,18 @@ class Trajectory:
                 with self.problem.ambient.watching():
                     on_step(k, self.problem.update.layout.views(theta), at.loss)
             after_step(k, at)
+        self._save(self.problem.steps)
         self.guard.flush(self.state)
+
+    def _save(self, k: int) -> None:
+        if self.problem.save_at is not None and k in self.problem.save_at:
+            self._saved[k] = self.theta().clone()
+
+    def result(self) -> Tensor:
+        """After all steps, in a new tensor: theta_T as floats [numel], or theta at `save_at` [n, numel]."""
+        if self.problem.save_at is None:
+            return self.theta().clone()
+        return torch.stack([self._saved[k] for k in self.problem.save_at])
 
     def theta(self) -> Tensor:
         """theta as floats, in a buffer that the next call overwrites."""

@@ -40,6 +40,7 @@ def unroll(
     return_stats: Literal[False] = ...,
     seed: int | None = ...,
     window: int | None = ...,
+    save_at: Sequence[int] | None = ...,
 ) -> dict[str, Tensor]: ...
 
 
@@ -58,6 +59,7 @@ def unroll(
     return_stats: Literal[True],
     seed: int | None = ...,
     window: int | None = ...,
+    save_at: Sequence[int] | None = ...,
 ) -> tuple[dict[str, Tensor], UnrollStats]: ...
 
 
@@ -75,6 +77,7 @@ def unroll(
     return_stats: bool = False,
     seed: int | None = None,
     window: int | None = None,
+    save_at: Sequence[int] | None = None,
 ) -> dict[str, Tensor] | tuple[dict[str, Tensor], UnrollStats]:
     """The parameters after `steps` optimizer steps, differentiable with respect to all that went in.
 
@@ -95,6 +98,9 @@ def unroll(
     seed: of the random numbers inside the loss; by default drawn from torch's default generator.
     window: go back over the last `window` steps only (truncated backpropagation: cheaper, and tamer where a long unroll's
     hypergradient explodes, but biased). Steps before it add nothing, and params get no gradient. By default all steps.
+    save_at: steps k from 0 (the start) to `steps` (the end), in any order: the result is theta at each of them, stacked on a
+    new first dimension, for losses along the way (learning curves, averaged iterates, several horizons). Each one's gradient
+    enters when the way back is there; it costs no pass more. Before a `window`, theta is saved but has no gradient.
 
     Returns a dict like params. Gradients flow to params, batches, hyper, lr, momentum and weight_decay; once: a second backward
     through the same unroll, and a derivative of the hypergradient, are UnsupportedErrors (`Backprop` can do both).
@@ -103,7 +109,17 @@ def unroll(
     UnsupportedError. Source: Maclaurin, Duvenaud & Adams 2015, algorithms 1 to 3.
     """
     check_arguments(
-        loss, params, batches, optimizer, steps=steps, hyper=hyper, adjoint=adjoint, on_step=on_step, seed=seed, window=window
+        loss,
+        params,
+        batches,
+        optimizer,
+        steps=steps,
+        hyper=hyper,
+        adjoint=adjoint,
+        on_step=on_step,
+        seed=seed,
+        window=window,
+        save_at=save_at,
     )
     layout = Layout.of(params)
     data = Data(batches, hyper)
@@ -118,6 +134,7 @@ def unroll(
         kernels=CompiledKernels() if compile and layout.device.type != "cpu" else Kernels(),
         on_step=on_step,
         first=max(0, steps - window) if window else 0,
+        save_at=None if save_at is None else tuple(save_at),
     )
     theta, stats = _run(problem, loss, theta0, adjoint or default_adjoint(problem))
     result = layout.views(theta)

@@ -86,6 +86,29 @@ class AdjointContract:
         error = worst_error(gradients(unroll(), leaves), reference(problem, setting))
         assert error <= TOLERANCE
 
+    @pytest.mark.parametrize("problem", PROBLEMS)
+    def test_losses_along_the_way(self, problem: str) -> None:
+        """save_at, in any order, a step twice, both ends: as if every horizon had an unroll of its own."""
+        save_at = (STEPS, 0, 5, 6, 5)
+        case, settings, leaves = make(problem, "plain")
+        optimizer = rd.SGD(**settings)
+        found = rd.unroll(
+            case.loss,
+            case.params,
+            case.batches,
+            optimizer,
+            steps=STEPS,
+            hyper=case.hyper,
+            adjoint=self.adjoint,
+            seed=SEED,
+            save_at=save_at,
+        )
+        horizons = [train(case, settings, k, seed_like_the_engine) for k in save_at]
+        expected = {name: torch.stack([theta[name] for theta in horizons]) for name in case.params}
+        for name, p in expected.items():
+            torch.testing.assert_close(found[name], p, rtol=1e-11, atol=1e-12)
+        assert worst_error(gradients(found, leaves), gradients(expected, leaves)) <= TOLERANCE
+
     def test_per_network_rates(self) -> None:
         """lr [T, E]: each stacked network trains, and is differentiated, as if alone."""
         torch.manual_seed(0)

@@ -119,7 +119,9 @@ def datasets(results: dict[str, Any]) -> str:
             for schedule in ("raw", "strategy1"):
                 row = grid(cells, "ours", data, schedule, (*STUDIED, *UNSEEN))
                 rows.append([name, data, SCHEDULES[schedule], *row])
-    return "### Circles, blobs, digits (ours, first step sizes 0.05, compression 3x)\n\n" + table(["", "distilled for", "", *STUDIED, *UNSEEN], rows)
+    return "### Circles, blobs, digits (ours, first step sizes 0.05, compression 3x)\n\n" + table(
+        ["", "distilled for", "", *STUDIED, *UNSEEN], rows
+    )
 
 
 def momentum_table(results: dict[str, Any]) -> str:

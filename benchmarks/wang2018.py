@@ -68,8 +68,8 @@ ROWS = {
         momentum=0.6,
         lr=0.05,
         outer_lr=0.03,
-        outer_steps=6000,
-        average=0.3,
+        outer_steps=4000,
+        average=0.4,
     ),
     "mnist_random_100": _row(
         "MNIST, LeNet, random init, 100 images, any schedule",
@@ -98,7 +98,7 @@ ROWS = {
         epochs=40,
         lr=0.02,
         window=None,
-        outer_steps=4000,
+        outer_steps=2500,
     ),
     "mnist_all_100": _row(
         "MNIST, LeNet and MLP at once, random init, 100 images",
@@ -135,7 +135,7 @@ ROWS = {
         window=15,
         batch_size=128,
         outer_lr=0.03,
-        outer_steps=350,
+        outer_steps=250,
     ),
     "cifar10_convnet_100": _row(
         "CIFAR-10, ConvNet-3, random init, 100 images",
@@ -149,7 +149,7 @@ ROWS = {
         window=20,
         batch_size=128,
         outer_lr=0.03,
-        outer_steps=300,
+        outer_steps=200,
     ),
 }
 RACE = replace(ROWS["mnist_random_100_wang"].config, outer_steps=450, outer_lr=0.05)

@@ -61,6 +61,11 @@ class Claim:
                 process = file.read().strip() or "unknown"
                 self._close()
                 raise DirectoryInUseError(f"{self._directory} is in use by another run (process {process})") from None
+            except OSError as error:
+                self._close()
+                raise OSError(
+                    error.errno, f"cannot lock {self._path}: {error.strerror}; another --out may be on a disk that can"
+                ) from error
         assert self._file is not None
         self._file.truncate(0)
         self._file.write(str(os.getpid()))

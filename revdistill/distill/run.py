@@ -179,7 +179,10 @@ def _finite(value: float) -> float | None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], int | None]]:
-    """Turn the first signal to stop into its number, so that a step is finished and saved; a second one interrupts at once."""
+    """Turn the first signal to stop into its number, so that a step is finished and saved; a second one interrupts at once.
+
+    Signals that are ignored stay so: nohup has a run outlive its terminal that way.
+    """
     seen: int | None = None
 
     def note(signum: int, frame: Any) -> None:
@@ -191,7 +194,8 @@ def _interruptible() -> Iterator[Callable[[], int | None]]:
     before: dict[int, Any] = {}
     try:
         for signum in _STOPPING:
-            before[signum] = signal.signal(signum, note)
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                before[signum] = signal.signal(signum, note)
     except ValueError:  # not in the main thread: whoever runs us handles signals
         yield lambda: None
         return

@@ -336,6 +336,27 @@ def test_signals_to_stop_are_saved_before(name: str, tmp_path: Path, whole: Arti
     assert same(resumed.distil(progress=False), whole)
 
 
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nohup does it, so that a run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with at_step(monkeypatch, {5: lambda: os.kill(os.getpid(), signal.SIGHUP)}):
+            assert same(run(tmp_path / "run").distil(progress=False), whole)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_disk_without_locks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match=r"cannot lock .*run.lock: No locks available; another --out"):
+        run(tmp_path / "run").distil(progress=False)
+
+
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     directory.mkdir()

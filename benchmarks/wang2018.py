@@ -135,7 +135,7 @@ ROWS = {
         window=15,
         batch_size=128,
         outer_lr=0.03,
-        outer_steps=250,
+        outer_steps=150,
     ),
     "cifar10_convnet_100": _row(
         "CIFAR-10, ConvNet-3, random init, 100 images",
@@ -149,7 +149,7 @@ ROWS = {
         window=20,
         batch_size=128,
         outer_lr=0.03,
-        outer_steps=200,
+        outer_steps=120,
     ),
 }
 RACE = replace(ROWS["mnist_random_100_wang"].config, outer_steps=450, outer_lr=0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import methods
 import pytest
@@ -15,8 +16,9 @@ import tasks
 import torch
 import wang2018
 
-from revdistill.distill.artifact import read
+from revdistill.distill.artifact import Artifact, read
 from revdistill.distill.data import load
+from revdistill.distill.evaluation import Evaluation
 from tests.distill.test_image_files import write_mnist
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -116,6 +118,21 @@ def test_distilled_images_are_measured_and_reported(tmp_path: Path, monkeypatch:
         assert f"{row['evaluation']['LeNet']['mean']:.1%}" in text
     report_images.draw_race(results, tmp_path / "race.png")
     assert (tmp_path / "race.png").exists()
+
+
+def test_measuring_again_distils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = json.loads((BENCHMARKS / "results/wang2018.json").read_text())["rows"]["mnist_fixed_10"]
+    looked: list[tuple[str, int, str]] = []
+
+    def evaluated(artifact: Artifact, data: Any, name: str, *, restarts: int, schedule: str) -> Evaluation:
+        looked.append((name, restarts, schedule))
+        return Evaluation(schedule, restarts, 0.5, 0.0, [0.5])
+
+    monkeypatch.setattr(wang2018, "evaluate", evaluated)
+    found = wang2018.measured_again("mnist_fixed_10", wang2018.ROWS["mnist_fixed_10"], data=None)
+    assert looked == [("LeNet", 1, "raw")]  # the one network that it was distilled for
+    assert found["evaluation"]["LeNet"]["mean"] == 0.5
+    assert {name: found[name] for name in ("config", "seconds", "title")} == {n: before[n] for n in ("config", "seconds", "title")}
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.h5")), ids=lambda p: p.name)

@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parents[2]
 EXAMPLES = 100  # of one round of hypothesis
 MEMORY = 300 * 2**20  # bytes that the peak may rise by after the first round
 CODES = {0, 2}
+LARGE = 10**6  # values: of what is declared, not there
 
 NAMES = ("x", "y", "lr", "momentum")
 ATTRIBUTES = ("format_version", "revdistill_version", "torch_version", "dataset", "architectures", "steps", "epochs", "seed")
@@ -97,7 +98,7 @@ def change(file: h5py.File, directory: Path, draw: st.DataObject) -> None:
         del file[name]
     if kind == "array":
         file[name] = array(draw)
-    elif kind == "values" and isinstance(file.get(name), h5py.Dataset) and file[name].size:
+    elif kind == "values" and isinstance(file.get(name), h5py.Dataset) and 0 < file[name].size < LARGE:
         flat = file[name][()].reshape(-1)
         with contextlib.suppress(OverflowError, ValueError, TypeError), np.errstate(all="ignore"):
             flat[draw.draw(st.integers(0, flat.size - 1))] = draw.draw(NUMBERS)

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from revdistill.engine import ArtifactError
 
 MAX_METRICS = 64 * 2**20  # bytes; a run of 10^5 outer steps that all diverge writes half of it
+MAX_STEP = 2**53  # no run gets there; a file from somebody else may say so
 LOCK, METRICS = "run.lock", "metrics.jsonl"
 
 
@@ -117,6 +118,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except (json.JSONDecodeError, RecursionError):
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        if isinstance(entry, dict) and type(entry.get("step")) is int and 0 <= entry["step"] < MAX_STEP:
             lines.append(entry)
     return lines

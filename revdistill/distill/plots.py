@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 MAX_IMAGE_ROWS, MAX_IMAGE_COLUMNS, MAX_RATE_COLUMNS = 10, 20, 4
+LARGEST = 1e100  # of what is drawn; beyond it matplotlib overflows
 GRID = 200  # points per side of a decision picture
 _COLOURS = plt.get_cmap("tab10")
 
@@ -165,16 +166,23 @@ def rates(artifact: Artifact) -> Figure:
     return figure
 
 
+def _logged(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of the entries that have one that can be drawn."""
+    found = [(m["step"] + 1, m.get(key)) for m in metrics]
+    return [(step, float(v)) for step, v in found if isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < LARGEST]
+
+
 def outer(metrics: list[dict[str, Any]]) -> Figure:
     """Loss on real data and held-out accuracy over the outer steps."""
     figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    losses = [(m["step"] + 1, m["loss"]) for m in metrics if isinstance(m.get("loss"), (int, float))]
+    losses = [(step, loss) for step, loss in _logged(metrics, "loss") if loss > 0]
     ax.plot(*zip(*losses, strict=True), color=_COLOURS(0), linewidth=1) if losses else None
     ax.set_xlabel("outer step")
     ax.set_ylabel("loss on real data after training", color=_COLOURS(0))
-    ax.set_yscale("log")
+    if losses:
+        ax.set_yscale("log")
     ax.grid(alpha=0.25)
-    accuracies = [(m["step"] + 1, m["held_out_accuracy"]) for m in metrics if isinstance(m.get("held_out_accuracy"), (int, float))]
+    accuracies = _logged(metrics, "held_out_accuracy")
     if accuracies:
         right = ax.twinx()
         right.plot(*zip(*accuracies, strict=True), color=_COLOURS(1), marker="o", markersize=3)

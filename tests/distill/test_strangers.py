@@ -5,6 +5,7 @@ What a single file may do to the reader is in test_artifact.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -62,6 +63,18 @@ def test_texts_do_not_reach_the_terminal_as_commands(tmp_path: Path, capsys: pyt
     out = capsys.readouterr().out
     assert "?[2Jdigits" in out
     assert not set(out) & {"\x1b", "\x07"}
+
+
+def test_a_log_that_cannot_be_drawn_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by the fuzz: a loss that is not above 0 made matplotlib warn."""
+    write(tmp_path / "distilled.h5", artifact(images=True))
+    odd = [False, 0, -1, 10**400, 1e308, float("nan"), None, "x", []]
+    lines = [{"step": i, "loss": value, "held_out_accuracy": value} for i, value in enumerate(odd)]
+    lines += [{"step": step, "loss": 1.0} for step in (True, -1, 10**30)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert command.run(["show", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(odd)
 
 
 def test_a_log_too_large_to_be_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,13 +71,7 @@ ROWS = {
         outer_steps=4000,
         average=0.4,
     ),
-    "mnist_random_100": _row(
-        "MNIST, LeNet, random init, 100 images, any schedule",
-        "79.50",
-        ">= 95",
-        tests=("MLP", "ConvNet-3"),
-        schedule="strategy3",
-    ),
+    "mnist_random_100": _row("MNIST, LeNet, random init, 100 images, any schedule", "79.50", ">= 95", tests=("MLP", "ConvNet-3")),
     "mnist_fixed_10": _row(
         "MNIST, LeNet, fixed init, 10 images",
         "94",
@@ -101,8 +95,6 @@ ROWS = {
         "MNIST, LeNet and MLP at once, random init, 100 images",
         "-",
         "-",
-        tests=("ConvNet-3",),
-        schedule="strategy3",
         architectures=("LeNet", "MLP"),
         outer_steps=500,
     ),

@@ -68,8 +68,6 @@ ROWS = {
         momentum=0.6,
         lr=0.05,
         outer_lr=0.03,
-        outer_steps=4000,
-        average=0.4,
     ),
     "mnist_random_100": _row("MNIST, LeNet, random init, 100 images, any schedule", "79.50", ">= 95", tests=("MLP", "ConvNet-3")),
     "mnist_fixed_10": _row(

@@ -93,6 +93,7 @@ def section(results: dict[str, Any]) -> str:
         "ten fresh networks (one for a fixed initialisation) trained by torch.optim.SGD on the artifact of the same name in "
         "results/. Each row's settings are in results/wang2018.json and in its artifact.",
         settings_table(results),
+        *_about_cifar10(results),
     ]
     if any(len(row["evaluation"]) > 1 for row in results["rows"].values()):
         parts.append(across_architectures(results))
@@ -105,7 +106,13 @@ def section(results: dict[str, Any]) -> str:
 
 def summary(results: dict[str, Any]) -> str:
     """The images in the main README."""
-    parts = [settings_table(results)]
+    parts = [settings_table(results), *_about_cifar10(results)]
     if "race" in results:
         parts.append(race_in_words(results))
     return "\n\n".join(parts)
+
+
+def _about_cifar10(results: dict[str, Any]) -> list[str]:
+    if not any(row["config"]["dataset"] == "cifar10" for row in results["rows"].values()):
+        return []
+    return ["The CIFAR-10 images used here had been stored as JPEG: their row compares with published ones only roughly."]

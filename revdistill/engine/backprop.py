@@ -29,7 +29,7 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
     for k in range(problem.steps):
         if k and k == problem.first:
             values = {name: value.detach() for name, value in values.items()}
-        if k in (problem.save_at or ()):
+        if k in problem.saved_steps:
             saved[k] = values[THETA] if k >= problem.first else values[THETA].detach()
         if data.function is None:
             batch: Any = tuple(r[data.row(k)] for r in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,6 +61,11 @@ class Problem:
     first: int = 0  # the way back goes no further: dL/d(...) of the steps before it is left out
     save_at: tuple[int, ...] | None = None  # the result is theta at these steps, stacked; None: theta_T alone
 
+    @cached_property
+    def saved_steps(self) -> frozenset[int]:
+        """`save_at`, to be looked into at each step."""
+        return frozenset(self.save_at or ())
+
     @property
     def check_interval(self) -> int:
         return 1 if self.update.layout.device.type == "cpu" else GPU_INTERVAL
@@ -115,7 +121,7 @@ class Trajectory:
         self.guard.flush(self.state)
 
     def _save(self, k: int) -> None:
-        if self.problem.save_at is not None and k in self.problem.save_at:
+        if k in self.problem.saved_steps:
             self._saved[k] = self.theta().clone()
 
     def result(self) -> Tensor:

@@ -90,7 +90,7 @@ def array(draw: st.DataObject) -> np.ndarray:
         return found
 
 
-def change(file: h5py.File, directory: Path, draw: st.DataObject) -> None:
+def change(file: h5py.File, draw: st.DataObject) -> None:
     """One thing that a stranger may have done."""
     kind = draw.draw(st.sampled_from(["array", "values", "attribute", "json", "remove", "link", "huge", "large", "group"]))
     name = draw.draw(st.sampled_from(NAMES))
@@ -128,7 +128,7 @@ def make(directory: Path, draw: st.DataObject) -> None:
     write(path, artifact(draw.draw(st.booleans())))
     for _ in range(draw.draw(st.integers(0, 3))):
         with contextlib.suppress(OSError, RuntimeError, KeyError), h5py.File(path, "a") as file:
-            change(file, directory, draw)
+            change(file, draw)
     contents = bytearray(path.read_bytes())
     if draw.draw(st.integers(0, 3)) == 0:
         for position in draw.draw(st.lists(st.integers(0, len(contents) * 8 - 1), max_size=10)):

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from measuring import arguments_of, machine, save, versions
 
-from revdistill.engine.bitstore import RADIX, BitStore, quantise
+from revdistill.engine.bitstore import BitStore
 from revdistill.engine.history import DeviceHistory
+from revdistill.engine.scaling import COARSE
 
 MOMENTA = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 PARAMETERS = 1_000
@@ -28,8 +29,8 @@ LOST_BITS, LEAST_STEPS = 2_000, 10_000
 def measure(momentum: float, device: str) -> dict[str, Any]:
     """There and back."""
     started = time.perf_counter()
-    n = quantise(momentum)
-    ideal = math.log2(RADIX / n)
+    n = COARSE.quantise(momentum)
+    ideal = math.log2(COARSE.radix / n)
     steps = max(LEAST_STEPS, math.ceil(LOST_BITS / ideal))
     draw = torch.Generator().manual_seed(0)
     kicks = torch.randint(-(2**44), 2**44, (97, PARAMETERS), generator=draw).to(device)

@@ -92,25 +92,25 @@ def check(task: str, steps: int, workers: dict[str, Worker], skipped: dict[str, 
 
 def integer_work(parameters: int = 100_000, rounds: int = 50) -> dict[str, Any]:
     """ns per parameter of one step's fixed-point work, forward and back: decay, kick, drift, float, and their inverses."""
-    from revdistill.engine.bitstore import divide_, multiply_, quantise
     from revdistill.engine.fixedpoint import FixedPoint, add_rounded_
+    from revdistill.engine.scaling import COARSE
 
     torch.set_num_threads(1)
-    draw, fixed, n = torch.Generator().manual_seed(0), FixedPoint(), quantise(0.9)
+    draw, fixed, n = torch.Generator().manual_seed(0), FixedPoint(), COARSE.quantise(0.9)
     theta = fixed.from_float(torch.randn(parameters, generator=draw))
     v, head = torch.zeros_like(theta), torch.randint(0, 2**50, (parameters,), generator=draw)
     gradient, out = torch.randn(parameters, generator=draw), torch.empty(parameters)
     seconds = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        multiply_(v, head, n)
+        COARSE.multiply_(v, head, n)
         add_rounded_(v, gradient, fixed.scale, sign=1)
         add_rounded_(theta, v, -0.01, sign=1)
         fixed.to_float(theta, out=out)
         add_rounded_(theta, v, -0.01, sign=-1)
         fixed.to_float(theta, out=out)
         add_rounded_(v, gradient, fixed.scale, sign=-1)
-        divide_(v, head, n)
+        COARSE.divide_(v, head, n)
         seconds.append(time.perf_counter() - started)
     return {"parameters": parameters, "ns_per_parameter": 1e9 * median(seconds[1:]) / parameters}
 

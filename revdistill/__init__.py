@@ -4,6 +4,8 @@ from importlib.metadata import version
 
 from revdistill.engine import (
     SGD,
+    Adam,
+    AdamW,
     ArtifactError,
     Backprop,
     Checkpoint,
@@ -24,6 +26,8 @@ from revdistill.engine import (
 __version__ = version("revdistill")
 __all__ = [
     "SGD",
+    "Adam",
+    "AdamW",
     "ArtifactError",
     "Backprop",
     "Checkpoint",

@@ -1,5 +1,6 @@
 """Exact reversible unrolling; knows nothing of distillation, datasets, files or the command line."""
 
+from revdistill.engine.adam import Adam, AdamW
 from revdistill.engine.adjoints import Backprop, Checkpoint, Reversible, StoreAll
 from revdistill.engine.compiled import CompileWarning
 from revdistill.engine.errors import (
@@ -18,6 +19,8 @@ from revdistill.engine.unroll import unroll
 
 __all__ = [
     "SGD",
+    "Adam",
+    "AdamW",
     "ArtifactError",
     "Backprop",
     "Checkpoint",

@@ -68,10 +68,10 @@ class Reversible(FixedPointAdjoint):
         FixedPoint(self.fractional_bits)
 
     def record(self, problem: Problem, theta0: Tensor) -> Recording:
-        if not problem.update.is_explicitly_reversible:
+        reason = problem.update.no_way_back
+        if reason is not None:
             raise UnsupportedError(
-                "nesterov=True cannot be walked back by Reversible: its change of theta needs the gradient at the very theta "
-                "that is to be found; use adjoint=rd.Checkpoint() (its default) or rd.StoreAll()"
+                f"Reversible cannot walk back {reason}; use adjoint=rd.Checkpoint() (its default) or rd.StoreAll()"
             )
         return Reversal(problem, theta0, self.fixed, open_history(self.history, theta0.device), self.graph_bytes)
 
@@ -132,6 +132,6 @@ Adjoint = FixedPointAdjoint | Backprop
 def default_adjoint(problem: Problem) -> FixedPointAdjoint:
     """Reversible where momentum > 0 at every step and the step can be walked back; otherwise Checkpoint."""
     update = problem.update
-    if update.is_explicitly_reversible and update.always_decays(problem.steps):
+    if update.no_way_back is None and update.always_decays(problem.steps):
         return Reversible()
     return Checkpoint()

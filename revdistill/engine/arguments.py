@@ -11,7 +11,7 @@ from torch import Tensor
 from revdistill.engine.adjoints import Backprop, FixedPointAdjoint
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.gradient import check_arity
-from revdistill.engine.optimizers import SGD
+from revdistill.engine.optimizers import Optimizer
 
 
 def check_arguments(
@@ -36,8 +36,8 @@ def check_arguments(
     _check_int("steps", steps, least=0)
     _check_batches(batches, device)
     _check_hyper(hyper, device)
-    if not isinstance(optimizer, SGD):
-        raise TypeError(f"optimizer must be rd.SGD(...), got {_kind(optimizer)}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be rd.SGD(...), rd.Adam(...) or rd.AdamW(...), got {_kind(optimizer)}")
     if adjoint is not None and not isinstance(adjoint, (FixedPointAdjoint, Backprop)):
         raise TypeError(
             "adjoint must be rd.Reversible(), rd.Checkpoint(), rd.StoreAll(), rd.Backprop() or None, "

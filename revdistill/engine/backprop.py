@@ -48,11 +48,19 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
             with problem.ambient.watching():
                 problem.on_step(k, layout.views(start.detach()), value.detach())
         seen = values | {THETA: start, GRADIENT: gradient}
-        for decay in update.decays:
-            values[decay.slot] = values[decay.slot] * _at(decay.table, k, theta.dtype)
-        for add in (*update.kicks, *update.drifts):
-            source = values[add.source] if add.source in update.slots else seen[add.source]
-            values[add.target] = values[add.target] + source * _factor(add, k, theta.dtype)
+
+        def lookup(table: Table, k: int = k) -> float | Tensor:
+            return _at(table, k, theta.dtype)
+
+        for stage in update.stages:
+            seen |= {slot: values[slot] for slot in update.slots} if stage.derived else {}
+            for function in stage.derived:
+                seen[function.name] = function.value(seen, lookup)
+            for decay in stage.decays:
+                values[decay.slot] = values[decay.slot] * lookup(decay.table)
+            for add in stage.adds:
+                source = values[add.source] if add.source in update.slots else seen[add.source]
+                values[add.target] = values[add.target] + source * _factor(add, k, theta.dtype)
     if problem.save_at is None:
         return values[THETA]
     saved[problem.steps] = values[THETA]

@@ -1,10 +1,10 @@
-"""The bit store: exact multiplication of integers by n / 2^16, and its exact inverse.
+"""The bit store: exact multiplication of integers by n / 2^16 (or 2^30), and its exact inverse.
 
 Multiplying v by n / 2^16 < 1 destroys log2(2^16 / n) bits per element. Here they are kept on an entropy stack, one int64
 `head` per element (the information buffer of Maclaurin, Duvenaud & Adams 2015, algorithm 3). First a base-n digit is popped
 and v becomes w = v n + digit, which can be undone since digit = w mod n; then w is shortened to v' = floor(w / 2^16) and its
 low 16 bits are pushed. The paper pushes first, which leaves 16 low bits of v' to chance; in this order v' is within one unit
-of v n / 2^16, at the same cost in bits.
+of v n / 2^16, at the same cost in bits. `scaling` has the arithmetic.
 
 When a head could get too long, the low 16 bits of every element are spilled to a `History` as one tensor of words. Whether to
 spill is decided by one number, the proved upper bound on all heads, never by data: both directions agree on it without
@@ -18,77 +18,11 @@ from array import array
 import torch
 from torch import Tensor
 
-from revdistill.engine import loops
 from revdistill.engine.history import History
+from revdistill.engine.scaling import COARSE, HEAD_BITS, Scaling
 
-RADIX_BITS = 16
-RADIX = 1 << RADIX_BITS
-_LOW = RADIX - 1
 _WORD_BITS = 16
 _WORD = (1 << _WORD_BITS) - 1
-# float64 holds integers below 2^53, and floor(fl(a / n)) = floor(a / n) for n < 2^16 and 0 <= a <= 2^52: a quotient that is no
-# integer is at least 1 / n below the next one, further than half of its last bit. Float division is what processors do fast.
-_HEAD_BITS = 52
-
-
-def quantise(momentum: float) -> int:
-    """The numerator n of the nearest n / 2^16 (0 <= momentum <= 1)."""
-    return round(momentum * RADIX)
-
-
-def multiply_(v: Tensor, head: Tensor, n: int) -> None:
-    """v <- floor((v n + digit) / 2^16) in place, the digit from head and the remainder into it (int64 [numel]).
-
-    Needs |v| < 2^62, 0 <= head < 2^52 with head / n < 2^36, and 1 <= n < 2^16.
-    """
-    if v.device.type == "cpu":
-        loops.multiply(v.numpy(), head.numpy(), n)
-    else:
-        multiply_by_passes_(v, head, n)
-
-
-def divide_(v: Tensor, head: Tensor, n: int) -> None:
-    """The inverse of `multiply_`: w = 2^16 v + (low 16 bits of head) is divided by n, the rest is pushed back."""
-    if v.device.type == "cpu":
-        loops.divide(v.numpy(), head.numpy(), n)
-    else:
-        divide_by_passes_(v, head, n)
-
-
-def multiply_by_passes_(v: Tensor, head: Tensor, n: int | Tensor) -> None:
-    """`multiply_` as tensor operations, for any device. v n would not fit 64 bits, so v is taken in two parts."""
-    quotient = _divide(head, n).to(torch.int64)
-    low = _add_multiple(_add_multiple(head, quotient, n, -1, out=head), v & _LOW, n, 1)
-    # The arithmetic shift is the floor division that matches `v & _LOW` for negative v too.
-    _add_multiple(low >> RADIX_BITS, v.bitwise_right_shift_(RADIX_BITS), n, 1, out=v)
-    torch.bitwise_left_shift(quotient, RADIX_BITS, out=head)
-    head.bitwise_or_(low.bitwise_and_(_LOW))
-
-
-def divide_by_passes_(v: Tensor, head: Tensor, n: int | Tensor) -> None:
-    """`divide_` as tensor operations, for any device.
-
-    w / n is taken in two parts. The first quotient is rounded to float64, off by at most 2^10; the second, of what that left
-    and the low bits (below 2^43 in magnitude), is exact and makes up for it.
-    """
-    near = _divide(v, n).to(torch.int64)
-    low = _add_multiple(v, near, n, -1, out=v).bitwise_left_shift_(RADIX_BITS).bitwise_or_(head & _LOW)
-    quotient = _divide(low, n).floor_().to(torch.int64)
-    digit = _add_multiple(low, quotient, n, -1, out=low)
-    _add_multiple(digit, head.bitwise_right_shift_(RADIX_BITS), n, 1, out=head)
-    torch.bitwise_left_shift(near, RADIX_BITS, out=v)
-    v.add_(quotient)
-
-
-def _divide(a: Tensor, n: int | Tensor) -> Tensor:
-    return a.to(torch.float64).div_(n)
-
-
-def _add_multiple(a: Tensor, b: Tensor, n: int | Tensor, sign: int, out: Tensor | None = None) -> Tensor:
-    """a + sign n b, in one pass where n is a number."""
-    if isinstance(n, int):
-        return torch.add(a, b, alpha=sign * n, out=out)
-    return torch.add(a, b * n, alpha=sign, out=out)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -96,17 +30,21 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 class BitStore:
-    """Exact decay of one int64 tensor, and back.
+    """Exact decay of one int64 tensor v, and back.
 
-    shape, device: those of the tensors to come. history: where spilled words go. Cost: 8 bytes per element for the head
-    and log2(2^16 / n) bits per element and call, in words of 16; for n = 0 the 64 bits of v whole.
+    shape, device: of the head: [numel], whether v is [numel] or, in two words, [2, numel]. history: where spilled words go.
+    scaling: the radix that n is a share of. Cost: 8 bytes per element for the head and log2(radix / n) bits per element and
+    call, in words of 16; for n = 0 all bits of v.
 
     Invariant: 0 <= head < bound, elementwise, and `bound` depends on the past n alone.
     """
 
-    def __init__(self, shape: torch.Size | tuple[int, ...], device: torch.device, history: History) -> None:
+    def __init__(
+        self, shape: torch.Size | tuple[int, ...], device: torch.device, history: History, scaling: Scaling = COARSE
+    ) -> None:
         self.head = torch.zeros(shape, dtype=torch.int64, device=device)
         self.history = history
+        self.scaling = scaling
         self._bound = 1
         self._past_bounds = array("Q")  # the bound before each call, so that the way back reads off what the way out did
 
@@ -115,52 +53,56 @@ class BitStore:
         return len(self._past_bounds)
 
     def decay_(self, v: Tensor, n: int) -> None:
-        """v <- v * n / 2^16 in place, exactly invertible. 0 <= n <= 2^16."""
+        """v <- v * n / radix in place, exactly invertible. 0 <= n <= radix."""
         if self.before_decay(v, n):
-            multiply_(v, self.head, n)
+            self.scaling.multiply_(v, self.head, n)
 
     def undecay_(self, v: Tensor, n: int) -> None:
         """The inverse of the last `decay_` (same n)."""
         if self.pushes(n):
-            divide_(v, self.head, n)
+            self.scaling.divide_(v, self.head, n)
         self.after_undecay(v, n)
 
-    @staticmethod
-    def pushes(n: int) -> bool:
+    def pushes(self, n: int) -> bool:
         """Whether a decay by n goes through the heads: by 0 it stores v whole, by 1 it loses nothing."""
-        return 0 < n < RADIX
+        return 0 < n < self.scaling.radix
 
     def before_decay(self, v: Tensor, n: int) -> bool:
-        """Make room for the next push and account for it; True when `multiply_` is still to be done."""
-        if n == RADIX:
+        """Make room for the next push and account for it; True when `scaling.multiply_` is still to be done."""
+        if n == self.scaling.radix:
             return False  # multiplication by 1 loses nothing
         self._past_bounds.append(self._bound)
         if n == 0:
             self.history.push(v.clone())  # every bit of v is lost: keep it whole
             v.zero_()
             return False
-        if self._must_spill(self._bound, n):
+        for _ in range(self._spills(self._bound, n)):
             self.history.push(self.head.to(torch.int16))  # the low 16 bits: the conversion wraps
             self.head.bitwise_right_shift_(_WORD_BITS)
             self._bound = _ceil_div(self._bound, 1 << _WORD_BITS)
-        # floor(head / n) < ceil(bound / n), then 16 bits are pushed
-        self._bound = _ceil_div(self._bound, n) << RADIX_BITS
+        # floor(head / n) < ceil(bound / n), then the radix's bits are pushed
+        self._bound = _ceil_div(self._bound, n) << self.scaling.radix_bits
         return True
 
     def after_undecay(self, v: Tensor, n: int) -> None:
-        """Undo `before_decay`, once `divide_` is done."""
-        if n == RADIX:
+        """Undo `before_decay`, once `scaling.divide_` is done."""
+        if n == self.scaling.radix:
             return
         self._bound = self._past_bounds.pop()
         if n == 0:
             v.copy_(self.history.pop())
-        elif self._must_spill(self._bound, n):
+            return
+        for _ in range(self._spills(self._bound, n)):
             word = self.history.pop().to(torch.int64).bitwise_and_(_WORD)
             self.head.bitwise_left_shift_(_WORD_BITS).bitwise_or_(word)
 
-    @staticmethod
-    def _must_spill(bound: int, n: int) -> bool:
-        return _ceil_div(bound, n) << RADIX_BITS > 1 << _HEAD_BITS
+    def _spills(self, bound: int, n: int) -> int:
+        """How many words must go before a push by n fits."""
+        count = 0
+        while _ceil_div(bound, n) << self.scaling.radix_bits > 1 << HEAD_BITS:
+            bound = _ceil_div(bound, 1 << _WORD_BITS)
+            count += 1
+        return count
 
     def is_empty(self) -> Tensor:
         """0-dim bool on the device: every bit pushed has been taken back."""

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.ambient import Ambient
-from revdistill.engine.bitstore import divide_by_passes_, multiply_by_passes_
 from revdistill.engine.fixedpoint import add_rounded_by_passes_
 from revdistill.engine.gradient import Data, Gradient, Linearization, Loss, Products, named_errors
 from revdistill.engine.layout import Layout
+from revdistill.engine.scaling import Scaling
 from revdistill.engine.trajectory import Adds, Kernels, Pushes
+from revdistill.engine.wide import add_rounded_wide_by_passes_
 
 # Normwise relative difference that reordered sums explain; a wrong kernel is off by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
@@ -34,21 +35,23 @@ class CompileWarning(UserWarning):
 
 
 # As in `Kernels`, with n as a number or as a 0-dim tensor.
-AnyPushes = Sequence[tuple[Tensor, Tensor, int | Tensor]]
+AnyPushes = Sequence[tuple[Scaling, Tensor, Tensor, int | Tensor]]
 
 
 def _forward(pushes: AnyPushes, adds: Adds) -> None:
-    for slot, head, n in pushes:
-        multiply_by_passes_(slot, head, n)
+    for scaling, slot, head, n in pushes:
+        scaling.multiply_by_passes_(slot, head, n)
     for target, source, factor in adds:
-        add_rounded_by_passes_(target, source, factor, sign=1)
+        add = add_rounded_by_passes_ if target.ndim == 1 else add_rounded_wide_by_passes_
+        add(target, source, factor, sign=1)
 
 
 def _inverse(pushes: AnyPushes, adds: Adds) -> None:
     for target, source, factor in reversed(adds):
-        add_rounded_by_passes_(target, source, factor, sign=-1)
-    for slot, head, n in reversed(pushes):
-        divide_by_passes_(slot, head, n)
+        add = add_rounded_by_passes_ if target.ndim == 1 else add_rounded_wide_by_passes_
+        add(target, source, factor, sign=-1)
+    for scaling, slot, head, n in reversed(pushes):
+        scaling.divide_by_passes_(slot, head, n)
 
 
 class CompiledKernels(Kernels):
@@ -69,26 +72,26 @@ class CompiledKernels(Kernels):
 
 
 class _Checked:
-    """One in-place integer function, compiled; each combination of operand counts is compared on its first use."""
+    """One in-place integer function, compiled; each combination of operands is compared on its first use."""
 
     def __init__(self, eager: Callable[[AnyPushes, Adds], None]) -> None:
         self._eager = eager
         self._compiled: Callable[[AnyPushes, Adds], None] | None = torch.compile(eager, dynamic=False)
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[tuple[int, ...]] = set()
 
     def __call__(self, pushes: AnyPushes, adds: Adds) -> None:
         if self._compiled is None:
             self._eager(pushes, adds)
             return
         # Scalars as 0-dim tensors: a new value is then no reason to compile again.
-        pushes = [(slot, head, _scalar(n, torch.int64)) for slot, head, n in pushes]
+        pushes = [(scaling, slot, head, _scalar(n, torch.int64)) for scaling, slot, head, n in pushes]
         adds = [(target, source, _scalar(factor, torch.float64)) for target, source, factor in adds]
-        key = (len(pushes), len(adds))
+        key = (*(scaling.radix_bits for scaling, *_ in pushes), -1, *(target.ndim for target, *_ in adds))
         if key in self._seen:
             self._compiled(pushes, adds)
             return
         self._seen.add(key)
-        changed = {id(t): t for t in (*(t for p in pushes for t in p[:2]), *(a[0] for a in adds))}
+        changed = {id(t): t for t in (*(t for p in pushes for t in p[1:3]), *(a[0] for a in adds))}
         before = {key: t.clone() for key, t in changed.items()}
         self._eager(pushes, adds)
         expected = {key: t.clone() for key, t in changed.items()}

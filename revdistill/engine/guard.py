@@ -18,8 +18,10 @@ from revdistill.engine.errors import NonFiniteError, RangeError
 from revdistill.engine.fixedpoint import FixedPoint
 from revdistill.engine.moves import GRADIENT, THETA, Add, State, Update
 from revdistill.engine.scans import largest, largest_on_device
+from revdistill.engine.wide import Wide
 
 GPU_INTERVAL = 32
+_SLOT_NAMES = {"v": "the velocity", "m": "the first moment", "s": "the second moment"}
 _SLACK = 1.0 + 1e-9  # the bounds are floats themselves
 
 
@@ -74,32 +76,42 @@ class Guard:
         self._notes = []
         self._tighten(state)
 
-    def before_add(self, k: int, add: Add, state: State, gradient: Tensor) -> None:
-        """Raise RangeError if this move would leave the range."""
-        resolution = self._fixed.resolution
-        source = gradient.double() if add.source == GRADIENT else state.fixed[add.source].double() * resolution
-        after = state.fixed[add.target].double() * resolution + source * add.factor.at(k)
+    def before_add(self, k: int, add: Add, state: State, values: dict[str, Tensor]) -> None:
+        """Raise RangeError if this move would leave the range. values: of the sources that are no part of the state."""
+        source = values[add.source].double() if add.source in values else self._floats(add.source, state)
+        after = self._floats(add.target, state) + source * add.factor.at(k)
         reached = largest(after)
-        if not reached < self._fixed.limit:
+        if not reached < self._format(add.target).limit:
             self._raise_range(after, k, add.target)
         self._bounds[add.target] = reached
 
     def _advance(self, k: int, largest_gradient: float) -> bool:
         """Advance the bounds over step k; False, and no change, if one would reach the limit."""
         bounds = self._bounds | {GRADIENT: largest_gradient}
-        for decay in self._update.decays:
-            bounds[decay.slot] = bounds[decay.slot] * decay.table.largest(k) * _SLACK + self._fixed.resolution
-        for add in (*self._update.kicks, *self._update.drifts):
-            amount = add.factor.largest(k) * bounds[add.source] + self._fixed.resolution
-            bounds[add.target] = (bounds[add.target] + amount) * _SLACK
-            if not bounds[add.target] < self._fixed.limit:
-                return False
-        del bounds[GRADIENT]
-        self._bounds = bounds
+        for stage in self._update.stages:
+            for function in stage.derived:
+                bounds[function.name] = function.largest(k, bounds)
+            for decay in stage.decays:
+                resolution = self._format(decay.slot).resolution
+                bounds[decay.slot] = bounds[decay.slot] * decay.table.largest(k) * _SLACK + resolution
+            for add in stage.adds:
+                target = self._format(add.target)
+                amount = add.factor.largest(k) * bounds[add.source] + target.resolution
+                bounds[add.target] = (bounds[add.target] + amount) * _SLACK
+                if not bounds[add.target] < target.limit:
+                    return False
+        self._bounds = {name: bounds[name] for name in self._bounds}
         return True
 
     def _tighten(self, state: State) -> None:
-        self._bounds = {name: float(largest_on_device(t)) * self._fixed.resolution * _SLACK for name, t in state.fixed.items()}
+        self._bounds = {name: float(largest_on_device(self._floats(name, state))) * _SLACK for name in state.fixed}
+
+    def _floats(self, name: str, state: State) -> Tensor:
+        q = state.fixed[name]
+        return self._format(name).to_float(q, out=torch.empty(q.shape[-1], dtype=torch.float64, device=q.device))
+
+    def _format(self, name: str) -> FixedPoint | Wide:
+        return self._update.format_of(name, self._fixed)
 
     def _raise_nonfinite(self, k: int, loss: float, gradient: Tensor) -> None:
         name = self._update.layout.first_nonfinite(gradient)
@@ -113,11 +125,16 @@ class Guard:
     def _raise_range(self, values: Tensor, k: int, target: str) -> None:
         position = int(values.abs().argmax())
         name, value = self._update.layout.name_at(position), float(values[position])
-        what = f"params[{name!r}]" if target == THETA else f"the velocity of params[{name!r}]"
+        what = f"params[{name!r}]" if target == THETA else f"{_SLOT_NAMES.get(target, target)} of params[{name!r}]"
         when = "at the start" if k < 0 else f"at step {k}"
+        limit = f"|value| < {self._format(target).limit:g}"
+        if target in self._update.wide:
+            limit += "; a loss on a smaller scale avoids it"
+        else:
+            bits = self._fixed.fractional_bits
+            limit += f" with fractional_bits={bits}; a smaller lr or fewer fractional_bits in the adjoint avoids it"
         raise RangeError(
-            f"{what} left the fixed-point range {when}: {value:.6g}, where |value| < {self._fixed.limit:g} with "
-            f"fractional_bits={self._fixed.fractional_bits}; a smaller lr or fewer fractional_bits in the adjoint avoids it",
+            f"{what} left the fixed-point range {when}: {value:.6g}, where {limit}",
             parameter=name,
             step=k,
             value=value,

@@ -1,7 +1,7 @@
 """The integer work on the CPU: one loop per function, compiled by numba.
 
-The same formulas run as tensor operations on other devices (`bitstore`, `fixedpoint`), with the same bits; as some forty passes
-over memory they cost ten times as much on a CPU. Nothing here may be reordered or contracted: no fastmath.
+The same formulas run as tensor operations on other devices (`scaling`, `fixedpoint`, `wide`), with the same bits; as some forty
+passes over memory they cost ten times as much on a CPU. Nothing here may be reordered or contracted: no fastmath.
 
 All arrays are one-dimensional and contiguous, and changed in place.
 """
@@ -31,7 +31,7 @@ def _compiled(function: Function) -> Function:
 
 @_compiled
 def multiply(v: Any, head: Any, n: int) -> None:
-    """`bitstore.multiply_`: int64 v, head; 1 <= n < 2^16."""
+    """`scaling.COARSE`: int64 v, head; 1 <= n < 2^16."""
     divisor = np.float64(n)
     for i in range(v.size):
         quotient = np.int64(np.float64(head[i]) / divisor)
@@ -42,7 +42,7 @@ def multiply(v: Any, head: Any, n: int) -> None:
 
 @_compiled
 def divide(v: Any, head: Any, n: int) -> None:
-    """`bitstore.divide_`."""
+    """The inverse of `multiply`."""
     divisor = np.float64(n)
     for i in range(v.size):
         near = np.int64(np.float64(v[i]) / divisor)
@@ -50,6 +50,61 @@ def divide(v: Any, head: Any, n: int) -> None:
         quotient = np.int64(np.floor(np.float64(low) / divisor))
         head[i] = (head[i] >> 16) * n + (low - quotient * n)
         v[i] = (near << 16) + quotient
+
+
+@_compiled
+def multiply_fine(v: Any, head: Any, n: int) -> None:
+    """`scaling.FINE`: int64 v, head; 1 <= n < 2^30."""
+    divisor = np.float64(n)
+    for i in range(v.size):
+        quotient = np.int64(np.float64(head[i]) / divisor)
+        low = (v[i] & 0x3FFFFFFF) * n + (head[i] - quotient * n)
+        v[i] = (v[i] >> 30) * n + (low >> 30)
+        head[i] = (quotient << 30) | (low & 0x3FFFFFFF)
+
+
+@_compiled
+def divide_fine(v: Any, head: Any, n: int) -> None:
+    """The inverse of `multiply_fine`."""
+    divisor = np.float64(n)
+    for i in range(v.size):
+        near = np.int64(np.float64(v[i]) / divisor)  # off by one at most, so that what is left stays below 2^62
+        low = ((v[i] - near * n) << 30) | (head[i] & 0x3FFFFFFF)
+        quotient = low // n
+        head[i] = (head[i] >> 30) * n + (low - quotient * n)
+        v[i] = (near << 30) + quotient
+
+
+@_compiled
+def multiply_wide(high: Any, low: Any, head: Any, n: int) -> None:
+    """`scaling.WIDE`: int64 high, 0 <= low < 2^60, head; 1 <= n < 2^30. Limbs of 30, 30 and 31 bits, and the rest."""
+    divisor = np.float64(n)
+    for i in range(high.size):
+        quotient = np.int64(np.float64(head[i]) / divisor)
+        first = (low[i] & 0x3FFFFFFF) * n + (head[i] - quotient * n)
+        second = (low[i] >> 30) * n + (first >> 30)
+        third = (high[i] & 0x7FFFFFFF) * n + (second >> 30)
+        fourth = (high[i] >> 31) * n + (third >> 31)
+        end = ((third & 0x7FFFFFFF) << 30) | (second & 0x3FFFFFFF)
+        high[i] = (fourth << 1) + (end >> 60)
+        low[i] = end & 0xFFFFFFFFFFFFFFF
+        head[i] = (quotient << 30) | (first & 0x3FFFFFFF)
+
+
+@_compiled
+def divide_wide(high: Any, low: Any, head: Any, n: int) -> None:
+    """The inverse of `multiply_wide`: long division, by 30 bits at a time after the first word."""
+    for i in range(high.size):
+        first = high[i] // n
+        rest = ((high[i] - first * n) << 30) | (low[i] >> 30)
+        second = rest // n
+        rest = ((rest - second * n) << 30) | (low[i] & 0x3FFFFFFF)
+        third = rest // n
+        rest = ((rest - third * n) << 30) | (head[i] & 0x3FFFFFFF)
+        fourth = rest // n
+        high[i] = (first << 30) + second
+        low[i] = (third << 30) | fourth
+        head[i] = (head[i] >> 30) * n + (rest - fourth * n)
 
 
 @_compiled
@@ -64,6 +119,35 @@ def add_rounded_each(target: Any, source: Any, factors: Any) -> None:
     """`add_rounded` with a float64 factor for each element."""
     for i in range(target.size):
         target[i] += np.int64(np.rint(np.float64(source[i]) * factors[i]))
+
+
+@_compiled
+def add_rounded_wide(high: Any, low: Any, source: Any, factor: float, sign: int) -> None:
+    """`wide.add_rounded_wide_`."""
+    for i in range(high.size):
+        amount = np.float64(source[i]) * factor
+        upper = np.trunc(amount * 2.0**-60)
+        end = low[i] + sign * np.int64(np.rint(amount - upper * 2.0**60))
+        high[i] += sign * np.int64(upper) + (end >> 60)
+        low[i] = end & 0xFFFFFFFFFFFFFFF
+
+
+@_compiled
+def add_rounded_wide_each(high: Any, low: Any, source: Any, factors: Any, sign: int) -> None:
+    """`add_rounded_wide` with a float64 factor for each element."""
+    for i in range(high.size):
+        amount = np.float64(source[i]) * factors[i]
+        upper = np.trunc(amount * 2.0**-60)
+        end = low[i] + sign * np.int64(np.rint(amount - upper * 2.0**60))
+        high[i] += sign * np.int64(upper) + (end >> 60)
+        low[i] = end & 0xFFFFFFFFFFFFFFF
+
+
+@_compiled
+def wide_to_float(high: Any, low: Any, out: Any) -> None:
+    """`wide.Wide.to_float`."""
+    for i in range(high.size):
+        out[i] = np.float64(high[i]) * 2.0**-34 + np.float64(low[i]) * 2.0**-94
 
 
 @_compiled

@@ -1,31 +1,37 @@
 """The moves that a training step is made of: each has its forward, its inverse and its adjoint.
 
-    Decay   s <- s n / 2^16               inverse: the digits come back from the bit store
+    Decay   s <- s n / radix                inverse: the digits come back from the bit store
     Add     t <- t + round(factor source)   inverse: t <- t - round(factor source)
 
-An Add is a *kick* when it changes a running average from the gradient or from theta, and a *drift* when it changes theta.
-A step is its decays, then its kicks, then its drifts; the gradient is evaluated once, at theta, before all of them.
+An Add is a *kick* when it changes a running average from the gradient or from theta, and a *drift* when it changes theta; so is a
+Decay of theta. A step is its decays, then its kicks, then its drifts; the gradient is evaluated once, at theta, before all of them.
+A source may be *derived*, just before the kicks or the drifts that use it: Adam's squared gradient, Adam's direction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from revdistill.engine.bitstore import BitStore, quantise
+from revdistill.engine.bitstore import BitStore
+from revdistill.engine.fixedpoint import FixedPoint
 from revdistill.engine.history import History
 from revdistill.engine.layout import Layout
+from revdistill.engine.scaling import COARSE, Scaling
 from revdistill.engine.schedules import Table
+from revdistill.engine.wide import Wide
 
 THETA, GRADIENT = "theta", "gradient"
 
 
 @dataclass
 class State:
-    """What training changes. fixed: int64 [numel] for theta and for each running average ("slot"); stores: the bit
-    stores of each decayed slot, one per segment."""
+    """What training changes. fixed: int64 [numel] for theta and for each running average ("slot"), [2, numel] for a wide one;
+    stores: the bit stores of all that decays, one per segment."""
 
     fixed: dict[str, Tensor]
     stores: dict[str, list[BitStore]]
@@ -40,8 +46,8 @@ class State:
 
 @dataclass
 class Bars:
-    """dL/d(...) during the way back. flat: float [numel] for theta, the slots and the gradient; tables: float64, shaped
-    like the table of each hyperparameter that wants a gradient."""
+    """dL/d(...) during the way back. flat: float [numel] for theta, the slots, the gradient and what is derived; tables:
+    float64, shaped like the table of each hyperparameter that wants a gradient."""
 
     flat: dict[str, Tensor]
     tables: dict[str, Tensor]
@@ -81,36 +87,63 @@ class Factor:
 
 @dataclass(frozen=True)
 class Decay:
-    """slot <- slot * momentum, exactly invertible: 2^16 momentum is an integer n (Maclaurin et al. 2015, algorithm 3)."""
+    """slot <- slot * factor, exactly invertible: radix * factor is an integer n (Maclaurin et al. 2015, algorithm 3)."""
 
     slot: str
     name: str
     table: Table
     segments: list[tuple[slice, int]] = field(repr=False)
+    scaling: Scaling = COARSE
 
     def stores(self, device: torch.device, history: History) -> list[BitStore]:
-        return [BitStore((part.stop - part.start,), device, history) for part, _ in self.segments]
+        return [BitStore((part.stop - part.start,), device, history, self.scaling) for part, _ in self.segments]
 
     def parts(self, k: int, state: State) -> list[tuple[Tensor, BitStore, int]]:
         """(slot, store, n) per segment."""
         row, slot = self.table.row(k), state.fixed[self.slot]
-        stores = state.stores[self.slot]
-        return [(slot[part], store, quantise(row[column])) for (part, column), store in zip(self.segments, stores, strict=True)]
+        stores, quantise = state.stores[self.slot], self.scaling.quantise
+        return [
+            (slot[..., part], store, quantise(row[column])) for (part, column), store in zip(self.segments, stores, strict=True)
+        ]
 
     def loses_everything(self, k: int) -> bool:
         return not any(self.table.row(k))
 
     def adjoint(self, k: int, before: dict[str, Tensor], bars: Bars) -> None:
-        """momentum_bar_k += <slot_bar, slot before the decay>; slot_bar <- momentum slot_bar."""
+        """factor_bar_k += <slot_bar, slot before the decay>; slot_bar <- factor slot_bar."""
         slot_bar = bars.flat[self.slot]
         if self.name in bars.tables:
             self.table.accumulate(k, slot_bar, before[self.slot], bars.tables[self.name])
         slot_bar.mul_(self.table.at(k))
 
 
+Lookup = Callable[[Table], float | Tensor]  # a hyperparameter at one step, as a number or a tensor that broadcasts to [numel]
+
+
+class Derived(Protocol):
+    """A function of the gradient, theta or slots, for an Add to use as its source; never stored, so that nothing undoes it."""
+
+    @property
+    def name(self) -> str:
+        """What Adds call it."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of what `value` reads."""
+
+    def value(self, values: dict[str, Tensor], at: Lookup) -> Tensor:
+        """[numel], in the inputs' dtype, differentiable where they are."""
+
+    def adjoint(self, k: int, values: dict[str, Tensor], bars: Bars) -> None:
+        """Carry bars.flat[name] on to the inputs and the hyperparameters. values: the inputs, and the value by name."""
+
+    def largest(self, k: int, bounds: dict[str, float]) -> float:
+        """A proved bound on the magnitude at step k, from bounds on the inputs."""
+
+
 @dataclass(frozen=True)
 class Add:
-    """target <- target + round(factor * source). source: the gradient, theta, or a slot."""
+    """target <- target + round(factor * source). source: the gradient, theta, a slot, or something derived."""
 
     target: str
     source: str
@@ -128,10 +161,21 @@ class Add:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One half of a step: what is derived, then what decays, then what is added."""
+
+    derived: tuple[Derived, ...]
+    decays: tuple[Decay, ...]
+    adds: tuple[Add, ...]
+
+
+@dataclass(frozen=True)
 class Update:
     """One optimizer's step as a list of moves.
 
-    layout: of the flat buffer; tables: by name, every hyperparameter that can have a gradient.
+    layout: of the flat buffer; tables: by name, every hyperparameter that can have a gradient. decays, kicks: of the slots, kicks
+    with sources derived before any of them; shrink: theta's own decay, the first of the drifts; wide: slots in two words.
+    no_way_back: what in a drift sees more than slots, so that theta cannot come back before its gradient is needed; or None.
     """
 
     layout: Layout
@@ -139,25 +183,40 @@ class Update:
     decays: tuple[Decay, ...]
     kicks: tuple[Add, ...]
     drifts: tuple[Add, ...]
+    for_kicks: tuple[Derived, ...] = ()
+    for_drifts: tuple[Derived, ...] = ()
+    shrink: tuple[Decay, ...] = ()
+    wide: frozenset[str] = frozenset()
+    no_way_back: str | None = None
 
     @property
     def slots(self) -> tuple[str, ...]:
         return tuple(decay.slot for decay in self.decays)
 
     @property
-    def is_explicitly_reversible(self) -> bool:
-        """Whether drifts see slots only, so that theta comes back before its gradient is needed."""
-        return all(drift.source in self.slots for drift in self.drifts)
+    def derived(self) -> tuple[Derived, ...]:
+        return (*self.for_kicks, *self.for_drifts)
+
+    @property
+    def stages(self) -> tuple[Stage, Stage]:
+        """(kicks, drifts)"""
+        return Stage(self.for_kicks, self.decays, self.kicks), Stage(self.for_drifts, self.shrink, self.drifts)
 
     def keeps_memory(self, steps: int) -> bool:
-        """Whether any slot's old value ever matters (momentum above 0 somewhere)."""
-        return not all(decay.loses_everything(k) for decay in self.decays for k in range(steps))
+        """Whether any slot's or head's old value ever matters (momentum above 0 somewhere)."""
+        return bool(self.shrink) or not all(decay.loses_everything(k) for decay in self.decays for k in range(steps))
 
     def always_decays(self, steps: int) -> bool:
         """Whether momentum is above 0 at every step, in every group."""
-        return all(quantise(m) > 0 for decay in self.decays for k in range(steps) for m in decay.table.row(k))
+        return all(d.scaling.quantise(m) > 0 for d in self.decays for k in range(steps) for m in d.table.row(k))
+
+    def format_of(self, name: str, fixed: FixedPoint) -> FixedPoint | Wide:
+        """The number format of theta or a slot, where the others have `fixed`."""
+        return Wide() if name in self.wide else fixed
 
     def initial_state(self, theta: Tensor, history: History) -> State:
         """theta: int64 [numel]; the slots start at 0 and the stores empty."""
-        fixed = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in self.slots}
-        return State(fixed, {decay.slot: decay.stores(theta.device, history) for decay in self.decays})
+        fixed = {THETA: theta}
+        for slot in self.slots:
+            fixed[slot] = Wide.zeros(len(theta), theta.device) if slot in self.wide else torch.zeros_like(theta)
+        return State(fixed, {decay.slot: decay.stores(theta.device, history) for decay in (*self.decays, *self.shrink)})

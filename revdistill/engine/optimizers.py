@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from revdistill.engine.bitstore import RADIX
 from revdistill.engine.layout import Layout
 from revdistill.engine.moves import GRADIENT, THETA, Add, Decay, Factor, Update
-from revdistill.engine.schedules import Schedule, Table, resolve
+from revdistill.engine.scaling import COARSE
+from revdistill.engine.schedules import Schedule, Table, quantised, resolve
+
+_NESTEROV = "nesterov=True: its change of theta needs the gradient at the very theta that is to be found"
+
+
+class Optimizer(ABC):
+    """What rd.unroll takes: `SGD`, `Adam` or `AdamW`."""
+
+    @abstractmethod
+    def resolve(self, layout: Layout, steps: int) -> Update:
+        """The moves for `steps` steps of parameters laid out like `layout`."""
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Optimizer):
     """torch.optim.SGD's update.
 
         g <- gradient + weight_decay theta;  v <- momentum v + (1 - dampening) g  (v <- g at step 0);  theta <- theta - lr v
@@ -39,9 +49,8 @@ class SGD:
     weight_decay: Schedule = 0.0
 
     def resolve(self, layout: Layout, steps: int) -> Update:
-        """The moves for `steps` steps of parameters laid out like `layout`."""
         lr = resolve("lr", self.lr, layout, steps, stackable=True)
-        momentum = _quantised(resolve("momentum", self.momentum, layout, steps, stackable=False, upper=1.0))
+        momentum = quantised(resolve("momentum", self.momentum, layout, steps, stackable=False, upper=1.0), COARSE)
         weight_decay = resolve("weight_decay", self.weight_decay, layout, steps, stackable=False)
         constant = self._kick_factor(momentum)
         self._check_nesterov(momentum)
@@ -66,6 +75,7 @@ class SGD:
             decays=(Decay("v", "momentum", momentum, momentum.segments(layout)),),
             kicks=tuple(kicks),
             drifts=tuple(drifts),
+            no_way_back=_NESTEROV if self.nesterov else None,
         )
 
     def _kick_factor(self, momentum: Table) -> float | Tensor:
@@ -84,24 +94,3 @@ class SGD:
             raise TypeError(f"nesterov must be a bool, got {type(self.nesterov).__name__}")
         if self.nesterov and (self.dampening or not all(map(all, momentum.host))):
             raise ValueError("nesterov=True needs momentum > 0 at every step and dampening 0, as in torch.optim.SGD")
-
-
-def _quantised(momentum: Table) -> Table:
-    """Every entry at the nearest n / 2^16; the derivative is taken as that of the momentum asked for."""
-    rounded = momentum.values.detach().mul(RADIX).round_().div_(RADIX)
-    values: Tensor = rounded
-    if momentum.values.requires_grad:
-        values = _StraightThrough.apply(momentum.values, rounded)  # type: ignore[no-untyped-call]
-    return Table(values, momentum.index, rounded.tolist())
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: the rounded values, exactly. Backward: the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None

@@ -8,14 +8,16 @@ whatever the user gave.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from revdistill.engine.layout import Layout
+from revdistill.engine.scaling import Scaling
 
 Value = float | Tensor
 Schedule = Value | Mapping[str, Value]
@@ -59,19 +61,52 @@ class Table:
             row.index_add_(0, self.index, (a * b).to(row.dtype), alpha=factor)
 
     def segments(self, layout: Layout) -> list[tuple[slice, int]]:
-        """(part of the flat buffer, column) for runs of neighbouring parameters that share a column."""
+        """(part of the flat buffer, column) for runs of neighbours that share a column."""
         if self.index is None:
             return [(slice(0, layout.numel), 0)]
-        runs: list[tuple[slice, int]] = []
-        for size, stop in zip(layout.sizes, layout.stops, strict=True):
-            if not size:
-                continue
-            column = int(self.index[stop - size])
-            if runs and runs[-1][1] == column:
-                runs[-1] = (slice(runs[-1][0].start, stop), column)
-            else:
-                runs.append((slice(stop - size, stop), column))
-        return runs
+        columns, counts = torch.unique_consecutive(self.index, return_counts=True)
+        stops = counts.cumsum(0).tolist()
+        return [(slice(a, b), c) for a, b, c in zip([0, *stops], stops, columns.tolist(), strict=False)]
+
+
+def combined(function: Callable[..., Tensor], *tables: Table) -> Table:
+    """The table of an elementwise function of other tables' values, differentiable where they are."""
+    grouped = {id(t.index): t.index for t in tables if t.index is not None}
+    if len(grouped) <= 1:
+        values, index = function(*(t.values for t in tables)), next(iter(grouped.values()), None)
+    else:  # a column for each combination of columns that occurs
+        first = next(iter(grouped.values()))
+        code = torch.zeros_like(first)
+        for t in tables:
+            code = code * t.values.shape[1] + (0 if t.index is None else t.index)
+        present, index = torch.unique(code, return_inverse=True)
+        columns: list[Tensor] = []
+        for t in reversed(tables):
+            columns.insert(0, t.values[:, present % t.values.shape[1]])
+            present = present // t.values.shape[1]
+        values = function(*columns)
+    return Table(values, index, values.detach().tolist())
+
+
+def quantised(table: Table, scaling: Scaling) -> Table:
+    """Every entry at the nearest n / radix; the derivative is taken as that of the factor asked for."""
+    rounded = table.values.detach().mul(scaling.radix).round_().div_(scaling.radix)
+    values: Tensor = rounded
+    if table.values.requires_grad:
+        values = _StraightThrough.apply(table.values, rounded)  # type: ignore[no-untyped-call]
+    return Table(values, table.index, rounded.tolist())
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the rounded values, exactly. Backward: the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def resolve(name: str, schedule: Schedule, layout: Layout, steps: int, *, stackable: bool, upper: float = math.inf) -> Table:

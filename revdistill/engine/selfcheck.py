@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from revdistill.engine.adjoints import Backprop, Checkpoint, Reversible, StoreAll
-from revdistill.engine.bitstore import RADIX, BitStore, quantise
+from revdistill.engine.bitstore import BitStore
 from revdistill.engine.errors import RevdistillError
 from revdistill.engine.history import DeviceHistory
 from revdistill.engine.modules import from_module, stack_modules
 from revdistill.engine.optimizers import SGD
+from revdistill.engine.scaling import COARSE
 from revdistill.engine.unroll import unroll
 
 EXACT_STEPS, GRADIENT_STEPS, BIT_STEPS = 1_000, 40, 10_000
@@ -129,12 +130,12 @@ def _outer(theta: dict[str, Tensor]) -> Tensor:
 
 
 def _bits(momentum: float, device: torch.device) -> tuple[str, bool]:
-    n, size = quantise(momentum), 64
+    n, size = COARSE.quantise(momentum), 64
     store = BitStore((size,), device, DeviceHistory())
     draw = torch.Generator().manual_seed(0)
     v = torch.zeros(size, dtype=torch.int64, device=device)
     for _ in range(BIT_STEPS):
         store.decay_(v, n)
         v += torch.randint(-(2**40), 2**40, (size,), generator=draw).to(device)
-    kept, ideal = 8 * store.history.nbytes / (size * BIT_STEPS), math.log2(RADIX / n)
+    kept, ideal = 8 * store.history.nbytes / (size * BIT_STEPS), math.log2(COARSE.radix / n)
     return f"{kept:.4f} per parameter and step, entropy bound {ideal:.4f}", kept <= BIT_TOLERANCE * ideal

@@ -13,7 +13,7 @@ class Snapshot:
 
     def __init__(self, state: State, *, with_slots: bool) -> None:
         self.theta = state.fixed[THETA].clone()
-        self._slots = {slot: state.fixed[slot].clone() for slot in state.stores} if with_slots else {}
+        self._slots = {slot: q.clone() for slot, q in state.fixed.items() if slot != THETA} if with_slots else {}
         self._stores = [store.snapshot() for store in state.all_stores()] if with_slots else []
 
     @property

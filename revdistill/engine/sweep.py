@@ -10,7 +10,7 @@ from torch import Tensor
 
 from revdistill.engine.gradient import Linearization
 from revdistill.engine.guard import FiniteWatch
-from revdistill.engine.moves import GRADIENT, THETA, Bars
+from revdistill.engine.moves import GRADIENT, THETA, Bars, Stage
 from revdistill.engine.trajectory import Problem
 
 
@@ -39,14 +39,15 @@ class Sweep:
             self._entering[k] = self._entering[k] + bar if k in self._entering else bar
         zero = torch.zeros(update.layout.numel, dtype=result_bar.dtype, device=result_bar.device)
         flat = {THETA: self._entering.pop(problem.steps, zero).clone(), GRADIENT: torch.zeros_like(zero)}
-        flat |= {slot: torch.zeros_like(zero) for slot in update.slots}
+        flat |= {name: torch.zeros_like(zero) for name in (*update.slots, *(d.name for d in update.derived))}
         tables = {name: torch.zeros_like(t.values) for name, t in update.tables.items() if t.values.requires_grad}
         self.bars = Bars(flat, tables)
         self._batches = [torch.zeros_like(t) if t.requires_grad else None for t in data.tensors]
         self._hypers = [torch.zeros_like(t) if t.requires_grad else None for t in data.hypers]
         self._watch = FiniteWatch(update, problem.check_interval)
         moves = (*update.kicks, *update.drifts)
-        self._wants_gradient = any(a.source == GRADIENT and tables.keys() & set(a.factor.names) for a in moves)
+        multiplied = any(a.source == GRADIENT and tables.keys() & set(a.factor.names) for a in moves)
+        self._wants_gradient = multiplied or any(GRADIENT in d.inputs for d in update.derived)
 
     def step(
         self,
@@ -65,9 +66,15 @@ class Sweep:
         values = after | {THETA: theta}
         if self._wants_gradient:
             values[GRADIENT] = at.gradient
-        bars.flat[GRADIENT].zero_()
-        for add in reversed((*update.kicks, *update.drifts)):
-            add.adjoint(k, values, bars)
+        for name in (GRADIENT, *(d.name for d in update.derived)):
+            bars.flat[name].zero_()
+        for derived in update.derived:
+            values[derived.name] = derived.value(values, lambda table: table.at(k)).to(theta.dtype)
+        kicks, drifts = update.stages
+        self._step_back(k, drifts, values)
+        for decay in drifts.decays:
+            decay.adjoint(k, values, bars)
+        self._step_back(k, kicks, values)
         products = at.product(bars.flat[GRADIENT])
         if products.theta is not None:
             bars.flat[THETA].add_(products.theta)
@@ -81,9 +88,15 @@ class Sweep:
             bars.flat[THETA].add_(self._entering.pop(k))
         self._watch.after_step(k, bars.flat[THETA])
         slots_before = before()
-        for decay in reversed(update.decays):
+        for decay in reversed(kicks.decays):
             decay.adjoint(k, slots_before, bars)
         return slots_before
+
+    def _step_back(self, k: int, stage: Stage, values: dict[str, Tensor]) -> None:
+        for add in reversed(stage.adds):
+            add.adjoint(k, values, self.bars)
+        for derived in reversed(stage.derived):
+            derived.adjoint(k, values, self.bars)
 
     def finish(self) -> Hypergradients:
         self._watch.flush(self.bars.flat[THETA])
@@ -91,8 +104,10 @@ class Sweep:
 
 
 def wants_slots(problem: Problem) -> bool:
-    """Whether the sweep will need the slots: some wanted hyperparameter multiplies one."""
+    """Whether the sweep will need the slots: something is derived from one, or some wanted hyperparameter multiplies one."""
     update = problem.update
+    if any(set(derived.inputs) & set(update.slots) for derived in update.derived):
+        return True
     wanted = {name for name, table in update.tables.items() if table.values.requires_grad}
     multiplied = {decay.name for decay in update.decays}
     for add in (*update.kicks, *update.drifts):

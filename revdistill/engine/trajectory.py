@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.ambient import Ambient
-from revdistill.engine.bitstore import divide_, multiply_
+from revdistill.engine.bitstore import BitStore
 from revdistill.engine.fixedpoint import FixedPoint, add_rounded_
 from revdistill.engine.gradient import Data, Gradient, Linearization
 from revdistill.engine.guard import GPU_INTERVAL, Guard, SuspicionError
 from revdistill.engine.history import History
-from revdistill.engine.moves import GRADIENT, THETA, Add, Update
+from revdistill.engine.moves import GRADIENT, THETA, Add, Decay, Derived, Stage, Update
+from revdistill.engine.scaling import Scaling
 from revdistill.engine.snapshot import Snapshot
+from revdistill.engine.wide import Wide, add_rounded_wide_
 
-# (slot, head, n) for each decay of a step; (target, source, factor) for each kick or drift.
-Pushes = Sequence[tuple[Tensor, Tensor, int]]
+# (arithmetic, slot, head, n) for each decay; (target, source, factor) for each kick or drift, a target [2, numel] being a wide one.
+Pushes = Sequence[tuple[Scaling, Tensor, Tensor, int]]
 Adds = Sequence[tuple[Tensor, Tensor, float | Tensor]]
 
 OnStep = Callable[[int, dict[str, Tensor], Tensor], object]
@@ -35,16 +37,18 @@ class Kernels:
     """The integer work of a step, in place; `compile=True` replaces it by a compiled one with the same bits."""
 
     def forward(self, pushes: Pushes, adds: Adds) -> None:
-        for slot, head, n in pushes:
-            multiply_(slot, head, n)
+        for scaling, slot, head, n in pushes:
+            scaling.multiply_(slot, head, n)
         for target, source, factor in adds:
-            add_rounded_(target, source, factor, sign=1)
+            add = add_rounded_ if target.ndim == 1 else add_rounded_wide_
+            add(target, source, factor, sign=1)
 
     def inverse(self, pushes: Pushes, adds: Adds) -> None:
         for target, source, factor in reversed(adds):
-            add_rounded_(target, source, factor, sign=-1)
-        for slot, head, n in reversed(pushes):
-            divide_(slot, head, n)
+            add = add_rounded_ if target.ndim == 1 else add_rounded_wide_
+            add(target, source, factor, sign=-1)
+        for scaling, slot, head, n in reversed(pushes):
+            scaling.divide_(slot, head, n)
 
 
 @dataclass(frozen=True)
@@ -140,40 +144,58 @@ class Trajectory:
 
     def slots(self) -> dict[str, Tensor]:
         """The running averages as floats, in new tensors."""
-        return {
-            slot: self.fixed.to_float(self.state.fixed[slot], out=torch.empty_like(self._buffer))
-            for slot in self.problem.update.slots
-        }
+        return {slot: self._floats(slot, torch.empty_like(self._buffer)) for slot in self.problem.update.slots}
 
     def step(self, k: int, *, again: bool = False) -> Linearization:
         """theta_k -> theta_{k+1}. again: this step was made before; the values are known to be finite and in range."""
-        update, state = self.problem.update, self.state
         at = self.problem.gradient.linearize(k, self.theta())
         gradient = at.gradient
-        moves = (*update.kicks, *update.drifts)
         if not again:
             self.problem.gradient.fingerprints.record(k, gradient)
-        if again or self.guard.before_step(k, at.loss, gradient, state):
-            self.problem.kernels.forward(self._make_room(k), [self._operands(k, add, gradient) for add in moves])
-        else:
-            self.problem.kernels.forward(self._make_room(k), [])
-            for add in moves:
-                self.guard.before_add(k, add, state, gradient)
-                self.problem.kernels.forward([], [self._operands(k, add, gradient)])
+        proved = again or self.guard.before_step(k, at.loss, gradient, self.state)
+        for stage in self.problem.update.stages:
+            values = self._derive(k, stage.derived, {GRADIENT: gradient})
+            if proved:
+                self.problem.kernels.forward(self._make_room(k, stage), [self._operands(k, add, values) for add in stage.adds])
+                continue
+            self.problem.kernels.forward(self._make_room(k, stage), [])
+            for add in stage.adds:
+                self.guard.before_add(k, add, self.state, values)
+                self.problem.kernels.forward([], [self._operands(k, add, values)])
         return at
 
     def undo_drifts(self, k: int) -> None:
         """theta_{k+1} -> theta_k; the slots stay those of after step k."""
-        self.problem.kernels.inverse([], [self._operands(k, add, None) for add in self.problem.update.drifts])
+        self._undo(k, self.problem.update.stages[1], {})
 
     def undo_kicks_and_decays(self, k: int, gradient: Tensor) -> None:
         """The slots go back to those of before step k. gradient: bit-identical to the one of the way forward."""
-        update, state = self.problem.update, self.state
-        parts = [part for decay in update.decays for part in decay.parts(k, state)]
-        pushes = [(slot, store.head, n) for slot, store, n in parts if store.pushes(n)]
-        self.problem.kernels.inverse(pushes, [self._operands(k, add, gradient) for add in update.kicks])
+        self._undo(k, self.problem.update.stages[0], {GRADIENT: gradient})
+
+    def _undo(self, k: int, stage: Stage, known: dict[str, Tensor]) -> None:
+        values = self._derive(k, stage.derived, known)
+        parts = self._parts(k, stage.decays)
+        pushes = [(store.scaling, slot, store.head, n) for slot, store, n in parts if store.pushes(n)]
+        self.problem.kernels.inverse(pushes, [self._operands(k, add, values) for add in stage.adds])
         for slot, store, n in reversed(parts):
             store.after_undecay(slot, n)
+
+    def _derive(self, k: int, derived: Sequence[Derived], known: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`known`, and what is derived from it and from the state, in float64: the same bits in both directions."""
+        values = dict(known)
+        for function in derived:
+            inputs = {name: values[name].double() if name in values else self._float64(name) for name in function.inputs}
+            values[function.name] = function.value(inputs, lambda table: table.at(k))
+        return values
+
+    def _float64(self, name: str) -> Tensor:
+        return self._floats(name, torch.empty_like(self._buffer, dtype=torch.float64))
+
+    def _floats(self, name: str, out: Tensor) -> Tensor:
+        return self._format(name).to_float(self.state.fixed[name], out=out)
+
+    def _format(self, name: str) -> FixedPoint | Wide:
+        return self.problem.update.format_of(name, self.fixed)
 
     def is_back_at_start(self) -> bool:
         """theta and the slots equal the start bit for bit, and the bit stores are as they were (invariant 3)."""
@@ -186,14 +208,18 @@ class Trajectory:
             differs = differs | ~store.is_empty()
         return not bool(differs)
 
-    def _make_room(self, k: int) -> Pushes:
-        parts = [part for decay in self.problem.update.decays for part in decay.parts(k, self.state)]
-        return [(slot, store.head, n) for slot, store, n in parts if store.before_decay(slot, n)]
+    def _parts(self, k: int, decays: Sequence[Decay]) -> list[tuple[Tensor, BitStore, int]]:
+        return [part for decay in decays for part in decay.parts(k, self.state)]
 
-    def _operands(self, k: int, add: Add, gradient: Tensor | None) -> tuple[Tensor, Tensor, float | Tensor]:
-        factor = add.factor.at(k)
-        if add.source != GRADIENT:
-            return self.state.fixed[add.target], self.state.fixed[add.source], factor
-        assert gradient is not None
+    def _make_room(self, k: int, stage: Stage) -> Pushes:
+        parts = self._parts(k, stage.decays)
+        return [(store.scaling, slot, store.head, n) for slot, store, n in parts if store.before_decay(slot, n)]
+
+    def _operands(self, k: int, add: Add, values: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
+        target, scale = self.state.fixed[add.target], self._format(add.target).scale
+        if add.source in values:
+            source = values[add.source]
+        else:
+            source, scale = self.state.fixed[add.source], scale / self._format(add.source).scale
         # One multiplication: the scale is a power of two, so factor * scale is exact.
-        return self.state.fixed[add.target], gradient, factor * self.fixed.scale
+        return target, source, add.factor.at(k) * scale

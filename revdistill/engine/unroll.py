@@ -17,7 +17,7 @@ from revdistill.engine.compiled import CompiledGradient, CompiledKernels
 from revdistill.engine.errors import ReversalError, UnsupportedError
 from revdistill.engine.gradient import CHANGED_IN_PLACE, Data, Gradient, Hyper, Loss
 from revdistill.engine.layout import Layout
-from revdistill.engine.optimizers import SGD
+from revdistill.engine.optimizers import Optimizer
 from revdistill.engine.recordings import Recording, UnrollStats
 from revdistill.engine.sweep import Sweep
 from revdistill.engine.trajectory import Kernels, OnStep, Problem
@@ -30,7 +30,7 @@ def unroll(
     loss: Loss,
     params: Mapping[str, Tensor],
     batches: Batches,
-    optimizer: SGD,
+    optimizer: Optimizer,
     *,
     steps: int,
     hyper: Hyper = ...,
@@ -49,7 +49,7 @@ def unroll(
     loss: Loss,
     params: Mapping[str, Tensor],
     batches: Batches,
-    optimizer: SGD,
+    optimizer: Optimizer,
     *,
     steps: int,
     hyper: Hyper = ...,
@@ -67,7 +67,7 @@ def unroll(
     loss: Loss,
     params: Mapping[str, Tensor],
     batches: Batches,
-    optimizer: SGD,
+    optimizer: Optimizer,
     *,
     steps: int,
     hyper: Hyper = None,
@@ -86,7 +86,7 @@ def unroll(
     params: name -> float32 or float64 tensor, all of one dtype and device.
     batches: a tuple of tensors [s, ...], step k gets `tuple(t[k % s] for t in batches)`; or a function k -> batch, which must
     be deterministic and is not differentiated.
-    optimizer: `SGD(...)`; its tensors may require grad.
+    optimizer: `SGD(...)`, `Adam(...)` or `AdamW(...)`; its tensors may require grad.
     hyper: a tensor, or a tuple or dict of tensors, given to the loss as it is.
     adjoint: how the backward pass gets theta_k back; see `Reversible` (the default where momentum > 0 at every step),
     `Checkpoint` (the default otherwise), `StoreAll` and `Backprop`. All give the same hypergradient.
@@ -102,7 +102,7 @@ def unroll(
     new first dimension, for losses along the way (learning curves, averaged iterates, several horizons). Each one's gradient
     enters when the way back is there; it costs no pass more. Before a `window`, theta is saved but has no gradient.
 
-    Returns a dict like params. Gradients flow to params, batches, hyper, lr, momentum and weight_decay; once: a second backward
+    Returns a dict like params. Gradients flow to params, batches, hyper and the optimizer's tensors; once: a second backward
     through the same unroll, and a derivative of the hypergradient, are UnsupportedErrors (`Backprop` can do both).
 
     Cost: see the adjoint. Errors: ValueError and TypeError for arguments; RangeError, NonFiniteError, ReversalError,

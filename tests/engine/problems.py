@@ -171,8 +171,8 @@ def _groups(case: Case) -> dict[str, Any]:
     }
 
 
-# name -> the arguments of rd.SGD; tensors in it are compared too
-SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
+# name -> the arguments of rd.SGD (of rd.Adam or rd.AdamW below); tensors in it are compared too
+SGD_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "plain": lambda case: {"lr": _schedule(0.05, 0.2), "momentum": _tensor(0.9)},
     "no momentum": lambda case: {"lr": _schedule(0.05, 0.2), "momentum": 0.0, "dampening": 0.3},
     "nesterov": lambda case: {"lr": _tensor(0.1), "momentum": _schedule(0.5, 0.9), "nesterov": True, "weight_decay": _tensor(0.01)},
@@ -187,10 +187,55 @@ SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
 }
 
 
+def _adam_groups(case: Case) -> dict[str, Any]:
+    return {
+        "lr": _per_parameter(case, lambda i: _schedule(0.02, 0.05) if i % 2 else _tensor(0.04)),
+        "betas": (_per_parameter(case, lambda i: 0.9 if i % 2 else _schedule(0.5, 0.8)), _tensor(0.99)),
+        "eps": _per_parameter(case, lambda i: 1e-3 if i % 2 else _tensor(0.01)),
+        "weight_decay": _per_parameter(case, lambda i: _tensor(0.02) if i % 2 else 0.0),
+    }
+
+
+# eps of 1e-3 and more: where a parameter has no effect (a bias before BatchNorm) its gradient is rounding noise, which a
+# smaller eps turns into steps. test_adam has the usual eps.
+ADAM_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "adam": lambda case: {"lr": _schedule(0.01, 0.05), "betas": (_tensor(0.9), _tensor(0.999)), "eps": _tensor(1e-3)},
+    "adam penalty": lambda case: {
+        "lr": _tensor(0.03),
+        "betas": (_schedule(0.7, 0.9), _schedule(0.9, 0.99)),
+        "eps": _schedule(1e-3, 1e-2),
+        "weight_decay": _schedule(0.1, 0.0),
+    },
+    "adam groups": _adam_groups,
+    "adam without memory": lambda case: {"lr": _tensor(0.02), "betas": (0.0, 0.0), "eps": 0.01},
+}
+ADAMW_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "adamw": lambda case: {"lr": _schedule(0.01, 0.05), "weight_decay": _tensor(0.1), "eps": _tensor(1e-3)},
+    "adamw schedules": lambda case: {
+        "lr": _tensor(0.03),
+        "betas": (_tensor(0.8), _schedule(0.8, 0.95)),
+        "eps": 1e-3,
+        "weight_decay": _schedule(0.0, 0.3),
+    },
+    "adamw groups": _adam_groups,
+}
+SETTINGS = SGD_SETTINGS | ADAM_SETTINGS | ADAMW_SETTINGS
+
+
+def optimizer_of(setting: str, settings: dict[str, Any]) -> Any:
+    """The optimizer that a setting is for."""
+    if setting in SGD_SETTINGS:
+        return rd.SGD(**settings)
+    return rd.Adam(**settings) if setting in ADAM_SETTINGS else rd.AdamW(**settings)
+
+
 def tensors_of(settings: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors that require grad among an optimizer's arguments, by name."""
     found = {}
     for name, value in settings.items():
+        if isinstance(value, tuple):
+            found |= tensors_of({f"{name}[{i}]": v for i, v in enumerate(value)})
+            continue
         entries = value.items() if isinstance(value, dict) else [("", value)]
         found |= {f"{name}.{key}": t for key, t in entries if isinstance(t, Tensor) and t.requires_grad}
     return found

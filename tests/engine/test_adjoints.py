@@ -16,7 +16,7 @@ from torch import Tensor
 
 import revdistill as rd
 from revdistill.engine.ambient import Ambient
-from tests.engine.problems import PROBLEMS, SETTINGS, STEPS, Case, tensors_of
+from tests.engine.problems import ADAMW_SETTINGS, PROBLEMS, SETTINGS, STEPS, Case, optimizer_of, tensors_of
 from tests.engine.reference import train
 
 SEED = 11
@@ -61,7 +61,8 @@ _references: dict[tuple[str, str], dict[str, Tensor]] = {}
 def reference(problem: str, setting: str) -> dict[str, Tensor]:
     if (problem, setting) not in _references:
         case, settings, leaves = make(problem, setting)
-        _references[problem, setting] = gradients(train(case, settings, STEPS, seed_like_the_engine), leaves)
+        theta = train(case, settings, STEPS, seed_like_the_engine, decoupled=setting in ADAMW_SETTINGS)
+        _references[problem, setting] = gradients(theta, leaves)
     return _references[problem, setting]
 
 
@@ -74,7 +75,7 @@ class AdjointContract:
         case, settings, leaves = make(problem, setting)
 
         def unroll() -> dict[str, Tensor]:
-            optimizer = rd.SGD(**settings)
+            optimizer = optimizer_of(setting, settings)
             return rd.unroll(
                 case.loss, case.params, case.batches, optimizer, steps=STEPS, hyper=case.hyper, adjoint=self.adjoint, seed=SEED
             )
@@ -86,12 +87,13 @@ class AdjointContract:
         error = worst_error(gradients(unroll(), leaves), reference(problem, setting))
         assert error <= TOLERANCE
 
+    @pytest.mark.parametrize("setting", ["plain", "adam"])
     @pytest.mark.parametrize("problem", PROBLEMS)
-    def test_losses_along_the_way(self, problem: str) -> None:
+    def test_losses_along_the_way(self, problem: str, setting: str) -> None:
         """save_at, in any order, a step twice, both ends: as if every horizon had an unroll of its own."""
         save_at = (STEPS, 0, 5, 6, 5)
-        case, settings, leaves = make(problem, "plain")
-        optimizer = rd.SGD(**settings)
+        case, settings, leaves = make(problem, setting)
+        optimizer = optimizer_of(setting, settings)
         found = rd.unroll(
             case.loss,
             case.params,
@@ -207,10 +209,10 @@ def test_fixed_point_adjoints_agree_to_the_last_bit_on_theta(setting: str) -> No
     ends = []
     for adjoint in FIXED:
         case, settings, _ = make("tanh_mlp", setting)
-        theta = rd.unroll(case.loss, case.params, case.batches, rd.SGD(**settings), steps=STEPS, adjoint=adjoint)
+        theta = rd.unroll(case.loss, case.params, case.batches, optimizer_of(setting, settings), steps=STEPS, adjoint=adjoint)
         ends.append(torch.cat([p.detach().flatten() for p in theta.values()]))
         with torch.no_grad():
-            theta = rd.unroll(case.loss, case.params, case.batches, rd.SGD(**settings), steps=STEPS, adjoint=adjoint)
+            theta = rd.unroll(case.loss, case.params, case.batches, optimizer_of(setting, settings), steps=STEPS, adjoint=adjoint)
         ends.append(torch.cat([p.flatten() for p in theta.values()]))
     assert all(torch.equal(end, ends[0]) for end in ends)
 

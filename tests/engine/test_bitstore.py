@@ -12,18 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revdistill.engine.bitstore import (
-    RADIX,
-    BitStore,
-    divide_,
-    divide_by_passes_,
-    multiply_,
-    multiply_by_passes_,
-    quantise,
-)
+from revdistill.engine.bitstore import BitStore
 from revdistill.engine.fixedpoint import INTEGER_BITS, FixedPoint, add_rounded_, add_rounded_by_passes_
 from revdistill.engine.history import DeviceHistory, FileHistory, HostHistory, NoHistory, open_history
+from revdistill.engine.scaling import COARSE
 
+RADIX, quantise = COARSE.radix, COARSE.quantise
 CPU = torch.device("cpu")
 LARGEST = 2**INTEGER_BITS - 1
 values = st.lists(st.integers(-LARGEST, LARGEST), min_size=1, max_size=8)
@@ -146,11 +140,11 @@ def test_loops_and_passes_have_the_same_bits(start: list[int], n: int, seed: int
     v = torch.tensor(start)
     head = torch.randint(0, min(n << 36, 2**52), v.shape, generator=draw)
     mine, theirs = (v.clone(), head.clone()), (v.clone(), head.clone())
-    multiply_(*mine, n)
-    multiply_by_passes_(*theirs, n)
+    COARSE.multiply_(*mine, n)
+    COARSE.multiply_by_passes_(*theirs, n)
     assert all(map(torch.equal, mine, theirs))
-    divide_(*mine, n)
-    divide_by_passes_(*theirs, n)
+    COARSE.divide_(*mine, n)
+    COARSE.divide_by_passes_(*theirs, n)
     assert all(map(torch.equal, mine, theirs))
     assert torch.equal(mine[0], v)
     assert torch.equal(mine[1], head)
@@ -164,7 +158,7 @@ def test_the_digit_is_exact_where_float_division_is_tightest(n: int, head: int) 
         if not 0 <= near < min(n << 36, 2**52):
             continue
         v, store = torch.tensor([5]), torch.tensor([near])
-        multiply_(v, store, n)
+        COARSE.multiply_(v, store, n)
         w = 5 * n + near % n
         assert v.tolist() == [w >> 16]
         assert store.tolist() == [(near // n << 16) + w % RADIX]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import revdistill as rd
 from revdistill.engine.compiled import CompiledKernels
+from revdistill.engine.scaling import COARSE
 from revdistill.engine.trajectory import Kernels
 
 needs_compiler = pytest.mark.skipif(
@@ -57,9 +58,9 @@ def test_compiled_integers_have_eagers_bits() -> None:
         g = torch.randn(1001, generator=draw)
         mine, theirs = (v.clone(), head.clone()), (v.clone(), head.clone())
         for k, tensors in ((kernels, mine), (eager, theirs)):
-            k.forward([(*tensors, n)], [(tensors[0], g, 2.0**44 * 0.37)])
+            k.forward([(COARSE, *tensors, n)], [(tensors[0], g, 2.0**44 * 0.37)])
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-        kernels.inverse([(*mine, n)], [(mine[0], g, 2.0**44 * 0.37)])
+        kernels.inverse([(COARSE, *mine, n)], [(mine[0], g, 2.0**44 * 0.37)])
         assert torch.equal(mine[0], v)
         assert torch.equal(mine[1], head)
 

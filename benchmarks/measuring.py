@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods import METHODS
+from methods import ADAM_METHODS, METHODS
 from tasks import KINDS, make
 
 import revdistill as rd
@@ -140,7 +140,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    method = METHODS[arguments.method]
+    method = (METHODS | ADAM_METHODS)[arguments.method]
     tasks: dict[str, Any] = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -58,7 +58,8 @@ def _summary(a: Artifact) -> str:
         ("labels", "soft" if a.has_soft_labels else "hard"),
         ("inner steps", f"{a.steps} ({a.epochs} epochs)"),
         ("step sizes", span(a.lr)),
-        ("momentum", span(a.momentum)),
+        ("optimizer", a.optimizer),
+        ("momentum" if a.optimizer == "sgd" else "beta1", span(a.momentum)),
         ("seed", str(a.seed)),
         ("written by", f"revdistill {a.revdistill_version}, torch {a.torch_version}"),
     ]

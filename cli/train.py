@@ -16,7 +16,7 @@ import revdistill
 from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.distill.checkpoint import read_config, written_by
-from revdistill.distill.config import ADJOINTS, INITS, OUTER_DECAYS, STARTS, Config
+from revdistill.distill.config import ADJOINTS, INITS, OPTIMIZERS, OUTER_DECAYS, STARTS, Config
 from revdistill.distill.data import NAMES, load
 from revdistill.distill.directory import METRICS, DirectoryInUseError, read_metrics
 from revdistill.distill.distiller import Distiller
@@ -54,7 +54,8 @@ _RATE = click.FloatRange(min=0, min_open=True)
 @_option("--steps", "Synthetic batches.", type=_COUNT)
 @_option("--epochs", "How often they are gone through: steps x epochs inner steps.", type=_COUNT)
 @_option("--per-class", "Synthetic samples per class in a batch.", type=_COUNT)
-@_option("--momentum", "Momentum of the inner SGD.", type=click.FloatRange(0, 1))
+@_option("--optimizer", "Of the inner training. Adam wants a smaller --lr, such as 0.005.", type=click.Choice(OPTIMIZERS))
+@_option("--momentum", "Of the inner SGD, or Adam's beta1.", type=click.FloatRange(0, 1))
 @_option("--learn-momentum", "Learn a momentum per inner step, from --momentum.", is_flag=True)
 @_option("--learn-labels", "Learn soft labels.", is_flag=True)
 @_option("--lr", "Inner step sizes at the start; one is learned per inner step.", type=_RATE)

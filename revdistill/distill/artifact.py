@@ -14,6 +14,8 @@ import revdistill
 from revdistill.distill.hdf5 import Reader, reading, writing
 
 FORMAT_VERSION = 1
+WITH_OPTIMIZER = 2  # for another optimizer than SGD: readers that know of none must not take it for SGD's
+ADAM_BETA2, ADAM_EPS = 0.999, 1e-8
 FILE_NAME = "distilled.h5"
 
 
@@ -22,6 +24,7 @@ class Artifact:
     """x: float32 [s, B, ...]; y: int64 [s, B] or float32 [s, B, C]; lr, momentum: float32 [T], T = s x epochs.
 
     Use without this project: for k in range(T), one torch.optim.SGD step on (x[k % s], y[k % s]) with lr[k], momentum[k].
+    Where optimizer is "adam": torch.optim.Adam with lr[k], betas (momentum[k], ADAM_BETA2), eps ADAM_EPS.
     """
 
     x: np.ndarray
@@ -35,6 +38,7 @@ class Artifact:
     normalization: dict[str, Any]
     config: dict[str, Any]
     evaluation: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "sgd"
     revdistill_version: str = ""
     torch_version: str = ""
 
@@ -58,7 +62,9 @@ def write(path: Path, artifact: Artifact) -> None:
     with writing(path) as file:
         for name in ("x", "y", "lr", "momentum"):
             file.create_dataset(name, data=getattr(artifact, name))
-        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["format_version"] = FORMAT_VERSION if artifact.optimizer == "sgd" else WITH_OPTIMIZER
+        if artifact.optimizer != "sgd":
+            file.attrs["optimizer"] = artifact.optimizer
         file.attrs["revdistill_version"] = revdistill.__version__
         file.attrs["torch_version"] = str(torch.__version__)
         file.attrs["dataset"] = artifact.dataset
@@ -72,7 +78,7 @@ def write(path: Path, artifact: Artifact) -> None:
 def read(path: Path) -> Artifact:
     """Read and check the file. Errors: ArtifactError that names the file and what is wrong with it."""
     with reading(path) as file:
-        file.check_version(FORMAT_VERSION)
+        version = file.check_version(FORMAT_VERSION, WITH_OPTIMIZER)
         artifact = Artifact(
             x=file.array("x", "float32"),
             y=file.array("y", "int64", "float32"),
@@ -85,6 +91,7 @@ def read(path: Path) -> Artifact:
             normalization=file.json("normalization", dict),
             config=file.json("config", dict),
             evaluation=file.json("evaluation", dict),
+            optimizer=file.text("optimizer") if version == WITH_OPTIMIZER else "sgd",
             revdistill_version=file.text("revdistill_version"),
             torch_version=file.text("torch_version"),
         )
@@ -104,6 +111,8 @@ def _check(file: Reader, a: Artifact) -> None:
         )
     if (a.lr < 0).any() or (a.momentum < 0).any() or (a.momentum > 1).any():
         raise file.fail("'lr' must be at least 0 and 'momentum' between 0 and 1")
+    if a.optimizer not in ("sgd", "adam") or (a.optimizer == "adam" and (a.momentum >= 1).any()):
+        raise file.fail(f"attribute 'optimizer' is {a.optimizer!r}; expected sgd, or adam with 'momentum' below 1")
     if not a.has_soft_labels and (a.y.min() < 0 or a.y.max() > 10**6):
         raise file.fail("'y' has classes below 0 or beyond 10^6")
     if not all(isinstance(name, str) for name in a.architectures):

@@ -22,6 +22,7 @@ GRAPH_BYTES = 256 * 2**20  # for the unroll of one architecture: memory that any
 OUTER_DECAYS = ("cosine", "halving", "none")
 INITS = ("random", "fixed")
 STARTS = ("noise", "real")
+OPTIMIZERS = ("sgd", "adam")  # of the inner training
 _TUPLES = ("architectures", "augment")
 
 
@@ -30,7 +31,8 @@ class Config:
     """dataset: a name or a .npz file. architectures: distilled for all of them at once.
 
     steps: s, the number of synthetic batches; epochs: how often they are gone through, T = s x epochs inner steps; per_class:
-    images of each class in one batch. momentum: of the inner SGD; lr: its learned step sizes at the start.
+    images of each class in one batch. optimizer: of the inner training; momentum: SGD's, or Adam's beta1; lr: its learned step
+    sizes at the start.
     init: "random" draws new networks at every outer step, "fixed" distils for one network; inits: networks per outer step
     and architecture. start: synthetic data from noise or from real samples. learn_labels, learn_momentum: learn them too.
     outer_steps, outer_lr, batch_size: Adam steps, their rate, real samples in each. outer_lr_rates: Adam's rate for step sizes and
@@ -52,6 +54,7 @@ class Config:
     steps: int = 30
     epochs: int = 3
     per_class: int = 1
+    optimizer: str = "sgd"
     momentum: float = 0.7
     learn_momentum: bool = False
     inits: int = 2
@@ -80,6 +83,8 @@ class Config:
             self._need(name, getattr(self, name) >= 1, "an integer of at least 1")
         self._need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
         self._need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
+        self._need("optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
+        self._need("momentum", self.optimizer == "sgd" or self.momentum < 1, "a number below 1, as Adam's beta1")
         self._need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
         self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
         rates = self.outer_lr_rates

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from revdistill.distill import augment
-from revdistill.distill.artifact import Artifact
+from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS, Artifact
 from revdistill.distill.config import Config, check_device
 from revdistill.distill.data import Dataset
 from revdistill.distill.population import Population
 from revdistill.distill.synthetic import Synthetic
-from revdistill.engine import SGD, NonFiniteError, RangeError, unroll
+from revdistill.engine import SGD, Adam, NonFiniteError, RangeError, unroll
 
 BETA2 = 0.999
 HALVINGS = 10  # Wang et al. halve every 40 of 400 epochs
@@ -138,11 +138,12 @@ class Distiller:
         transform: Callable[[Tensor], Tensor],
     ) -> dict[str, Tensor]:
         momentum = synthetic.momentum()
+        lr, momentum = synthetic.lr()[:steps], momentum[:steps] if isinstance(momentum, Tensor) else momentum
         return unroll(
             population.loss,
             params,
             (transform(synthetic.x.flatten(0, 1)).reshape(synthetic.x.shape), synthetic.labels()),
-            SGD(synthetic.lr()[:steps], momentum[:steps] if isinstance(momentum, Tensor) else momentum),
+            SGD(lr, momentum) if self.config.optimizer == "sgd" else Adam(lr, (momentum, ADAM_BETA2), ADAM_EPS),
             steps=steps,
             adjoint=self.config.make_adjoint(),
             seed=seed,
@@ -213,6 +214,7 @@ class Distiller:
                 y=s.labels().detach().cpu().numpy(),
                 lr=s.lr().detach().cpu().numpy(),
                 momentum=momenta.detach().numpy(),
+                optimizer=config.optimizer,
                 dataset=self.data.name,
                 architectures=list(config.architectures),
                 epochs=config.epochs,

@@ -1,4 +1,4 @@
-"""What distilled data are worth: train fresh networks on them with plain torch.optim.SGD, measure test accuracy."""
+"""What distilled data are worth: train fresh networks on them with plain torch.optim.SGD (or Adam), measure test accuracy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from revdistill.distill.artifact import Artifact
+from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS, Artifact
 from revdistill.distill.data import Dataset
 from revdistill.distill.distiller import fixed_network_seed
 from revdistill.distill.population import Population
@@ -41,6 +41,11 @@ def evaluate(
     architecture do not go with the artifact.
     """
     check_compatible(artifact, data)
+    if schedule == "strategy1" and artifact.optimizer == "adam":
+        raise ValueError(
+            "schedule is 'strategy1', whose rates are for SGD, but the data were distilled for Adam; accepted are "
+            "raw, strategy2, strategy3"
+        )
     where = torch.device(device)
     data = data.to(where)
     population = Population(architecture, restarts, data.input_shape, data.classes, where)
@@ -62,17 +67,20 @@ def train_plainly(
     rates: Sequence[float],
     momenta: Sequence[float],
 ) -> None:
-    """One torch.optim.SGD step per rate and momentum, on the artifact's batches in turn; changes params in place."""
+    """One step of torch.optim's SGD or Adam per rate and momentum, on the artifact's batches in turn; changes params in place."""
     device = next(iter(params.values())).device
     x, y = torch.from_numpy(artifact.x).to(device), torch.from_numpy(artifact.y).to(device)
     for p in params.values():
         p.requires_grad_()
-    optimizer = torch.optim.SGD(params.values(), lr=0.0)
+    adam = artifact.optimizer == "adam"
+    optimizer: torch.optim.Optimizer
+    optimizer = torch.optim.Adam(params.values(), eps=ADAM_EPS) if adam else torch.optim.SGD(params.values(), lr=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(artifact))
         for k, (lr, momentum) in enumerate(zip(rates, momenta, strict=True)):
             for group in optimizer.param_groups:
-                group["lr"], group["momentum"] = lr, momentum
+                group["lr"] = lr
+                group |= {"betas": (momentum, ADAM_BETA2)} if adam else {"momentum": momentum}
             optimizer.zero_grad(set_to_none=True)
             population.loss(params, (x[k % len(x)], y[k % len(x)])).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -32,10 +32,12 @@ class Reader:
     def names(self) -> list[str]:
         return sorted(self._file)
 
-    def check_version(self, expected: int) -> None:
+    def check_version(self, *expected: int) -> int:
+        """The file's format version, one of those expected."""
         version = self.integer("format_version")
-        if version != expected:
-            raise self.fail(f"has format version {version}; this release reads version {expected}")
+        if version not in expected:
+            raise self.fail(f"has format version {version}; this release reads version {' and '.join(map(str, expected))}")
+        return version
 
     def array(self, name: str, *dtypes: str, ndim: int | None = None) -> np.ndarray:
         """A dataset of exactly one of these dtypes, whose values are in this very file, finite where they are floats."""

@@ -10,18 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from revdistill.engine.adjoints import Backprop, Checkpoint, Reversible, StoreAll
+from revdistill.engine.adam import AdamW
+from revdistill.engine.adjoints import Adjoint, Backprop, Checkpoint, FixedPointAdjoint, Reversible, StoreAll
 from revdistill.engine.bitstore import BitStore
 from revdistill.engine.errors import RevdistillError
 from revdistill.engine.history import DeviceHistory
 from revdistill.engine.modules import from_module, stack_modules
-from revdistill.engine.optimizers import SGD
+from revdistill.engine.optimizers import SGD, Optimizer
 from revdistill.engine.scaling import COARSE
 from revdistill.engine.unroll import unroll
 
 EXACT_STEPS, GRADIENT_STEPS, BIT_STEPS = 1_000, 40, 10_000
 TOLERANCE = 1e-6
 BIT_TOLERANCE = 1.05
+_SGD = SGD(0.02, 0.9)
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,17 @@ def checks(device: torch.device) -> Iterator[Check]:
             label = f"{name}, {str(dtype).removeprefix('torch.')}"
             yield _timed("exactness", label, lambda name=name, dtype=dtype: _exactness(name, dtype, device))  # type: ignore[misc]
     yield _timed("exactness", "30 stacked networks", lambda: _stacked_exactness(device))
+    yield _timed("exactness", "ReLU MLP, AdamW", lambda: _exactness("ReLU MLP", torch.float32, device, AdamW(1e-3)))
     for name in _NETWORKS:
         for adjoint in (Reversible(), Checkpoint(), StoreAll()):
             label = f"{name}, {type(adjoint).__name__}"
             yield _timed("gradients", label, lambda name=name, adjoint=adjoint: _gradients(name, adjoint, device))  # type: ignore[misc]
+    for adjoint in (Reversible(), Checkpoint(), StoreAll()):
+        label = f"ReLU MLP, AdamW, {type(adjoint).__name__}"
+        yield _timed("gradients", label, lambda adjoint=adjoint: _gradients("ReLU MLP", adjoint, device, adam=True))  # type: ignore[misc]
     for momentum in (0.5, 0.9, 0.98):
         yield _timed("bits", f"momentum {momentum}", lambda momentum=momentum: _bits(momentum, device))  # type: ignore[misc]
+    yield _timed("bits", "AdamW, betas 0.9, 0.999", lambda: _adam_bits(device))
 
 
 def _timed(kind: str, name: str, check: Callable[[], tuple[str, bool]]) -> Check:
@@ -85,10 +92,10 @@ def _problem(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Mo
     return net, x, y
 
 
-def _exactness(name: str, dtype: torch.dtype, device: torch.device) -> tuple[str, bool]:
+def _exactness(name: str, dtype: torch.dtype, device: torch.device, optimizer: Optimizer = _SGD) -> tuple[str, bool]:
     net, x, y = _problem(name, dtype, device)
     loss, params = from_module(net, nn.functional.cross_entropy)
-    theta = unroll(loss, params, (x, y), SGD(0.02, 0.9), steps=EXACT_STEPS, adjoint=Reversible(), seed=1)
+    theta = unroll(loss, params, (x, y), optimizer, steps=EXACT_STEPS, adjoint=Reversible(), seed=1)
     torch.autograd.grad(_outer(theta), x)  # ReversalError unless every bit is back
     return f"{EXACT_STEPS} steps back, every bit", True
 
@@ -105,24 +112,25 @@ def _stacked_exactness(device: torch.device) -> tuple[str, bool]:
     return f"{EXACT_STEPS} steps back, every bit", True
 
 
-def _gradients(name: str, adjoint: Reversible | Checkpoint | StoreAll, device: torch.device) -> tuple[str, bool]:
-    found = _hypergradient(name, adjoint, device)
-    expected = _hypergradient(name, Backprop(), device)
+def _gradients(name: str, adjoint: FixedPointAdjoint, device: torch.device, *, adam: bool = False) -> tuple[str, bool]:
+    found = _hypergradient(name, adjoint, device, adam)
+    expected = _hypergradient(name, Backprop(), device, adam)
     worst = max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
     return f"worst relative error {worst:.1e}", worst <= TOLERANCE
 
 
-def _hypergradient(name: str, adjoint: Reversible | Checkpoint | StoreAll | Backprop, device: torch.device) -> list[Tensor]:
+def _hypergradient(name: str, adjoint: Adjoint, device: torch.device, adam: bool) -> list[Tensor]:
     net, x, y = _problem(name, torch.float64, device)
     loss, params = from_module(net, nn.functional.cross_entropy)
 
     def learned(value: float, *shape: int) -> Tensor:
         return torch.full(shape, value, dtype=torch.float64, device=device, requires_grad=True)
 
-    lr, momentum, weight_decay = learned(0.05, GRADIENT_STEPS), learned(0.9, GRADIENT_STEPS), learned(0.01)
-    optimizer = SGD(lr, momentum, weight_decay=weight_decay)
+    lr, weight_decay = learned(0.01 if adam else 0.05, GRADIENT_STEPS), learned(0.01)
+    momentum, second = learned(0.9, GRADIENT_STEPS), [learned(0.999), learned(1e-8)] if adam else []
+    optimizer = AdamW(lr, (momentum, second[0]), second[1], weight_decay) if adam else SGD(lr, momentum, weight_decay=weight_decay)
     theta = unroll(loss, params, (x, y), optimizer, steps=GRADIENT_STEPS, adjoint=adjoint, seed=1)
-    return list(torch.autograd.grad(_outer(theta), [x, lr, momentum, weight_decay, *params.values()]))
+    return list(torch.autograd.grad(_outer(theta), [x, lr, momentum, weight_decay, *second, *params.values()]))
 
 
 def _outer(theta: dict[str, Tensor]) -> Tensor:
@@ -138,4 +146,14 @@ def _bits(momentum: float, device: torch.device) -> tuple[str, bool]:
         store.decay_(v, n)
         v += torch.randint(-(2**40), 2**40, (size,), generator=draw).to(device)
     kept, ideal = 8 * store.history.nbytes / (size * BIT_STEPS), math.log2(COARSE.radix / n)
+    return f"{kept:.4f} per parameter and step, entropy bound {ideal:.4f}", kept <= BIT_TOLERANCE * ideal
+
+
+def _adam_bits(device: torch.device) -> tuple[str, bool]:
+    net, x, y = _problem("ReLU MLP", torch.float32, device)
+    loss, params = from_module(net, nn.functional.cross_entropy)
+    theta, stats = unroll(loss, params, (x, y), AdamW(1e-3), steps=2 * EXACT_STEPS, adjoint=Reversible(), seed=1, return_stats=True)
+    torch.autograd.grad(_outer(theta), x)
+    kept, ideal = stats.history_bits_per_parameter_step, -math.log2(0.9) - math.log2(0.999)
+    assert kept is not None
     return f"{kept:.4f} per parameter and step, entropy bound {ideal:.4f}", kept <= BIT_TOLERANCE * ideal

@@ -13,6 +13,7 @@ from revdistill.engine.errors import (
 )
 from revdistill.engine.fixedpoint import FixedPoint
 from revdistill.engine.modules import from_module, stack_modules
+from revdistill.engine.norms import BackwardNorms
 from revdistill.engine.optimizers import SGD
 from revdistill.engine.recordings import UnrollStats
 from revdistill.engine.unroll import unroll
@@ -23,6 +24,7 @@ __all__ = [
     "AdamW",
     "ArtifactError",
     "Backprop",
+    "BackwardNorms",
     "Checkpoint",
     "CompileWarning",
     "FixedPoint",

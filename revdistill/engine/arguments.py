@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ def check_arguments(
     seed: Any,
     window: Any,
     save_at: Any,
+    clip_back: Any,
+    on_step_back: Any,
 ) -> None:
     """Raise ValueError or TypeError on the first argument that will not do."""
     if torch.is_inference_mode_enabled():
@@ -45,6 +48,13 @@ def check_arguments(
         )
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step must be callable as on_step(k, params, loss), got {_kind(on_step)}")
+    if on_step_back is not None and not callable(on_step_back):
+        raise TypeError(f"on_step_back must be callable as on_step_back(k, norm), got {_kind(on_step_back)}")
+    if clip_back is not None:
+        if isinstance(clip_back, bool) or not isinstance(clip_back, (int, float)):
+            raise TypeError(f"clip_back must be a float or None, got {_kind(clip_back)}")
+        if not 0 < clip_back < math.inf:
+            raise ValueError(f"clip_back must be above 0 and finite, got {clip_back}")
     if seed is not None:
         _check_int("seed", seed, least=0)
     if window is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
                 batch = data.from_function(k)
         start = values[THETA]
         at = start if start.requires_grad else start.detach().requires_grad_()
+        if problem.looks_back and keep_graph and k >= problem.first:
+            start = at
+            start.register_hook(partial(problem.look_back, k))  # type: ignore[no-untyped-call]
+            at = start.view_as(start)  # the hook is for the way back, not for this step's gradient
         with problem.ambient.step(k), named_errors():
             value = loss(layout.views(at), batch, *hyper)
             if k == 0:

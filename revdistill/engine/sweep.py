@@ -87,6 +87,9 @@ class Sweep:
         if k in self._entering:
             bars.flat[THETA].add_(self._entering.pop(k))
         self._watch.after_step(k, bars.flat[THETA])
+        if self.problem.looks_back:
+            with self.problem.ambient.watching():
+                bars.flat[THETA] = self.problem.look_back(k, bars.flat[THETA])
         slots_before = before()
         for decay in reversed(kicks.decays):
             decay.adjoint(k, slots_before, bars)

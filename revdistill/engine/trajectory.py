@@ -25,6 +25,7 @@ Pushes = Sequence[tuple[Scaling, Tensor, Tensor, int]]
 Adds = Sequence[tuple[Tensor, Tensor, float | Tensor]]
 
 OnStep = Callable[[int, dict[str, Tensor], Tensor], object]
+OnStepBack = Callable[[int, float], object]
 BeforeStep = Callable[[int], None]
 AfterStep = Callable[[int, Linearization], None]
 
@@ -63,12 +64,28 @@ class Problem:
     kernels: Kernels
     on_step: OnStep | None = None
     first: int = 0  # the way back goes no further: dL/d(...) of the steps before it is left out
+    clip_back: float | None = None  # the largest norm of dL/d(theta_k) that is carried on
+    on_step_back: OnStepBack | None = None
     save_at: tuple[int, ...] | None = None  # the result is theta at these steps, stacked; None: theta_T alone
 
     @cached_property
     def saved_steps(self) -> frozenset[int]:
         """`save_at`, to be looked into at each step."""
         return frozenset(self.save_at or ())
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether something is done with dL/d(theta_k) on the way back."""
+        return self.clip_back is not None or self.on_step_back is not None
+
+    def look_back(self, k: int, theta_bar: Tensor) -> Tensor:
+        """dL/d(theta_k) [numel] as it is carried on: its norm told, and scaled down to `clip_back`."""
+        norm = float(torch.linalg.vector_norm(theta_bar.detach(), dtype=torch.float64))
+        if self.on_step_back is not None:
+            self.on_step_back(k, norm)
+        if self.clip_back is None or not norm > self.clip_back:
+            return theta_bar
+        return theta_bar * (self.clip_back / norm)
 
     @property
     def check_interval(self) -> int:

@@ -20,7 +20,7 @@ from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers import Optimizer
 from revdistill.engine.recordings import Recording, UnrollStats
 from revdistill.engine.sweep import Sweep
-from revdistill.engine.trajectory import Kernels, OnStep, Problem
+from revdistill.engine.trajectory import Kernels, OnStep, OnStepBack, Problem
 
 Batches = Sequence[Tensor] | Callable[[int], Any]
 
@@ -41,6 +41,8 @@ def unroll(
     seed: int | None = ...,
     window: int | None = ...,
     save_at: Sequence[int] | None = ...,
+    clip_back: float | None = ...,
+    on_step_back: OnStepBack | None = ...,
 ) -> dict[str, Tensor]: ...
 
 
@@ -60,6 +62,8 @@ def unroll(
     seed: int | None = ...,
     window: int | None = ...,
     save_at: Sequence[int] | None = ...,
+    clip_back: float | None = ...,
+    on_step_back: OnStepBack | None = ...,
 ) -> tuple[dict[str, Tensor], UnrollStats]: ...
 
 
@@ -78,6 +82,8 @@ def unroll(
     seed: int | None = None,
     window: int | None = None,
     save_at: Sequence[int] | None = None,
+    clip_back: float | None = None,
+    on_step_back: OnStepBack | None = None,
 ) -> dict[str, Tensor] | tuple[dict[str, Tensor], UnrollStats]:
     """The parameters after `steps` optimizer steps, differentiable with respect to all that went in.
 
@@ -101,6 +107,11 @@ def unroll(
     save_at: steps k from 0 (the start) to `steps` (the end), in any order: the result is theta at each of them, stacked on a
     new first dimension, for losses along the way (learning curves, averaged iterates, several horizons). Each one's gradient
     enters when the way back is there; it costs no pass more. Before a `window`, theta is saved but has no gradient.
+    clip_back: on the way back dL/dtheta_k is scaled down to this norm at every step where it is longer. It tames a hypergradient
+    that explodes over a long unroll (chaotic training: too large a rate), and makes it another vector than the true one. None
+    changes nothing.
+    on_step_back: called as on_step_back(k, norm) at each step of the way back, from the last to the first, with the norm of
+    dL/dtheta_k before any clipping; `BackwardNorms` keeps them and says where they explode. Either costs a wait for a GPU per step.
 
     Returns a dict like params. Gradients flow to params, batches, hyper and the optimizer's tensors; once: a second backward
     through the same unroll, and a derivative of the hypergradient, are UnsupportedErrors (`Backprop` can do both).
@@ -120,6 +131,8 @@ def unroll(
         seed=seed,
         window=window,
         save_at=save_at,
+        clip_back=clip_back,
+        on_step_back=on_step_back,
     )
     layout = Layout.of(params)
     data = Data(batches, hyper)
@@ -135,6 +148,8 @@ def unroll(
         on_step=on_step,
         first=max(0, steps - window) if window else 0,
         save_at=None if save_at is None else tuple(save_at),
+        clip_back=clip_back,
+        on_step_back=on_step_back,
     )
     theta, stats = _run(problem, loss, theta0, adjoint or default_adjoint(problem))
     result = layout.views(theta)

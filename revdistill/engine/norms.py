@@ -1,0 +1,32 @@
+"""How long dL/dtheta_k is at each step of the way back, and where it explodes."""
+
+from __future__ import annotations
+
+
+class BackwardNorms:
+    """For rd.unroll(on_step_back=...): keeps the norm of dL/dtheta_k of each step of the last way back.
+
+    norms: by step k; empty before the first backward pass.
+    """
+
+    def __init__(self) -> None:
+        self.norms: dict[int, float] = {}
+
+    def __call__(self, k: int, norm: float) -> None:
+        if k >= max(self.norms, default=-1):  # another way back begins at its last step
+            self.norms = {}
+        self.norms[k] = norm
+
+    def explosion(self, factor: float = 1_000.0) -> int | None:
+        """The step k, met first on the way back, where the norm passes `factor` times the smallest met before it; None if none.
+
+        From there to step 0 the hypergradient is dominated by what grew: a smaller learning rate, a `window` that ends after k, or
+        `clip_back` keeps the rest of it useful.
+        """
+        smallest = float("inf")
+        for k in sorted(self.norms, reverse=True):
+            if self.norms[k] > factor * smallest:
+                return k
+            if self.norms[k] > 0:
+                smallest = min(smallest, self.norms[k])
+        return None

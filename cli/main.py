@@ -16,6 +16,7 @@ from .errors import UserError
 from .evaluate import evaluate
 from .show import show
 from .train import train
+from .tune import tune
 from .verify import verify
 
 
@@ -28,10 +29,11 @@ def cli() -> None:
     revdistill train --steps 30 --epochs 3     distil the digits dataset into runs/digits
     revdistill show runs/digits                what came out, with pictures
     revdistill evaluate runs/digits            train fresh networks on it
+    revdistill tune --learn lr,momentum        learn a training schedule for a model
     """
 
 
-for command in (train, evaluate, show, verify):
+for command in (train, evaluate, show, tune, verify):
     cli.add_command(command)
 
 

@@ -1,6 +1,7 @@
 """Differentiate through a whole training run, exactly, in the memory of one step."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from revdistill.engine import (
     SGD,
@@ -24,6 +25,9 @@ from revdistill.engine import (
     unroll,
 )
 
+if TYPE_CHECKING:
+    from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
+
 __version__ = version("revdistill")
 __all__ = [
     "SGD",
@@ -41,8 +45,20 @@ __all__ = [
     "Reversible",
     "StoreAll",
     "UnrollStats",
+    "Schedule",
+    "ScheduleLR",
     "UnsupportedError",
     "from_module",
+    "schedule_lr",
     "stack_modules",
     "unroll",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What reads files is imported when it is asked for: the engine alone needs no h5py."""
+    if name in ("Schedule", "ScheduleLR", "schedule_lr"):
+        from revdistill.tune import schedule
+
+        return getattr(schedule, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

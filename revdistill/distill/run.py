@@ -71,7 +71,7 @@ class Run:
         full disk) is reported there, and tried again at the next one. Errors: InterruptedRunError after Ctrl-C and other
         signals to stop, DirectoryInUseError, NotSavedError, OSError where nothing can be written at the start.
         """
-        with Claim(self.directory) as claim, _interruptible() as interrupted:
+        with Claim(self.directory) as claim, interruptible() as interrupted:
             for path in (self._checkpoint, self.directory / artifacts.FILE_NAME, self.directory / METRICS):
                 remove_leftovers(path)
             self._distil(claim, interrupted, progress)
@@ -178,7 +178,7 @@ def _finite(value: float) -> float | None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], int | None]]:
+def interruptible() -> Iterator[Callable[[], int | None]]:
     """Turn the first signal to stop into its number, so that a step is finished and saved; a second one interrupts at once.
 
     Signals that are ignored stay so: nohup has a run outlive its terminal that way.

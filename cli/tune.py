@@ -1,0 +1,133 @@
+"""revdistill tune"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from revdistill.distill.config import OPTIMIZERS
+from revdistill.distill.data import NAMES, load
+from revdistill.distill.directory import DirectoryInUseError
+from revdistill.distill.image_files import FROM_FILES
+from revdistill.distill.run import InterruptedRunError
+from revdistill.tune.config import LEARNABLE, TuneConfig
+from revdistill.tune.run import CHECKPOINT, holds_tuning, read_config
+from revdistill.tune.run import tune as run_tuning
+from revdistill.tune.schedule import Schedule
+from revdistill.tune.tuner import Tuner
+
+from . import options
+from .errors import UserError, user_input
+from .table import table
+
+FC = TypeVar("FC", bound=Callable[..., Any])
+_DEFAULT = TuneConfig()
+_COUNT = click.IntRange(min=1)
+_RATE = click.FloatRange(min=0, min_open=True)
+
+
+def _option(flag: str, help: str, **kwargs: Any) -> Callable[[FC], FC]:
+    """An option for the field of TuneConfig of the same name, with its default."""
+    name = flag.strip("-").replace("-", "_")
+    default = getattr(_DEFAULT, name)
+    return click.option(flag, name, default=default, show_default=default is not None, help=help, **kwargs)
+
+
+@click.command(short_help="Learn a training schedule for a model.")
+@_option("--dataset", f"{', '.join(NAMES)}, or a .npz file with x and y.")
+@options.data_dir
+@click.option(
+    "--arch", type=options.ARCHITECTURE, default=_DEFAULT.arch, show_default=True, help="Network; names and factories as for train."
+)
+@_option("--steps", "Training steps, each on a minibatch of the real data.", type=_COUNT)
+@click.option(
+    "--learn",
+    default=",".join(_DEFAULT.learn),
+    show_default=True,
+    metavar="LIST",
+    help=f"What is learned, out of {','.join(LEARNABLE)}: rates and momenta per step, a weight decay, an initial scale.",
+)
+@_option("--per-layer", "Learn each of them for each layer.", is_flag=True)
+@_option("--optimizer", "Of the training.", type=click.Choice(OPTIMIZERS))
+@_option("--lr", "Rate of the starting schedule.", type=_RATE)
+@_option("--momentum", "Momentum (Adam's beta1) of the starting schedule.", type=click.FloatRange(0, 1, max_open=True))
+@_option("--weight-decay", "Weight decay of the starting schedule.", type=click.FloatRange(min=0))
+@_option("--batch-size", "Samples per training step.", type=_COUNT)
+@_option("--inits", "Fresh networks per outer step, trained side by side.", type=_COUNT)
+@_option("--outer-steps", "Adam steps on the schedule.", type=_COUNT)
+@_option("--outer-lr", "Adam's rate, on logarithms of rates and logits of momenta.", type=_RATE)
+@_option("--outer-batch", "Held-out samples per outer step.", type=_COUNT)
+@_option("--clip", "Largest norm of a hypergradient; 0 for no clipping.", type=click.FloatRange(min=0))
+@_option("--clip-back", "Largest norm of dL/dtheta at every step of the way back.  [default: none]", type=_RATE)
+@_option("--window", "Go back over the last so many steps only.  [default: all]", type=_COUNT)
+@options.device
+@_option("--seed", "Of every random draw.", type=click.IntRange(0, 2**31 - 1))
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="The directory of the tuning.  [default: runs/tune-DATASET]"
+)
+@click.option("--resume", is_flag=True, help="Go on with the tuning in --out, to the same result bit for bit.")
+@click.option("--save-every", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds between checkpoints.")
+@click.pass_context
+def tune(
+    ctx: click.Context, /, data_dir: Path, out: Path | None, resume: bool, save_every: float, learn: str, **values: Any
+) -> None:
+    """Learn a training schedule: differentiate the held-out loss through whole trainings of fresh networks.
+
+    The result is OUT/schedule.h5 and OUT/schedule.json, with a picture, OUT/schedule.png; at the end, fresh networks are trained
+    along the starting and the learned schedule and compared on test data that neither had seen.
+    """
+    values["learn"] = tuple(name.strip() for name in learn.split(",") if name.strip())
+    out = out or Path("runs") / f"tune-{Path(values['dataset']).stem}"
+    with user_input():
+        config = _resumed(ctx, out, values) if resume else TuneConfig(**values)
+        if not resume and holds_tuning(out):
+            raise ValueError(f"--out: {out} already holds a tuning; give another directory, or --resume")
+    with user_input("--dataset"):
+        data = load(config.dataset, data_dir)
+    with user_input():
+        tuner = Tuner(config, data)
+    click.echo(
+        f"{Path(data.name).name}: {config.arch}, {config.steps} steps of {config.optimizer}; learning {', '.join(config.learn)}"
+        f"{' per layer' if config.per_layer else ''} in {config.outer_steps} outer steps on {config.device}"
+    )
+    started = time.monotonic()
+    try:
+        with user_input("--out"):
+            result = run_tuning(out, tuner, resume=resume, save_every=save_every)
+    except DirectoryInUseError as error:
+        raise UserError(f"--out: {error}") from error
+    except InterruptedRunError as stopped:
+        click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
+        where = f" --data-dir {shlex.quote(str(data_dir))}" if config.dataset in FROM_FILES else ""
+        click.echo(f"  revdistill tune --resume --out {shlex.quote(str(out))}{where}", err=True)
+        ctx.exit(128 + stopped.signum)
+    click.echo(f"tuned in {time.monotonic() - started:.0f} s; fresh networks on the test data:")
+    click.echo(_table(result))
+    from revdistill.tune.plots import draw
+
+    picture = draw(out, result, tuner.starting_schedule())
+    click.echo(f"wrote {out / 'schedule.h5'}, {out / 'schedule.json'} and {picture}")
+
+
+def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> TuneConfig:
+    """The configuration of the tuning in `out`; options given now must agree with it."""
+    saved = read_config(out / CHECKPOINT)
+    for name, value in values.items():
+        before = getattr(saved, name)
+        if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP) and value != before:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but the tuning in {out} has {before}; resume without it")
+    return saved
+
+
+def _table(schedule: Schedule) -> str:
+    rows = [
+        (name, f"{found['loss']:.4f}", f"{found['accuracy']:.2%} +- {found['accuracy_std']:.2%}")
+        for name, found in schedule.comparison.items()
+    ]
+    return table(("schedule", "test loss", "test accuracy"), rows)

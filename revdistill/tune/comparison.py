@@ -1,0 +1,68 @@
+"""What a schedule is worth: fresh networks trained along it by plain torch.optim, on data that were used for nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS
+from revdistill.distill.data import Dataset
+from revdistill.distill.evaluation import SEED_OFFSET
+from revdistill.distill.population import Population
+from revdistill.tune.schedule import Schedule
+from revdistill.tune.tuner import batches, sample_scaled
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Test loss and accuracy over fresh networks: means, and standard deviations (n - 1) of the accuracy."""
+
+    restarts: int
+    loss: float
+    accuracy: float
+    accuracy_std: float
+    accuracies: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, restarts: int, seed: int) -> Trained:
+    """Train `restarts` fresh networks side by side, on minibatches in an order that no tuning saw."""
+    device = data.x.device
+    population = Population(arch, restarts, data.input_shape, data.classes, device)
+    params = {n: p.requires_grad_() for n, p in sample_scaled(population, SEED_OFFSET + seed, schedule).items()}
+    batch = batches(data, batch_size, SEED_OFFSET + seed)
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": float(w)} for w in schedule.weight_decay]
+    for name, p in params.items():
+        groups[schedule.group_of(name)]["params"].append(p)
+    adam = schedule.optimizer == "adam"
+    optimizer: torch.optim.Optimizer
+    optimizer = torch.optim.Adam(groups, eps=ADAM_EPS) if adam else torch.optim.SGD(groups, lr=0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for k, (rates, momenta) in enumerate(zip(schedule.lr.tolist(), schedule.momentum.tolist(), strict=True)):
+            for group, lr, momentum in zip(optimizer.param_groups, rates, momenta, strict=True):
+                group["lr"] = lr
+                group |= {"betas": (momentum, ADAM_BETA2)} if adam else {"momentum": momentum}
+            optimizer.zero_grad(set_to_none=True)
+            population.loss(params, batch(k)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    accuracies = population.accuracies(params, data.x_test, data.y_test).double().cpu()
+    return Trained(
+        restarts,
+        _loss(population, params, data),
+        float(accuracies.mean()),
+        float(accuracies.std()) if restarts > 1 else 0.0,
+        accuracies.tolist(),
+    )
+
+
+@torch.no_grad()
+def _loss(population: Population, params: dict[str, torch.Tensor], data: Dataset, batch: int = 512) -> float:
+    total = 0.0
+    for x, y in zip(torch.split(data.x_test, batch), torch.split(data.y_test, batch), strict=True):
+        total += float(population.mean_loss(params, x, y)) * len(x)
+    return total / len(data.x_test)

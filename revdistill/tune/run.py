@@ -1,0 +1,141 @@
+"""One tuning in one directory: learn, log, save, survive being killed, and compare at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import revdistill
+from revdistill.distill.checkpoint import read_tensors, restore_adam, write_adam
+from revdistill.distill.directory import METRICS, Claim, Log, read_metrics
+from revdistill.distill.files import remove_leftovers, replacing
+from revdistill.distill.hdf5 import reading, writing
+from revdistill.distill.run import InterruptedRunError, interruptible
+from revdistill.tune import schedule as schedules
+from revdistill.tune.comparison import train
+from revdistill.tune.config import TuneConfig
+from revdistill.tune.schedule import Schedule
+from revdistill.tune.tuner import Tuner, TuneStep
+
+CHECKPOINT = "tuning.h5"
+FORMAT_VERSION = 1
+RESTARTS = 10
+
+
+def holds_tuning(directory: Path) -> bool:
+    """Whether a tuning was started in the directory."""
+    return any((directory / name).exists() for name in (CHECKPOINT, schedules.FILE_NAME))
+
+
+def tune(
+    directory: Path, tuner: Tuner, *, resume: bool = False, save_every: float = 60.0, progress: bool | None = None
+) -> Schedule:
+    """All outer steps that are left, then the comparison; returns the schedule that was written to schedule.h5 and .json.
+
+    resume: go on with the tuning in the directory; otherwise it must hold none. progress: a bar on standard error; by default
+    only where that is a terminal. Errors: ValueError where the directory is not as it must be; InterruptedRunError after a signal
+    to stop; DirectoryInUseError; OSError.
+    """
+    checkpoint = directory / CHECKPOINT
+    if resume:
+        restore(checkpoint, tuner)
+    elif holds_tuning(directory):
+        raise ValueError(f"{directory} already holds a tuning; give another directory, or resume it")
+    with Claim(directory) as claim, interruptible() as interrupted:
+        for name in (CHECKPOINT, schedules.FILE_NAME, schedules.JSON_NAME, METRICS):
+            remove_leftovers(directory / name)
+        log, total, saved = _log(directory / METRICS, tuner.outer_step), tuner.config.outer_steps, time.monotonic()
+        save(checkpoint, tuner)
+        disable = None if progress is None else not progress
+        with tqdm(total=total, initial=tuner.outer_step, disable=disable, unit="step", desc="tune") as bar:
+            while tuner.outer_step < total:
+                report = tuner.step()
+                log.append(_entry(report))
+                bar.set_postfix_str(f"held-out loss {report.loss:.4f}")
+                if report.explosion is not None:
+                    bar.set_postfix_str(
+                        f"held-out loss {report.loss:.4f}, hypergradient explodes from step {report.explosion} down"
+                    )
+                bar.update()
+                signum = interrupted()
+                if signum is not None or tuner.outer_step == total or time.monotonic() - saved > save_every:
+                    claim.renew()
+                    save(checkpoint, tuner)
+                    saved = time.monotonic()
+                if signum is not None and tuner.outer_step < total:
+                    raise InterruptedRunError(tuner.outer_step, signum)
+        result = compared(tuner)
+        schedules.write(directory, result)
+    return result
+
+
+def compared(tuner: Tuner) -> Schedule:
+    """The schedule, with what fresh networks reach with it and with the starting one, on the test data."""
+    c, schedule = tuner.config, tuner.schedule()
+    found = {
+        name: train(s, tuner.data, c.arch, batch_size=c.batch_size, restarts=RESTARTS, seed=c.seed).to_dict()
+        for name, s in (("start", tuner.starting_schedule()), ("learned", schedule))
+    }
+    return replace(schedule, comparison=found)
+
+
+def save(path: Path, tuner: Tuner) -> None:
+    """Write the file whole, or leave what was there."""
+    with writing(path) as file:
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["revdistill_version"] = revdistill.__version__
+        file.attrs["config"] = json.dumps(tuner.config.to_dict())
+        file.attrs["outer_step"] = tuner.outer_step
+        write_adam(file, tuner.leaves, tuner.optimizer)
+
+
+def read_config(path: Path) -> TuneConfig:
+    """The configuration of the tuning that wrote the checkpoint. Errors: ValueError, ArtifactError."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no {path.name} to resume from")
+    with reading(path) as file:
+        file.check_version(FORMAT_VERSION)
+        try:
+            return TuneConfig.from_dict(file.json("config", dict))
+        except (TypeError, ValueError) as error:
+            raise file.fail(f"attribute 'config' is not a configuration of this release ({error})") from error
+
+
+def restore(path: Path, tuner: Tuner) -> None:
+    """Put a tuner of the same configuration where `save` was called. Errors: ValueError, ArtifactError."""
+    if read_config(path) != tuner.config:
+        raise ValueError(f"cannot resume {path.parent} with another configuration")
+    with reading(path) as file:
+        outer_step, adam_step = file.integer("outer_step"), file.integer("adam_step")
+        if not 0 <= adam_step <= outer_step <= tuner.config.outer_steps:
+            raise file.fail(f"attributes outer_step {outer_step} and adam_step {adam_step} do not go with its configuration")
+        tensors = read_tensors(file, tuner.leaves)
+    restore_adam(tuner.leaves, tuner.optimizer, tensors, adam_step)
+    tuner.outer_step = outer_step
+
+
+def _log(path: Path, outer_step: int) -> Log:
+    """metrics.jsonl, without the lines of steps that the checkpoint does not have behind it."""
+    kept = [line for line in read_metrics(path) if line["step"] < outer_step]
+    with replacing(path) as temporary:
+        log = Log(temporary)
+        for line in kept:
+            log.append(line)
+    return Log(path)
+
+
+def _entry(report: TuneStep) -> dict[str, Any]:
+    entry: dict[str, Any] = {"step": report.step}
+    numbers = {"loss": report.loss, "hypergradient_norm": report.norm, "longest_theta_bar": report.longest}
+    entry |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
+    if report.explosion is not None:
+        entry["explodes_at"] = report.explosion
+    if report.diverged:
+        entry["diverged"] = report.diverged
+    return entry

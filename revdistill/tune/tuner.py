@@ -1,0 +1,181 @@
+"""The outer loop: learn a training schedule through whole training runs (Maclaurin et al. 2015, section 3)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS
+from revdistill.distill.config import check_device
+from revdistill.distill.data import Dataset
+from revdistill.distill.distiller import mix
+from revdistill.distill.population import Params, Population
+from revdistill.engine import SGD, Adam, BackwardNorms, NonFiniteError, RangeError, unroll
+from revdistill.engine.optimizers import Optimizer
+from revdistill.tune.config import TuneConfig
+from revdistill.tune.schedule import ALL, Schedule, layer_of
+
+MAX_FAILURES = 10
+
+
+@dataclass(frozen=True)
+class TuneStep:
+    """loss: on held-out data after training; norm: of the hypergradient before clipping; longest: the largest norm of dL/dtheta_k
+    on the way back; explosion: the step where it passes a thousand times the smallest met before, or None.
+
+    diverged: the training left the range or was not finite, so this step changed nothing.
+    """
+
+    step: int
+    loss: float
+    norm: float
+    longest: float
+    explosion: int | None
+    diverged: str | None = None
+
+
+class Tuner:
+    """One tuning. Every random draw is a function of (seed, outer step), so a resumed run draws the same numbers."""
+
+    def __init__(self, config: TuneConfig, data: Dataset) -> None:
+        self.config, self.device = config, check_device(config.device)
+        self.data = data.to(self.device)
+        self.population = Population(config.arch, config.inits, data.input_shape, data.classes, self.device)
+        self._names = list(self.population.sample(0))
+        layers = list(dict.fromkeys(map(layer_of, self._names)))
+        self.groups = layers if config.per_layer else [ALL]
+        self._group = {name: layers.index(layer_of(name)) if config.per_layer else 0 for name in self._names}
+        self.leaves = {name: raw.requires_grad_() for name, raw in self._start().items() if name in config.learn}
+        self._fixed = {name: raw for name, raw in self._start().items() if name not in config.learn}
+        self.optimizer = torch.optim.Adam(list(self.leaves.values()), betas=(0.9, 0.99))
+        self.outer_step = 0
+        self._failures = 0
+
+    def _start(self) -> dict[str, Tensor]:
+        """The starting schedule: logarithms, and logits of momenta."""
+        c, groups = self.config, len(self.groups)
+        values = {
+            "lr": torch.full((c.steps, groups), math.log(c.lr)),
+            "momentum": torch.full((c.steps, groups), c.momentum).logit(),
+            "weight-decay": torch.full((groups,), c.weight_decay).log(),
+            "init": torch.zeros(groups),
+        }
+        return {name: value.to(self.device) for name, value in values.items()}
+
+    def values(self) -> dict[str, Tensor]:
+        """lr, momentum [T, G]; weight-decay, init [G]: what is learned and what is not, differentiable."""
+        raw = self._fixed | self.leaves
+        return {name: raw[name].sigmoid() if name == "momentum" else raw[name].exp() for name in raw}
+
+    def step(self) -> TuneStep:
+        """One Adam step on the schedule."""
+        k, norms = self.outer_step, BackwardNorms()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.outer_lr * 0.5 * (1 + math.cos(math.pi * k / self.config.outer_steps))
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            loss = self._outer_loss(k, norms)
+            loss.backward()  # type: ignore[no-untyped-call]
+        except (RangeError, NonFiniteError) as error:
+            return self._skip(k, error)
+        leaves = list(self.leaves.values())
+        norm = float(torch.nn.utils.get_total_norm([leaf.grad for leaf in leaves if leaf.grad is not None]))
+        if not math.isfinite(norm):
+            return self._skip(k, NonFiniteError("the hypergradient's norm is not finite", parameter=None, step=0))
+        if self.config.clip:
+            torch.nn.utils.clip_grad_norm_(leaves, self.config.clip)
+        self.optimizer.step()
+        self._failures = 0
+        self.outer_step = k + 1
+        return TuneStep(k, loss.item(), norm, max(norms.norms.values(), default=0.0), norms.explosion())
+
+    def _skip(self, k: int, error: RangeError | NonFiniteError) -> TuneStep:
+        self._failures += 1
+        if self._failures >= MAX_FAILURES:
+            raise type(error)(
+                f"{MAX_FAILURES} trainings in a row diverged; a smaller lr or outer_lr avoids it. The last: {error}",
+                **error.__dict__,
+            ) from error
+        self.outer_step = k + 1
+        return TuneStep(k, math.nan, math.nan, math.nan, None, diverged=str(error))
+
+    def _outer_loss(self, k: int, norms: BackwardNorms) -> Tensor:
+        config, values = self.config, self.values()
+        scales = values["init"]
+        start = self.population.sample(mix(config.seed, 2, k))
+        params = {name: scaled(name, p, scales[self._group[name]]) for name, p in start.items()}
+        theta = unroll(
+            self.population.loss,
+            params,
+            batches(self.data, config.batch_size, mix(config.seed, 1, k)),
+            self._inner_optimizer(values),
+            steps=config.steps,
+            seed=k,
+            window=config.window,
+            clip_back=config.clip_back,
+            on_step_back=norms,
+        )
+        size = min(config.outer_batch, len(self.data.x_validation))
+        generator = torch.Generator().manual_seed(mix(config.seed, 3, k))
+        chosen = torch.randperm(len(self.data.x_validation), generator=generator)[:size].to(self.device)
+        return self.population.mean_loss(theta, self.data.x_validation[chosen], self.data.y_validation[chosen])
+
+    def _inner_optimizer(self, values: dict[str, Tensor]) -> Optimizer:
+        columns = {name: list(values[name].unbind(-1)) for name in ("lr", "momentum", "weight-decay")}
+        lr, momentum, decay = ({p: column[g] for p, g in self._group.items()} for column in columns.values())
+        if self.config.optimizer == "adam":
+            return Adam(lr, (momentum, ADAM_BETA2), ADAM_EPS, decay)
+        return SGD(lr, momentum, weight_decay=decay)
+
+    def schedule(self) -> Schedule:
+        """What was learned, as it stands."""
+        return self._as_schedule(self.values())
+
+    def starting_schedule(self) -> Schedule:
+        """What it started from."""
+        return Tuner(self.config, self.data).schedule()
+
+    def _as_schedule(self, values: dict[str, Tensor]) -> Schedule:
+        found = {name: value.detach().float().cpu().numpy() for name, value in values.items()}
+        return Schedule(
+            lr=found["lr"],
+            momentum=found["momentum"],
+            weight_decay=found["weight-decay"],
+            init_scale=found["init"],
+            optimizer=self.config.optimizer,
+            groups=self.groups,
+            config=self.config.to_dict(),
+        )
+
+
+class batches:  # noqa: N801, a function of the step that keeps its epoch
+    """k -> (x, y): minibatches of shuffled epochs of the training data, a function of (seed, k)."""
+
+    def __init__(self, data: Dataset, size: int, seed: int) -> None:
+        self._data, self._seed = data, seed
+        self._size = min(size, len(data.x))
+        self._per_epoch = len(data.x) // self._size
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __call__(self, k: int) -> tuple[Tensor, Tensor]:
+        epoch, position = divmod(k, self._per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mix(self._seed, epoch))
+            self._epoch, self._order = epoch, torch.randperm(len(self._data.x), generator=generator).to(self._data.x.device)
+        chosen = self._order[position * self._size : (position + 1) * self._size]
+        return self._data.x[chosen], self._data.y[chosen]
+
+
+def scaled(name: str, p: Tensor, scale: Tensor) -> Tensor:
+    """Stacked initial parameters [E, ...], weights multiplied by the scale."""
+    return p * scale if p.ndim >= 3 else p
+
+
+def sample_scaled(population: Population, seed: int, schedule: Schedule) -> Params:
+    """Fresh parameters of a population as the schedule wants them."""
+    start = population.sample(seed)
+    scales = torch.from_numpy(schedule.init_scale)
+    return {name: scaled(name, p, scales[schedule.group_of(name)].to(p.device)) for name, p in start.items()}

@@ -171,7 +171,7 @@ class FiniteWatch:
         raise NonFiniteError(
             f"the hypergradient of params[{name!r}] stopped being finite at step {k} on the way back, though loss and "
             "gradient are finite there: the product of the loss's Hessian with it is infinite or NaN (a second derivative "
-            "such as sqrt's at 0), or it exploded; a smoother loss, a smaller lr or fewer steps avoid it",
+            "such as sqrt's at 0), or it exploded; a smoother loss, a smaller lr, a window or clip_back avoid it",
             parameter=name,
             step=k,
         )

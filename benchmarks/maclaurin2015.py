@@ -1,0 +1,485 @@
+"""Hyperparameters by the hundred, learned through whole trainings on MNIST, after Maclaurin, Duvenaud & Adams 2015.
+
+    python benchmarks/maclaurin2015.py --data-dir DIR                  about half an hour on a CPU
+    python benchmarks/maclaurin2015.py --data-dir DIR --only images    one experiment
+
+schedule: rates per layer and step, momentum per step, an initial scale per layer, for 784-50-50-50-10 trained for 100 steps.
+penalties: an L2 penalty for each of the 7,840 weights of a logistic regression. images: ten training images, one per class.
+long: one rate per step over 2,000 steps; and how long dL/dtheta_k is on the way back, at rates that are fine and that are not.
+
+Each is compared with its start, and with a random search (a constant rate and momentum, one penalty for all weights, real images)
+that is given the same time; all choose by the same held-out data, and are measured with fresh networks on test data that chose
+nothing. Each experiment runs in a process of its own. Writes results/maclaurin2015.json and pictures; `python benchmarks/report.py`
+makes tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib as mpl
+import torch
+import torch.nn.functional as F
+from measuring import MIB, RESULTS, PeakMemory, load, machine, save, versions
+from torch import Tensor, nn
+
+import revdistill as rd
+from revdistill.distill.data import DATA_DIR, Dataset
+from revdistill.distill.data import load as load_data
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+OUTER_STEPS, STEPS, BATCH, RESTARTS = 50, 100, 128, 20
+LONG, LONG_OUTER_STEPS = 2_000, 15
+HELD_OUT = 2_000  # held-out samples of each outer loss
+SMALL = 1_000  # training samples of the penalties: few enough that a penalty matters
+FINALISTS = 8  # of a random search: measured again, with other networks, before one is chosen
+
+Train = Callable[[int], Callable[[Tensor], Tensor]]  # seed -> a trained network's logits
+
+
+class Mnist:
+    """The data, and the parts that are drawn from them by a seed."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def batch(self, seed: int, size: int = BATCH, of: int | None = None) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """k -> (x, y): a minibatch of the first `of` training samples, a function of (seed, k)."""
+        count = of or len(self.data.x)
+
+        def draw(k: int) -> tuple[Tensor, Tensor]:
+            chosen = torch.randint(count, (size,), generator=torch.Generator().manual_seed(1_000_003 * seed + k))
+            return self.data.x[chosen], self.data.y[chosen]
+
+        return draw
+
+    def held_out(self, seed: int) -> tuple[Tensor, Tensor]:
+        """What chooses."""
+        chosen = torch.randperm(len(self.data.x_validation), generator=torch.Generator().manual_seed(seed))[:HELD_OUT]
+        return self.data.x_validation[chosen], self.data.y_validation[chosen]
+
+    def held_out_loss(self, train: Train, seed: int) -> float:
+        x, y = self.held_out(seed)
+        with torch.no_grad():
+            return float(F.cross_entropy(train(seed)(x), y))
+
+    def measured(self, train: Train, restarts: int = RESTARTS) -> dict[str, float]:
+        """Fresh networks: held-out loss, test loss and accuracy."""
+        held, losses, accuracies = [], [], []
+        with torch.no_grad():
+            for restart in range(restarts):
+                logits = train(10**6 + restart)
+                held.append(float(F.cross_entropy(logits(self.data.x_validation), self.data.y_validation)))
+                found = logits(self.data.x_test)
+                losses.append(float(F.cross_entropy(found, self.data.y_test)))
+                accuracies.append(float((found.argmax(-1) == self.data.y_test).float().mean()))
+        return {
+            "held_out_loss": mean(held),
+            "test_loss": mean(losses),
+            "test_accuracy": mean(accuracies),
+            "test_accuracy_std": stdev(accuracies) if restarts > 1 else 0.0,
+        }
+
+
+def network(seed: int) -> nn.Sequential:
+    """784-50-50-50-10, tanh; Xavier weights, as the scale is learned from 1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for inputs, outputs in ((784, 50), (50, 50), (50, 50), (50, 10)):
+            linear = nn.Linear(inputs, outputs)
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.Tanh()]
+        return nn.Sequential(*layers[:-1])
+
+
+def regression(seed: int) -> nn.Module:
+    """784-10; from small random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        nn.init.normal_(net[1].weight, std=0.01)  # type: ignore[arg-type]
+        nn.init.zeros_(net[1].bias)  # type: ignore[arg-type]
+        return net
+
+
+def descend(leaves: dict[str, Tensor], outer_loss: Callable[[int], Tensor], *, rate: float, steps: int) -> dict[str, Any]:
+    """Adam steps on the leaves; the curve of outer losses, and the seconds."""
+    optimizer = torch.optim.Adam(list(leaves.values()), lr=rate, betas=(0.9, 0.99))
+    curve, started = [], time.perf_counter()
+    for k in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * k / steps))
+        optimizer.zero_grad()
+        loss = outer_loss(k)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(list(leaves.values()), 1.0)
+        optimizer.step()
+        curve.append(loss.item())
+        print(f"  outer step {k}: {curve[-1]:.4f}", flush=True)
+    return {"curve": curve, "seconds": time.perf_counter() - started}
+
+
+def random_search(mnist: Mnist, draw: Callable[[torch.Generator], tuple[Any, Train]], seconds: float) -> tuple[Any, Train, int]:
+    """The best of as many random candidates as fit in four fifths of the time; the rest measures the finalists again."""
+    generator, started = torch.Generator().manual_seed(0), time.perf_counter()
+    found: list[tuple[float, Any, Train]] = []
+    while time.perf_counter() - started < 0.8 * seconds or not found:
+        what, train = draw(generator)
+        loss = mnist.held_out_loss(train, len(found))
+        found.append((loss if math.isfinite(loss) else math.inf, what, train))
+    finalists = sorted(found, key=lambda f: f[0])[:FINALISTS]
+    losses = [[loss] for loss, _, _ in finalists]
+    turn = 0
+    while time.perf_counter() - started < seconds:
+        i = turn % len(finalists)
+        losses[i].append(mnist.held_out_loss(finalists[i][2], 10**5 + turn))
+        turn += 1
+    best = min(range(len(finalists)), key=lambda i: mean(losses[i]))
+    return finalists[best][1], finalists[best][2], len(found)
+
+
+def plain_training(
+    net: nn.Module, batch: Callable[[int], tuple[Tensor, Tensor]], lr: Tensor, momentum: Tensor, penalty: Tensor | float = 0.0
+) -> Callable[[Tensor], Tensor]:
+    """torch.optim.SGD along rates [T, layers] and momenta [T]; penalty: of each weight of the last layer."""
+    layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    optimizer = torch.optim.SGD([{"params": list(layer.parameters())} for layer in layers], lr=0.0)
+    with torch.enable_grad():
+        for k, (rates, mu) in enumerate(zip(lr.expand(len(lr), len(layers)).tolist(), momentum.tolist(), strict=True)):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"], group["momentum"] = rate, mu
+            x, y = batch(k)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x), y)
+            if isinstance(penalty, Tensor) or penalty:
+                loss = loss + (penalty * layers[-1].weight.square()).sum() / 2
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return net
+
+
+# Rates, momenta, initial scales
+
+
+def schedule(mnist: Mnist, quick: bool) -> dict[str, Any]:
+    """The paper's section 3.1 and 3.2."""
+    layers = 4
+    start = {
+        "lr": torch.full((STEPS, layers), math.log(0.05)),
+        "momentum": torch.full((STEPS,), 0.9).logit(),
+        "scale": torch.zeros(layers),
+    }
+    leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
+
+    def outer_loss(k: int) -> Tensor:
+        net = network(k)
+        loss, params = rd.from_module(net, F.cross_entropy)
+        lr, scales = leaves["lr"].exp(), leaves["scale"].exp()
+        names = list(params)
+        layer = {name: i // 2 for i, name in enumerate(names)}  # a weight and a bias each
+        scaled = {name: p * scales[layer[name]] if p.ndim == 2 else p for name, p in params.items()}
+        columns = list(lr.unbind(1))
+        optimizer = rd.SGD({name: columns[layer[name]] for name in names}, leaves["momentum"].sigmoid())
+        theta = rd.unroll(loss, scaled, mnist.batch(k), optimizer, steps=STEPS)
+        x, y = mnist.held_out(k)
+        return F.cross_entropy(torch.func.functional_call(net, theta, (x,)), y)
+
+    with PeakMemory("cpu") as peak:
+        learned = descend(leaves, outer_loss, rate=0.1, steps=3 if quick else OUTER_STEPS)
+    values = {name: t.detach() for name, t in leaves.items()}
+
+    def train_with(found: dict[str, Tensor]) -> Train:
+        def train(seed: int) -> Callable[[Tensor], Tensor]:
+            net = network(seed)
+            with torch.no_grad():
+                for scale, layer in zip(found["scale"].exp(), net[1::2], strict=True):
+                    layer.weight.mul_(scale)  # type: ignore[operator,union-attr]
+            return plain_training(net, mnist.batch(seed), found["lr"].exp(), found["momentum"].sigmoid())
+
+        return train
+
+    def draw(generator: torch.Generator) -> tuple[Any, Train]:
+        lr, rest = torch.rand(2, generator=generator).tolist()
+        chosen = {"lr": 10 ** (-3 + 3 * lr), "momentum": 1 - 10 ** (-2 * rest)}  # 0.001 to 1; 0 to 0.99, finer near 1
+        constant = {
+            "lr": torch.full((STEPS, layers), math.log(chosen["lr"])),
+            "momentum": torch.full((STEPS,), chosen["momentum"]).logit(),
+            "scale": torch.zeros(layers),
+        }
+        return chosen, train_with(constant)
+
+    best, train_best, tried = random_search(mnist, draw, learned["seconds"])
+    print(f"  random search: {tried} tried, {best}", flush=True)
+    draw_schedule(values, start, learned["curve"])
+    return {
+        "title": f"784-50-50-50-10, {STEPS} steps: {STEPS * layers} rates, {STEPS} momenta, {layers} initial scales",
+        "learned_numbers": sum(t.numel() for t in leaves.values()),
+        "seconds": learned["seconds"],
+        "peak_bytes": peak.nbytes,
+        "curve": learned["curve"],
+        "search": {"tried": tried, "best": best},
+        "start": mnist.measured(train_with(start)),
+        "learned": mnist.measured(train_with(values)),
+        "random_search": mnist.measured(train_best),
+    }
+
+
+def draw_schedule(values: dict[str, Tensor], start: dict[str, Tensor], curve: list[float]) -> None:
+    """The picture of what was learned."""
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), width_ratios=(3, 3, 1.6, 2), layout="constrained")
+    for i in range(4):
+        axes[0].plot(values["lr"][:, i].exp(), label=f"layer {i + 1}", linewidth=1.2)
+    axes[0].plot(start["lr"][:, 0].exp(), "k--", linewidth=0.8, label="start")
+    axes[0].set(yscale="log", title="learned rates", xlabel="step")
+    axes[0].legend(fontsize=8)
+    axes[1].plot(values["momentum"].sigmoid(), linewidth=1.2)
+    axes[1].plot(start["momentum"].sigmoid(), "k--", linewidth=0.8)
+    axes[1].set(title="learned momenta", xlabel="step")
+    axes[2].bar([1, 2, 3, 4], values["scale"].exp())
+    axes[2].axhline(1, color="k", linestyle="--", linewidth=0.8)
+    axes[2].set(title="initial scales", xlabel="layer")
+    axes[3].plot(curve)
+    axes[3].set(title="held-out loss", xlabel="outer step")
+    keep(figure, "maclaurin_schedule")
+
+
+# A penalty per weight
+
+
+def penalties(mnist: Mnist, quick: bool) -> dict[str, Any]:
+    """The paper's section 3.3 of 7,840 penalties; half the loss's L2 term, penalty_ij w_ij^2 / 2."""
+    lr, momentum = torch.full((STEPS, 1), 0.02), torch.full((STEPS,), 0.9)
+    raw = torch.full((10, 784), math.log(1e-3), requires_grad=True)
+
+    def outer_loss(k: int) -> Tensor:
+        net = regression(k)
+        plain, params = rd.from_module(net, F.cross_entropy)
+
+        def loss(params: dict[str, Tensor], batch: Any, penalty: Tensor) -> Tensor:
+            return plain(params, batch) + (penalty * params["1.weight"].square()).sum() / 2
+
+        theta = rd.unroll(loss, params, mnist.batch(k, of=SMALL), rd.SGD(0.02, 0.9), steps=STEPS, hyper=raw.exp())
+        x, y = mnist.held_out(k)
+        return F.cross_entropy(torch.func.functional_call(net, theta, (x,)), y)
+
+    def train_with(penalty: Tensor | float) -> Train:
+        return lambda seed: plain_training(regression(seed), mnist.batch(seed, of=SMALL), lr, momentum, penalty)
+
+    def draw(generator: torch.Generator) -> tuple[Any, Train]:
+        penalty = 10 ** (-5 + 6 * float(torch.rand((), generator=generator)))
+        return {"penalty": penalty}, train_with(penalty)
+
+    with PeakMemory("cpu") as peak:
+        learned = descend({"raw": raw}, outer_loss, rate=0.3, steps=3 if quick else OUTER_STEPS)
+    best, train_best, tried = random_search(mnist, draw, learned["seconds"])
+    print(f"  random search: {tried} tried, {best}", flush=True)
+    figure, axes = plt.subplots(1, 10, figsize=(15, 2), layout="constrained")
+    shown = raw.detach().reshape(10, 28, 28) / math.log(10)
+    for c, ax in enumerate(axes):
+        image = ax.imshow(shown[c], cmap="magma", vmin=float(shown.min()), vmax=float(shown.max()))
+        ax.set(title=str(c), xticks=[], yticks=[])
+    figure.colorbar(image, ax=list(axes), label="log10 penalty")
+    keep(figure, "maclaurin_penalties")
+    return {
+        "title": f"logistic regression on {SMALL} images, {STEPS} steps: 7,840 penalties",
+        "learned_numbers": raw.numel(),
+        "seconds": learned["seconds"],
+        "peak_bytes": peak.nbytes,
+        "curve": learned["curve"],
+        "search": {"tried": tried, "best": best},
+        "start": mnist.measured(train_with(1e-3)),
+        "learned": mnist.measured(train_with(raw.detach().exp())),
+        "random_search": mnist.measured(train_best),
+    }
+
+
+# Training images
+
+
+def images(mnist: Mnist, quick: bool) -> dict[str, Any]:
+    """The paper's section 3.4: ten images, one of each class, that a logistic regression is trained on."""
+    data = mnist.data
+    lr, momentum = torch.full((STEPS, 1), 0.02), torch.full((STEPS,), 0.9)
+    of_class = [(data.y == c).nonzero()[:, 0] for c in range(10)]
+    labels = torch.arange(10)
+
+    def real(generator: torch.Generator) -> Tensor:
+        return torch.stack([data.x[own[int(torch.randint(len(own), (), generator=generator))]] for own in of_class])
+
+    start = real(torch.Generator().manual_seed(1))
+    x = start[None].clone().requires_grad_()
+
+    def outer_loss(k: int) -> Tensor:
+        net = regression(k)
+        loss, params = rd.from_module(net, F.cross_entropy)
+        theta = rd.unroll(loss, params, (x, labels[None]), rd.SGD(0.02, 0.9), steps=STEPS)
+        xs, ys = mnist.held_out(k)
+        return F.cross_entropy(torch.func.functional_call(net, theta, (xs,)), ys)
+
+    def train_with(pictures: Tensor) -> Train:
+        return lambda seed: plain_training(regression(seed), lambda _: (pictures, labels), lr, momentum)
+
+    def draw(generator: torch.Generator) -> tuple[Any, Train]:
+        pictures = real(generator)
+        return None, train_with(pictures)
+
+    with PeakMemory("cpu") as peak:
+        learned = descend({"x": x}, outer_loss, rate=0.1, steps=3 if quick else OUTER_STEPS)
+    _, train_best, tried = random_search(mnist, draw, learned["seconds"])
+    figure, axes = plt.subplots(2, 10, figsize=(15, 3.2), layout="constrained")
+    for row, pictures in zip(axes, (start, x.detach()[0]), strict=True):
+        for c, ax in enumerate(row):
+            ax.imshow(pictures[c, 0], cmap="gray", vmin=-1, vmax=3)
+            ax.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("start")
+    axes[1, 0].set_ylabel("learned")
+    keep(figure, "maclaurin_images")
+    return {
+        "title": f"logistic regression, {STEPS} steps on ten images: 7,840 pixels",
+        "learned_numbers": x.numel(),
+        "seconds": learned["seconds"],
+        "peak_bytes": peak.nbytes,
+        "curve": learned["curve"],
+        "search": {"tried": tried, "best": "ten real images"},
+        "start": mnist.measured(train_with(start)),
+        "learned": mnist.measured(train_with(x.detach()[0])),
+        "random_search": mnist.measured(train_best),
+    }
+
+
+# Long horizons
+
+
+def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
+    """A rate per step over T = 2,000; and the norms of dL/dtheta_k at several constant rates."""
+    steps = 200 if quick else LONG
+    raw = torch.full((steps,), math.log(0.05), requires_grad=True)
+
+    def held_out_loss(k: int, lr: Tensor | float, horizon: int, **options: Any) -> Tensor:
+        net = network(k)
+        loss, params = rd.from_module(net, F.cross_entropy)
+        theta = rd.unroll(loss, params, mnist.batch(k), rd.SGD(lr, 0.9), steps=horizon, **options)
+        x, y = mnist.held_out(k)
+        return F.cross_entropy(torch.func.functional_call(net, theta, (x,)), y)
+
+    memory = []
+    held_out_loss(0, raw[:3].exp(), 3).backward()  # type: ignore[no-untyped-call]  # what a first call needs once
+    for horizon in (steps // 20, steps):
+        with PeakMemory("cpu") as peak:
+            held_out_loss(0, raw[:horizon].exp(), horizon).backward()  # type: ignore[no-untyped-call]
+        memory.append({"steps": horizon, "bytes": peak.nbytes})
+        print(f"  T = {horizon}: {peak.nbytes / MIB:.1f} MiB", flush=True)
+    raw.grad = None
+    norms = [norms_at(rate, clip, held_out_loss, steps) for rate, clip in ((0.05, None), (0.2, None), (0.5, None), (0.5, 10.0))]
+    learned = descend({"raw": raw}, lambda k: held_out_loss(k, raw.exp(), steps), rate=0.1, steps=2 if quick else LONG_OUTER_STEPS)
+
+    def train_with(rates: Tensor) -> Train:
+        return lambda seed: plain_training(network(seed), mnist.batch(seed), rates[:, None], torch.full((steps,), 0.9))
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 3.4), layout="constrained")
+    for found in norms:
+        label = f"rate {found['rate']}" + (f", clip_back {found['clip_back']:g}" if found["clip_back"] else "")
+        axes[0].plot(found["steps"], found["norms"], label=label, linewidth=1)
+    axes[0].set(yscale="log", xlabel="step k", title="norm of dL/dtheta_k on the way back")
+    axes[0].legend(fontsize=8)
+    axes[1].plot(raw.detach().exp(), linewidth=0.8)
+    axes[1].axhline(0.05, color="k", linestyle="--", linewidth=0.8)
+    axes[1].set(yscale="log", xlabel="step k", title=f"rates learned over {steps} steps")
+    keep(figure, "maclaurin_long")
+    restarts = 5
+    return {
+        "title": f"784-50-50-50-10, {steps} steps: {steps} rates",
+        "learned_numbers": steps,
+        "seconds": learned["seconds"],
+        "peak_bytes": memory[-1]["bytes"],
+        "curve": learned["curve"],
+        "memory": memory,
+        "norms": norms,
+        "start": mnist.measured(train_with(torch.full((steps,), 0.05)), restarts),
+        "learned": mnist.measured(train_with(raw.detach().exp()), restarts),
+    }
+
+
+def norms_at(rate: float, clip: float | None, held_out_loss: Callable[..., Tensor], steps: int) -> dict[str, Any]:
+    """How long dL/dtheta_k is at a constant rate, from where it explodes, and whether it ended as infinity."""
+    kept, ended = rd.BackwardNorms(), "finite"
+    start = torch.full((steps,), rate, requires_grad=True)
+    try:
+        held_out_loss(0, start, steps, on_step_back=kept, clip_back=clip).backward()
+    except rd.NonFiniteError as error:
+        ended = f"NonFiniteError at step {error.step}"
+    most = max(kept.norms.values())
+    print(f"  rate {rate}, clip_back {clip}: explodes from {kept.explosion()}, at most {most:.1e}, {ended}", flush=True)
+    sampled = sorted(kept.norms)[:: max(1, steps // 200)]
+    return {
+        "rate": rate,
+        "clip_back": clip,
+        "explosion": kept.explosion(),
+        "largest": most,
+        "ended": ended,
+        "steps": sampled,
+        "norms": [kept.norms[k] for k in sampled],
+    }
+
+
+def keep(figure: Any, name: str) -> None:
+    """Beside the results."""
+    figure.savefig(FOLDER / f"{name}.png", dpi=100)
+    plt.close(figure)
+
+
+FOLDER = RESULTS
+EXPERIMENTS = {"schedule": schedule, "penalties": penalties, "images": images, "long": long}
+
+
+def main() -> None:
+    """The command."""
+    global FOLDER
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", default=DATA_DIR)
+    parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
+    parser.add_argument("--quick", action="store_true", help="three outer steps each, nothing kept")
+    parser.add_argument("--into", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.into:  # the process of one experiment
+        torch.set_num_threads(1)
+        FOLDER = Path(options.into) if options.quick else RESULTS
+        found = EXPERIMENTS[options.only[0]](Mnist(load_data("mnist", options.data_dir)), options.quick)
+        (Path(options.into) / "found.json").write_text(json.dumps(found))
+        return
+    for name in options.only:
+        print(name, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--data-dir", str(options.data_dir), "--only", name, "--into", folder]
+            subprocess.run(command + ["--quick"] * options.quick, check=True)
+            found = json.loads((Path(folder) / "found.json").read_text())
+        for who in ("start", "random_search", "learned"):
+            if who in found:
+                print(f"  {who}: {found[who]}", flush=True)
+        if not options.quick:  # after each: what is stopped has not been for nothing
+            kept = (load("maclaurin2015") or {"experiments": {}})["experiments"] | {name: found}
+            save(
+                "maclaurin2015",
+                {
+                    "machine": machine("cpu", 1),
+                    "versions": versions(),
+                    "experiments": {key: kept[key] for key in EXPERIMENTS if key in kept},
+                },
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.layout import Layout
-from revdistill.engine.moves import GRADIENT, THETA, Add, Bars, Decay, Factor, Lookup, Update
+from revdistill.engine.moves import GRADIENT, THETA, Add, Bars, Decay, Factor, Lookup, Peak, Update
 from revdistill.engine.optimizers import Optimizer
 from revdistill.engine.scaling import FINE, WIDE
 from revdistill.engine.schedules import Schedule, Table, combined, quantised, resolve
@@ -39,6 +39,9 @@ class Adam(Optimizer):
     As in torch the bias corrections of step k are 1 - beta^(k + 1) with the beta of that step. Where the second moment is 0, its
     root has derivative 0 (autograd through torch's formula gives NaN).
 
+    amsgrad: u has the largest s so far in place of s (Reddi et al. 2018). The maximum forgets what it replaces, so `Reversible`
+    refuses it; the default is then `Checkpoint`.
+
     Cost: `Reversible` keeps 56 bytes per parameter (theta, m and s in two words each, a head for either) and log2(1/beta1) +
     log2(1/beta2) bits per parameter and step, 0.153 by default. |gradient| stays below 16,384 (RangeError).
 
@@ -49,11 +52,14 @@ class Adam(Optimizer):
     betas: tuple[Schedule, Schedule] = (0.9, 0.999)
     eps: Schedule = 1e-8
     weight_decay: Schedule = 0.0
+    amsgrad: bool = False
     decoupled: ClassVar[bool] = False
 
     def resolve(self, layout: Layout, steps: int) -> Update:
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise TypeError(f"betas must be a pair (beta1, beta2), got {self.betas!r}")
+        if not isinstance(self.amsgrad, bool):
+            raise TypeError(f"amsgrad must be a bool, got {type(self.amsgrad).__name__}")
         numbers = partial(resolve, layout=layout, steps=steps, stackable=False)
         lr = resolve("lr", self.lr, layout, steps, stackable=True)
         beta1, beta2 = (_below_one(numbers(f"betas[{i}]", beta)) for i, beta in enumerate(self.betas))
@@ -90,9 +96,11 @@ class Adam(Optimizer):
             kicks=tuple(kicks),
             drifts=(Add(THETA, _Direction.name, Factor(-1.0, -1.0, ("lr",), (lr,))),),
             for_kicks=(_Square(penalty),),
-            for_drifts=(_Direction(beta1, beta2, c1, c2, eps),),
+            for_drifts=(_Direction(beta1, beta2, c1, c2, eps, "peak" if self.amsgrad else "s"),),
+            peaks=(Peak("peak", "s"),) if self.amsgrad else (),
             shrink=tuple(shrink),
-            wide=frozenset({"m", "s"}),
+            wide=frozenset({"m", "s", "peak"}),
+            no_way_back="amsgrad=True: its maximum forgets what it replaces" if self.amsgrad else None,
         )
 
 
@@ -153,18 +161,22 @@ class _Square:
 
 @dataclass(frozen=True)
 class _Direction:
-    """u = (m / c1) / (sqrt(s / c2) + eps)"""
+    """u = (m / c1) / (sqrt(s / c2) + eps); second: the name of s, or of its peak, which is no smaller."""
 
     beta1: Table
     beta2: Table
     c1: Table
     c2: Table
     eps: Table
+    second: str
     name: ClassVar[str] = "direction"
-    inputs: ClassVar[tuple[str, ...]] = ("m", "s")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("m", self.second)
 
     def value(self, values: dict[str, Tensor], at: Lookup) -> Tensor:
-        root = _root(values["s"])
+        root = _root(values[self.second])
         denominator = root / _sqrt(at(self.c2)) + at(self.eps)
         return values["m"] / (denominator * at(self.c1))
 
@@ -172,13 +184,13 @@ class _Direction:
         """With D = sqrt(s / c2) + eps: m_bar += u_bar / (c1 D), D_bar = -u_bar u / D; from D_bar to s, c2 and eps."""
         bar, u = bars.flat[self.name], values[self.name]
         c1, c2, eps = self.c1.at(k), self.c2.at(k), self.eps.at(k)
-        root = _root(values["s"])
+        root = _root(values[self.second])
         scaled = root / _sqrt(c2)
         denominator = scaled + eps
         bars.flat["m"].add_((bar / denominator / c1).to(bar.dtype))
         denominator_bar = (-bar * u / denominator).to(bar.dtype)
         s_bar = torch.where(root > 0, denominator_bar / root, 0.0) / _sqrt(c2) / 2
-        bars.flat["s"].add_(s_bar.to(bar.dtype))
+        bars.flat[self.second].add_(s_bar.to(bar.dtype))
         for name, table, a, b in (
             ("c1", self.c1, -bar * u, torch.ones_like(bar) / c1),
             ("c2", self.c2, denominator_bar, scaled / c2 / -2),

@@ -66,6 +66,8 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
             for add in stage.adds:
                 source = values[add.source] if add.source in update.slots else seen[add.source]
                 values[add.target] = values[add.target] + source * _factor(add, k, theta.dtype)
+            for peak in stage.peaks:
+                values[peak.slot] = peak.value(values)
     if problem.save_at is None:
         return values[THETA]
     saved[problem.steps] = values[THETA]

@@ -100,6 +100,8 @@ class Guard:
                 bounds[add.target] = (bounds[add.target] + amount) * _SLACK
                 if not bounds[add.target] < target.limit:
                     return False
+            for peak in stage.peaks:
+                bounds[peak.slot] = max(bounds[peak.slot], bounds[peak.source])
         self._bounds = {name: bounds[name] for name in self._bounds}
         return True
 

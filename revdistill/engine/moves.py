@@ -161,12 +161,36 @@ class Add:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """slot <- max(slot, source), both wide: AMSGrad's. What it overwrites is gone, so no step that has one is walked back."""
+
+    slot: str
+    source: str
+
+    def forward(self, state: State) -> None:
+        slot, source = state.fixed[self.slot], state.fixed[self.source]
+        higher = (source[0] > slot[0]) | ((source[0] == slot[0]) & (source[1] > slot[1]))
+        torch.where(higher, source, slot, out=slot)
+
+    def value(self, values: dict[str, Tensor]) -> Tensor:
+        """In floating point, differentiable: of equal ones the source has the derivative."""
+        return torch.where(values[self.source] >= values[self.slot], values[self.source], values[self.slot])
+
+    def adjoint(self, after: dict[str, Tensor], bars: Bars) -> None:
+        """Where the source won, slot_bar is the source's."""
+        won = after[self.source] >= after[self.slot]
+        bars.flat[self.source].add_(bars.flat[self.slot] * won)
+        bars.flat[self.slot].mul_(~won)
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One half of a step: what is derived, then what decays, then what is added."""
+    """One half of a step: what is derived, then what decays, then what is added, then the peaks."""
 
     derived: tuple[Derived, ...]
     decays: tuple[Decay, ...]
     adds: tuple[Add, ...]
+    peaks: tuple[Peak, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,7 +198,8 @@ class Update:
     """One optimizer's step as a list of moves.
 
     layout: of the flat buffer; tables: by name, every hyperparameter that can have a gradient. decays, kicks: of the slots, kicks
-    with sources derived before any of them; shrink: theta's own decay, the first of the drifts; wide: slots in two words.
+    with sources derived before any of them; peaks: of slots, after the kicks; shrink: theta's own decay, the first of the
+    drifts; wide: slots in two words.
     no_way_back: what in a drift sees more than slots, so that theta cannot come back before its gradient is needed; or None.
     """
 
@@ -185,13 +210,14 @@ class Update:
     drifts: tuple[Add, ...]
     for_kicks: tuple[Derived, ...] = ()
     for_drifts: tuple[Derived, ...] = ()
+    peaks: tuple[Peak, ...] = ()
     shrink: tuple[Decay, ...] = ()
     wide: frozenset[str] = frozenset()
     no_way_back: str | None = None
 
     @property
     def slots(self) -> tuple[str, ...]:
-        return tuple(decay.slot for decay in self.decays)
+        return (*(decay.slot for decay in self.decays), *(peak.slot for peak in self.peaks))
 
     @property
     def derived(self) -> tuple[Derived, ...]:
@@ -200,11 +226,11 @@ class Update:
     @property
     def stages(self) -> tuple[Stage, Stage]:
         """(kicks, drifts)"""
-        return Stage(self.for_kicks, self.decays, self.kicks), Stage(self.for_drifts, self.shrink, self.drifts)
+        return Stage(self.for_kicks, self.decays, self.kicks, self.peaks), Stage(self.for_drifts, self.shrink, self.drifts)
 
     def keeps_memory(self, steps: int) -> bool:
         """Whether any slot's or head's old value ever matters (momentum above 0 somewhere)."""
-        return bool(self.shrink) or not all(decay.loses_everything(k) for decay in self.decays for k in range(steps))
+        return bool(self.shrink or self.peaks) or not all(decay.loses_everything(k) for decay in self.decays for k in range(steps))
 
     def always_decays(self, steps: int) -> bool:
         """Whether momentum is above 0 at every step, in every group."""

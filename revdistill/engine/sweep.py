@@ -96,6 +96,8 @@ class Sweep:
         return slots_before
 
     def _step_back(self, k: int, stage: Stage, values: dict[str, Tensor]) -> None:
+        for peak in reversed(stage.peaks):
+            peak.adjoint(values, self.bars)
         for add in reversed(stage.adds):
             add.adjoint(k, values, self.bars)
         for derived in reversed(stage.derived):

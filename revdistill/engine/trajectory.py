@@ -174,11 +174,13 @@ class Trajectory:
             values = self._derive(k, stage.derived, {GRADIENT: gradient})
             if proved:
                 self.problem.kernels.forward(self._make_room(k, stage), [self._operands(k, add, values) for add in stage.adds])
-                continue
-            self.problem.kernels.forward(self._make_room(k, stage), [])
-            for add in stage.adds:
-                self.guard.before_add(k, add, self.state, values)
-                self.problem.kernels.forward([], [self._operands(k, add, values)])
+            else:
+                self.problem.kernels.forward(self._make_room(k, stage), [])
+                for add in stage.adds:
+                    self.guard.before_add(k, add, self.state, values)
+                    self.problem.kernels.forward([], [self._operands(k, add, values)])
+            for peak in stage.peaks:
+                peak.forward(self.state)
         return at
 
     def undo_drifts(self, k: int) -> None:

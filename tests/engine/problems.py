@@ -207,6 +207,12 @@ ADAM_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
         "weight_decay": _schedule(0.1, 0.0),
     },
     "adam groups": _adam_groups,
+    "amsgrad": lambda case: {
+        "lr": _schedule(0.01, 0.05),
+        "betas": (_tensor(0.8), _tensor(0.7)),
+        "eps": _tensor(1e-3),
+        "amsgrad": True,
+    },
     "adam without memory": lambda case: {"lr": _tensor(0.02), "betas": (0.0, 0.0), "eps": 0.01},
 }
 ADAMW_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {

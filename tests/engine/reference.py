@@ -57,6 +57,7 @@ def train_by_adam(case: Case, settings: dict[str, Any], steps: int, seeds: Any, 
     theta = dict(case.params)
     first = {name: torch.zeros_like(p) for name, p in theta.items()}
     second = {name: torch.zeros_like(p) for name, p in theta.items()}
+    peak = dict(second)
     betas = settings.get("betas", (0.9, 0.999))
     for k in range(steps):
         gradients = gradients_of(case, theta, k, seeds)
@@ -71,7 +72,8 @@ def train_by_adam(case: Case, settings: dict[str, Any], steps: int, seeds: Any, 
                 g = g + decay * p
             first[name] = beta1 * first[name] + (1 - beta1) * g
             second[name] = beta2 * second[name] + (1 - beta2) * g * g
-            root = (second[name] + (second[name] == 0)).sqrt() * (second[name] != 0)  # 0 has derivative 0
+            peak[name] = torch.maximum(peak[name], second[name]) if settings.get("amsgrad") else second[name]
+            root = (peak[name] + (peak[name] == 0)).sqrt() * (peak[name] != 0)  # 0 has derivative 0
             denominator = root / (1 - beta2 ** (k + 1)) ** 0.5 + eps
             theta[name] = p - lr / (1 - beta1 ** (k + 1)) * first[name] / denominator
     return theta

@@ -60,7 +60,10 @@ def test_gradients_of_any_size(kind: Any, scale: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW"])
-@pytest.mark.parametrize("extra", [{}, {"weight_decay": 0.1}, {"betas": (0.5, 0.9), "eps": 1e-4}, {"betas": (0.0, 0.99)}])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"weight_decay": 0.1}, {"betas": (0.5, 0.9), "eps": 1e-4}, {"betas": (0.0, 0.99)}, {"amsgrad": True, "betas": (0.9, 0.8)}],
+)
 def test_torch_optim_takes_the_same_steps(kind: str, extra: dict[str, Any]) -> None:
     case, _, _ = make("tanh_mlp", "plain")
     mine = rd.unroll(case.loss, case.params, case.batches, getattr(rd, kind)(0.02, **extra), steps=40)
@@ -160,6 +163,7 @@ def test_window_and_save_at() -> None:
         (lambda: rd.Adam(0.1, eps=0.0), ValueError, "eps must be above 0"),
         (lambda: rd.Adam(0.1, eps="small"), TypeError, "eps must be a float or a tensor"),
         (lambda: rd.AdamW(2.0, weight_decay=0.6), ValueError, r"lr \* weight_decay must be at most 1"),
+        (lambda: rd.Adam(0.1, amsgrad=1), TypeError, "amsgrad must be a bool"),
         (lambda: rd.Adam(math.nan), ValueError, "lr must be finite"),
         (lambda: rd.Adam(0.1, betas=(torch.full((3,), 0.9), 0.99)), ValueError, r"betas\[0\] has shape \[3\]; with steps=5"),
     ],

@@ -303,3 +303,21 @@ def test_verify_fails_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert code == 1
     assert "gradients" in out
     assert "FAILED" in out
+
+
+def test_training_with_adam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The inner optimizer is in the result, in `show`, and in what `evaluate` trains with."""
+    out = tmp_path / "run"
+    code, _, err = invoke(*QUICK, "--optimizer", "adam", "--lr", "0.01", "--momentum", "0.8", "--out", str(out), capsys=capsys)
+    assert (code, err) == (0, "")
+    found = read(out / "distilled.h5")
+    assert found.optimizer == "adam"
+    assert found.momentum == pytest.approx(0.8)
+    assert "beta1" in invoke("show", str(out), capsys=capsys)[1]
+    assert invoke("evaluate", str(out), "--restarts", "2", capsys=capsys)[0] == 0
+    code, _, err = invoke("evaluate", str(out), "--schedule", "strategy1", capsys=capsys)
+    assert code == 2
+    assert "schedule is 'strategy1', whose rates are for SGD" in err
+    code, _, err = invoke(*QUICK, "--optimizer", "adam", "--momentum", "1", "--out", str(tmp_path / "other"), capsys=capsys)
+    assert code == 2
+    assert "momentum is 1.0; accepted is a number below 1" in err

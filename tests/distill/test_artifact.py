@@ -14,6 +14,10 @@ from hypothesis import strategies as st
 
 import revdistill as rd
 from revdistill.distill.artifact import Artifact, read, write
+from revdistill.distill.data import load
+from revdistill.distill.evaluation import SEED_OFFSET, evaluate
+from revdistill.distill.models import build
+from revdistill.distill.population import Population
 
 
 def artifact(**changes: Any) -> Artifact:
@@ -37,12 +41,12 @@ def artifact(**changes: Any) -> Artifact:
 def equal(a: Artifact, b: Artifact) -> bool:
     arrays = all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("x", "y", "lr", "momentum"))
     return arrays and all(
-        getattr(a, n) == getattr(b, n) for n in ("dataset", "architectures", "epochs", "seed", "config", "evaluation")
+        getattr(a, n) == getattr(b, n) for n in ("dataset", "architectures", "epochs", "seed", "config", "evaluation", "optimizer")
     )
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    for a in (artifact(), artifact(y=np.full((4, 6, 2), 0.5, np.float32))):
+    for a in (artifact(), artifact(y=np.full((4, 6, 2), 0.5, np.float32)), artifact(optimizer="adam")):
         write(tmp_path / "distilled.h5", a)
         assert equal(read(tmp_path / "distilled.h5"), a)
     assert [p.name for p in tmp_path.iterdir()] == ["distilled.h5"]
@@ -220,3 +224,34 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
         write(path, artifact(config={"not json": object()}))
     assert equal(read(path), artifact())
     assert [p.name for p in tmp_path.iterdir()] == ["distilled.h5"]
+
+
+def test_adams_data_are_not_taken_for_sgds(tmp_path: Path) -> None:
+    """Another format version: a release that knows of no optimizer refuses it. And a fresh network is trained by Adam."""
+    path = tmp_path / "distilled.h5"
+    for optimizer, version in (("sgd", 1), ("adam", 2)):
+        write(path, artifact(optimizer=optimizer))
+        with h5py.File(path) as f:
+            assert (f.attrs["format_version"], f.attrs.get("optimizer")) == (version, None if version == 1 else "adam")
+    with h5py.File(path, "a") as f:
+        f.attrs["optimizer"] = "lion"
+    with pytest.raises(rd.ArtifactError, match="'optimizer' is 'lion'"):
+        read(path)
+
+
+def test_evaluation_of_adams_data_is_torch_optim_adam() -> None:
+    data = load("moons")
+    a = artifact(optimizer="adam", architectures=["LinearNet"], lr=np.full(8, 0.05, np.float32))
+    population = Population("LinearNet", 1, (2,), 2, torch.device("cpu"))
+    net, start = build("LinearNet", (2,), 2), population.sample(SEED_OFFSET + a.seed)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(start[name][0])
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05, betas=(float(a.momentum[0]), 0.999))
+    for k in range(8):
+        optimizer.zero_grad()
+        logits = net(torch.from_numpy(a.x[k % 4]))[:, 0]
+        torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(a.y[k % 4]).float()).backward()
+        optimizer.step()
+    expected = float(((net(data.x_test)[:, 0] > 0) == data.y_test).float().mean())
+    assert evaluate(a, data, "LinearNet", restarts=1).mean == pytest.approx(expected, abs=1e-6)

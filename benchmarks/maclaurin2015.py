@@ -41,7 +41,8 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 OUTER_STEPS, STEPS, BATCH, RESTARTS = 50, 100, 128, 20
-LONG, LONG_OUTER_STEPS = 2_000, 15
+NETWORKS = 4  # in each outer step that learns a schedule
+LONG, LONG_OUTER_STEPS, LONG_CLIP = 2_000, 15, 1.0
 HELD_OUT = 2_000  # held-out samples of each outer loss
 SMALL = 1_000  # training samples of the penalties: few enough that a penalty matters
 FINALISTS = 8  # of a random search: measured again, with other networks, before one is chosen
@@ -177,28 +178,25 @@ def plain_training(
 def schedule(mnist: Mnist, quick: bool) -> dict[str, Any]:
     """The paper's section 3.1 and 3.2."""
     layers = 4
-    start = {
-        "lr": torch.full((STEPS, layers), math.log(0.05)),
-        "momentum": torch.full((STEPS,), 0.9).logit(),
-        "scale": torch.zeros(layers),
-    }
+    start = {"lr": torch.full((STEPS, layers), math.log(0.1)), "momentum": torch.zeros(STEPS), "scale": torch.zeros(layers)}
     leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
+    drawn = mnist.batch(0)
+    table = [drawn(k) for k in range(STEPS)]  # one order of the data, as in the paper; each training starts elsewhere
+
+    def batch(k: int) -> tuple[Tensor, Tensor]:
+        return table[k]
 
     def outer_loss(k: int) -> Tensor:
-        net = network(k)
-        loss, params = rd.from_module(net, F.cross_entropy)
-        lr, scales = leaves["lr"].exp(), leaves["scale"].exp()
-        names = list(params)
-        layer = {name: i // 2 for i, name in enumerate(names)}  # a weight and a bias each
-        scaled = {name: p * scales[layer[name]] if p.ndim == 2 else p for name, p in params.items()}
-        columns = list(lr.unbind(1))
-        optimizer = rd.SGD({name: columns[layer[name]] for name in names}, leaves["momentum"].sigmoid())
-        theta = rd.unroll(loss, scaled, mnist.batch(k), optimizer, steps=STEPS)
-        x, y = mnist.held_out(k)
-        return F.cross_entropy(torch.func.functional_call(net, theta, (x,)), y)
+        loss, params = rd.stack_modules([network(k * NETWORKS + i) for i in range(NETWORKS)], F.cross_entropy)
+        scales, columns = leaves["scale"].exp(), list(leaves["lr"].exp().unbind(1))
+        layer = {name: i // 2 for i, name in enumerate(params)}  # a weight and a bias each
+        scaled = {name: p * scales[layer[name]] if p.ndim == 3 else p for name, p in params.items()}
+        optimizer = rd.SGD({name: columns[layer[name]] for name in params}, leaves["momentum"].sigmoid())
+        theta = rd.unroll(loss, scaled, batch, optimizer, steps=STEPS)
+        return loss(theta, mnist.held_out(k)) / NETWORKS
 
     with PeakMemory("cpu") as peak:
-        learned = descend(leaves, outer_loss, rate=0.1, steps=3 if quick else OUTER_STEPS)
+        learned = descend(leaves, outer_loss, rate=0.04, steps=3 if quick else OUTER_STEPS)
     values = {name: t.detach() for name, t in leaves.items()}
 
     def train_with(found: dict[str, Tensor]) -> Train:
@@ -207,7 +205,7 @@ def schedule(mnist: Mnist, quick: bool) -> dict[str, Any]:
             with torch.no_grad():
                 for scale, layer in zip(found["scale"].exp(), net[1::2], strict=True):
                     layer.weight.mul_(scale)  # type: ignore[operator,union-attr]
-            return plain_training(net, mnist.batch(seed), found["lr"].exp(), found["momentum"].sigmoid())
+            return plain_training(net, batch, found["lr"].exp(), found["momentum"].sigmoid())
 
         return train
 
@@ -384,7 +382,12 @@ def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
         print(f"  T = {horizon}: {peak.nbytes / MIB:.1f} MiB", flush=True)
     raw.grad = None
     norms = [norms_at(rate, clip, held_out_loss, steps) for rate, clip in ((0.05, None), (0.2, None), (0.5, None), (0.5, 10.0))]
-    learned = descend({"raw": raw}, lambda k: held_out_loss(k, raw.exp(), steps), rate=0.1, steps=2 if quick else LONG_OUTER_STEPS)
+    learned = descend(
+        {"raw": raw},
+        lambda k: held_out_loss(k, raw.exp(), steps, clip_back=LONG_CLIP),
+        rate=0.1,
+        steps=2 if quick else LONG_OUTER_STEPS,
+    )
 
     def train_with(rates: Tensor) -> Train:
         return lambda seed: plain_training(network(seed), mnist.batch(seed), rates[:, None], torch.full((steps,), 0.9))

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 import report_images
 import report_study
+import report_tuning
 from measuring import HERE, MIB, RESULTS, load
 from methods import METHODS
 from tables import table
@@ -288,6 +289,11 @@ def main() -> None:
         if "race" in distilled:
             report_images.draw_race(distilled, RESULTS / "wang2018-race.png")
         parts += ["## Images: MNIST and CIFAR-10 (Wang et al. 2018)", report_images.section(distilled)]
+    adam, schedules = load("adam"), load("maclaurin2015")
+    if adam:
+        parts += ["## Adam", report_tuning.adam_section(adam, where(adam))]
+    if schedules:
+        parts += ["## Training schedules (Maclaurin et al. 2015)", report_tuning.schedules_section(schedules, where(schedules))]
     bits = load("bits")
     if bits:
         draw_bits(bits, RESULTS / "bits.png")
@@ -302,6 +308,10 @@ def main() -> None:
         fill(MAIN_README, "memory", memory_summary(memory))
     if distilled:
         fill(MAIN_README, "images", report_images.summary(distilled))
+    if adam:
+        fill(MAIN_README, "adam", report_tuning.adam_summary(adam, where(adam)))
+    if schedules:
+        fill(MAIN_README, "schedules", report_tuning.schedules_table(schedules))
     if study:
         fill(MAIN_README, "study", report_study.beside_the_talk(study, ("ours",)) + "\n\n" + report_study.best_for_all(study))
 

@@ -115,9 +115,9 @@ def schedules_section(results: dict[str, Any], where: str) -> str:
     """Everything about schedules in benchmarks/README.md."""
     found = results["experiments"]
     parts = [
-        f"`python benchmarks/maclaurin2015.py --data-dir DIR`, on {where}. Means over fresh networks; held-out data choose, test data "
-        "chose nothing. The random search draws constant rates and momenta, one penalty for all weights, or real images, is given the "
-        "time that learning took, and measures its best candidates again before it chooses.",
+        f"`python benchmarks/maclaurin2015.py --data-dir DIR`, on {where}. Means over fresh networks; held-out data choose, test "
+        "data chose nothing. The random search draws constant rates and momenta, one penalty for all weights, or real images; it "
+        "is given the time that learning took, and measures its best candidates again before it chooses.",
         schedules_table(results),
     ]
     pictures = {

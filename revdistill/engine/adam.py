@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from revdistill.engine import loops
 from revdistill.engine.layout import Layout
 from revdistill.engine.moves import GRADIENT, THETA, Add, Bars, Decay, Factor, Lookup, Peak, Update
 from revdistill.engine.optimizers import Optimizer
@@ -176,9 +177,13 @@ class _Direction:
         return ("m", self.second)
 
     def value(self, values: dict[str, Tensor], at: Lookup) -> Tensor:
-        root = _root(values[self.second])
-        denominator = root / _sqrt(at(self.c2)) + at(self.eps)
-        return values["m"] / (denominator * at(self.c1))
+        m, s, c1, root_c2, eps = values["m"], values[self.second], at(self.c1), _sqrt(at(self.c2)), at(self.eps)
+        alone = m.dtype == torch.float64 and m.device.type == "cpu" and not (m.requires_grad or s.requires_grad)
+        if alone and isinstance(c1, float) and isinstance(root_c2, float) and isinstance(eps, float):
+            out = torch.empty_like(m)
+            loops.direction(m.numpy(), s.numpy(), out.numpy(), c1, root_c2, eps)
+            return out
+        return m / ((_root(s) / root_c2 + eps) * c1)
 
     def adjoint(self, k: int, values: dict[str, Tensor], bars: Bars) -> None:
         """With D = sqrt(s / c2) + eps: m_bar += u_bar / (c1 D), D_bar = -u_bar u / D; from D_bar to s, c2 and eps."""

@@ -93,18 +93,36 @@ def multiply_wide(high: Any, low: Any, head: Any, n: int) -> None:
 
 @_compiled
 def divide_wide(high: Any, low: Any, head: Any, n: int) -> None:
-    """The inverse of `multiply_wide`: long division, by 30 bits at a time after the first word."""
+    """The inverse of `multiply_wide`: long division, by 30 bits at a time after the first word.
+
+    Each quotient comes from floating point, off by one at most, and is put right by the remainder: integer division is slow. The
+    first one may be off by more where n is small; what it leaves is then below 2^31, and divides exactly.
+    """
+    inverse = 1.0 / np.float64(n)
+    divisor = np.float64(n)
     for i in range(high.size):
-        first = high[i] // n
-        rest = ((high[i] - first * n) << 30) | (low[i] >> 30)
-        second = rest // n
-        rest = ((rest - second * n) << 30) | (low[i] & 0x3FFFFFFF)
-        third = rest // n
-        rest = ((rest - third * n) << 30) | (head[i] & 0x3FFFFFFF)
-        fourth = rest // n
+        near = np.int64(np.float64(high[i]) / divisor)
+        rest = high[i] - near * n
+        by = np.int64(np.floor(np.float64(rest) / divisor))
+        first = near + by
+        rest = ((rest - by * n) << 30) | (low[i] >> 30)
+        second = np.int64(np.float64(rest) * inverse)
+        rest -= second * n
+        by = np.int64(rest >= n) - np.int64(rest < 0)
+        second += by
+        rest = ((rest - by * n) << 30) | (low[i] & 0x3FFFFFFF)
+        third = np.int64(np.float64(rest) * inverse)
+        rest -= third * n
+        by = np.int64(rest >= n) - np.int64(rest < 0)
+        third += by
+        rest = ((rest - by * n) << 30) | (head[i] & 0x3FFFFFFF)
+        fourth = np.int64(np.float64(rest) * inverse)
+        rest -= fourth * n
+        by = np.int64(rest >= n) - np.int64(rest < 0)
+        fourth += by
         high[i] = (first << 30) + second
         low[i] = (third << 30) | fourth
-        head[i] = (head[i] >> 30) * n + (rest - fourth * n)
+        head[i] = (head[i] >> 30) * n + (rest - by * n)
 
 
 @_compiled
@@ -147,7 +165,8 @@ def add_rounded_wide_each(high: Any, low: Any, source: Any, factors: Any, sign: 
 def wide_to_float(high: Any, low: Any, out: Any) -> None:
     """`wide.Wide.to_float`."""
     for i in range(high.size):
-        out[i] = np.float64(high[i]) * 2.0**-34 + np.float64(low[i]) * 2.0**-94
+        carry = low[i] >> 59  # the nearest multiple of 2^60: a small negative number is not a difference of large ones
+        out[i] = np.float64(high[i] + carry) * 2.0**-34 + np.float64(low[i] - (carry << 60)) * 2.0**-94
 
 
 @_compiled
@@ -155,6 +174,13 @@ def to_float(q: Any, out: Any, resolution: float) -> None:
     """`fixedpoint.FixedPoint.to_float`: int64 q; out of float32 or float64."""
     for i in range(q.size):
         out[i] = np.float64(q[i]) * resolution
+
+
+@_compiled
+def direction(m: Any, s: Any, out: Any, c1: float, root_c2: float, eps: float) -> None:
+    """`adam._Direction.value`: float64 throughout."""
+    for i in range(m.size):
+        out[i] = m[i] / ((np.sqrt(s[i]) / root_c2 + eps) * c1)
 
 
 @_compiled

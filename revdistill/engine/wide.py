@@ -37,8 +37,14 @@ class Wide:
         if q.device.type == "cpu":
             loops.wide_to_float(q[0].numpy(), q[1].numpy(), out.numpy())
             return out
-        high = q[0].to(torch.float64).mul_(2.0 ** (LOW_BITS - FRACTIONAL_BITS))
-        return out.copy_(high.add_(q[1].to(torch.float64).mul_(2.0**-FRACTIONAL_BITS)))
+        return out.copy_(to_float_by_passes(q))
+
+
+def to_float_by_passes(q: Tensor) -> Tensor:
+    """`Wide.to_float` as tensor operations, for any device; float64."""
+    carry = q[1] >> (LOW_BITS - 1)  # the nearest multiple of 2^60: a small negative number is not a difference of large ones
+    high = (q[0] + carry).to(torch.float64).mul_(2.0 ** (LOW_BITS - FRACTIONAL_BITS))
+    return high.add_((q[1] - (carry << LOW_BITS)).to(torch.float64).mul_(2.0**-FRACTIONAL_BITS))
 
 
 def add_rounded_wide_(target: Tensor, source: Tensor, factor: float | Tensor, *, sign: int) -> None:

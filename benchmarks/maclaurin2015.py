@@ -239,14 +239,14 @@ def draw_schedule(values: dict[str, Tensor], start: dict[str, Tensor], curve: li
     """The picture of what was learned."""
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), width_ratios=(3, 3, 1.6, 2), layout="constrained")
     for i in range(4):
-        axes[0].plot(values["lr"][:, i].exp(), label=f"layer {i + 1}", linewidth=1.2)
-    axes[0].plot(start["lr"][:, 0].exp(), "k--", linewidth=0.8, label="start")
+        axes[0].plot(values["lr"][:, i].exp().numpy(), label=f"layer {i + 1}", linewidth=1.2)
+    axes[0].plot(start["lr"][:, 0].exp().numpy(), "k--", linewidth=0.8, label="start")
     axes[0].set(yscale="log", title="learned rates", xlabel="step")
     axes[0].legend(fontsize=8)
-    axes[1].plot(values["momentum"].sigmoid(), linewidth=1.2)
-    axes[1].plot(start["momentum"].sigmoid(), "k--", linewidth=0.8)
+    axes[1].plot(values["momentum"].sigmoid().numpy(), linewidth=1.2)
+    axes[1].plot(start["momentum"].sigmoid().numpy(), "k--", linewidth=0.8)
     axes[1].set(title="learned momenta", xlabel="step")
-    axes[2].bar([1, 2, 3, 4], values["scale"].exp())
+    axes[2].bar([1, 2, 3, 4], values["scale"].exp().numpy())
     axes[2].axhline(1, color="k", linestyle="--", linewidth=0.8)
     axes[2].set(title="initial scales", xlabel="layer")
     axes[3].plot(curve)
@@ -287,7 +287,7 @@ def penalties(mnist: Mnist, quick: bool) -> dict[str, Any]:
     figure, axes = plt.subplots(1, 10, figsize=(15, 2), layout="constrained")
     shown = raw.detach().reshape(10, 28, 28) / math.log(10)
     for c, ax in enumerate(axes):
-        image = ax.imshow(shown[c], cmap="magma", vmin=float(shown.min()), vmax=float(shown.max()))
+        image = ax.imshow(shown[c].numpy(), cmap="magma", vmin=float(shown.min()), vmax=float(shown.max()))
         ax.set(title=str(c), xticks=[], yticks=[])
     figure.colorbar(image, ax=list(axes), label="log10 penalty")
     keep(figure, "maclaurin_penalties")
@@ -340,7 +340,7 @@ def images(mnist: Mnist, quick: bool) -> dict[str, Any]:
     figure, axes = plt.subplots(2, 10, figsize=(15, 3.2), layout="constrained")
     for row, pictures in zip(axes, (start, x.detach()[0]), strict=True):
         for c, ax in enumerate(row):
-            ax.imshow(pictures[c, 0], cmap="gray", vmin=-1, vmax=3)
+            ax.imshow(pictures[c, 0].numpy(), cmap="gray", vmin=-1, vmax=3)
             ax.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("start")
     axes[1, 0].set_ylabel("learned")
@@ -398,7 +398,7 @@ def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
         axes[0].plot(found["steps"], found["norms"], label=label, linewidth=1)
     axes[0].set(yscale="log", xlabel="step k", title="norm of dL/dtheta_k on the way back")
     axes[0].legend(fontsize=8)
-    axes[1].plot(raw.detach().exp(), linewidth=0.8)
+    axes[1].plot(raw.detach().exp().numpy(), linewidth=0.8)
     axes[1].axhline(0.05, color="k", linestyle="--", linewidth=0.8)
     axes[1].set(yscale="log", xlabel="step k", title=f"rates learned over {steps} steps")
     keep(figure, "maclaurin_long")

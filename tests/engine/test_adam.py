@@ -141,6 +141,21 @@ def test_adam_is_reversed_by_default_and_without_memory_checkpointed() -> None:
     assert stats.history_bytes == 5 * 56 * stats.parameters  # a snapshot each 4 steps
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("adjoint", [*ADJOINTS, rd.Backprop()], ids=repr)
+def test_few_steps(steps: int, adjoint: Any) -> None:
+    case, _, _ = make("quadratic", "plain")
+    lr = torch.full((steps,), 0.1, dtype=torch.float64, requires_grad=True)
+    settings = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.1}
+    leaves = case.leaves | {"lr": lr}
+    found = gradients_of(
+        rd.unroll(case.loss, case.params, case.batches, rd.AdamW(**settings), steps=steps, adjoint=adjoint), leaves
+    )
+    expected = gradients_of(train(case, settings, steps, lambda k: None, decoupled=True), leaves)
+    for name, e in expected.items():
+        torch.testing.assert_close(found[name], e, rtol=1e-8, atol=1e-10)
+
+
 def test_window_and_save_at() -> None:
     loss, params = rd.from_module(mlp().double(), CE)
     x, y = data(5)

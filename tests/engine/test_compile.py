@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import revdistill as rd
 from revdistill.engine.compiled import CompiledKernels
-from revdistill.engine.scaling import COARSE
+from revdistill.engine.scaling import COARSE, FINE, WIDE
 from revdistill.engine.trajectory import Kernels
 
 needs_compiler = pytest.mark.skipif(
@@ -63,6 +63,25 @@ def test_compiled_integers_have_eagers_bits() -> None:
         kernels.inverse([(COARSE, *mine, n)], [(mine[0], g, 2.0**44 * 0.37)])
         assert torch.equal(mine[0], v)
         assert torch.equal(mine[1], head)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_integers_of_adam_have_eagers_bits() -> None:
+    draw = torch.Generator().manual_seed(0)
+    kernels, eager = CompiledKernels(), Kernels()
+    for n in (FINE.quantise(0.9), 1, FINE.quantise(0.999)):
+        theta = torch.randint(-(2**60), 2**60, (1001,), generator=draw)
+        m = torch.stack([torch.randint(-(2**60), 2**60, (1001,), generator=draw), torch.randint(0, 2**60, (1001,), generator=draw)])
+        heads = [torch.randint(0, min(n << 22, 2**52), (1001,), generator=draw) for _ in range(2)]
+        g = torch.randn(1001, generator=draw)
+        mine, theirs = ([t.clone() for t in (theta, m, *heads)] for _ in range(2))
+        for k, (th, mo, h1, h2) in ((kernels, mine), (eager, theirs)):
+            k.forward([(FINE, th, h1, n), (WIDE, mo, h2, n)], [(mo, g, 2.0**94 * 0.37)])
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        th, mo, h1, h2 = mine
+        kernels.inverse([(FINE, th, h1, n), (WIDE, mo, h2, n)], [(mo, g, 2.0**94 * 0.37)])
+        assert all(torch.equal(a, b) for a, b in zip(mine, (theta, m, *heads), strict=True))
 
 
 def _fake_compile(change: Any) -> Any:

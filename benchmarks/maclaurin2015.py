@@ -42,7 +42,7 @@ from matplotlib import pyplot as plt
 
 OUTER_STEPS, STEPS, BATCH, RESTARTS = 50, 100, 128, 20
 NETWORKS = 4  # in each outer step that learns a schedule
-LONG, LONG_OUTER_STEPS, LONG_CLIP = 2_000, 15, 1.0
+LONG, LONG_OUTER_STEPS, LONG_START, LONG_CLIP = 2_000, 12, 0.01, 10.0  # a rate at which nothing explodes yet
 HELD_OUT = 2_000  # held-out samples of each outer loss
 SMALL = 1_000  # training samples of the penalties: few enough that a penalty matters
 FINALISTS = 8  # of a random search: measured again, with other networks, before one is chosen
@@ -364,7 +364,7 @@ def images(mnist: Mnist, quick: bool) -> dict[str, Any]:
 def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
     """A rate per step over T = 2,000; and the norms of dL/dtheta_k at several constant rates."""
     steps = 200 if quick else LONG
-    raw = torch.full((steps,), math.log(0.05), requires_grad=True)
+    raw = torch.full((steps,), math.log(LONG_START), requires_grad=True)
 
     def held_out_loss(k: int, lr: Tensor | float, horizon: int, **options: Any) -> Tensor:
         net = network(k)
@@ -381,7 +381,9 @@ def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
         memory.append({"steps": horizon, "bytes": peak.nbytes})
         print(f"  T = {horizon}: {peak.nbytes / MIB:.1f} MiB", flush=True)
     raw.grad = None
-    norms = [norms_at(rate, clip, held_out_loss, steps) for rate, clip in ((0.05, None), (0.2, None), (0.5, None), (0.5, 10.0))]
+    norms = [
+        norms_at(rate, clip, held_out_loss, steps) for rate, clip in ((0.01, None), (0.05, None), (0.5, None), (0.5, LONG_CLIP))
+    ]
     learned = descend(
         {"raw": raw},
         lambda k: held_out_loss(k, raw.exp(), steps, clip_back=LONG_CLIP),
@@ -389,8 +391,16 @@ def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
         steps=2 if quick else LONG_OUTER_STEPS,
     )
 
-    def train_with(rates: Tensor) -> Train:
-        return lambda seed: plain_training(network(seed), mnist.batch(seed), rates[:, None], torch.full((steps,), 0.9))
+    def train_with(rates: Tensor, momentum: float = 0.9) -> Train:
+        return lambda seed: plain_training(network(seed), mnist.batch(seed), rates[:, None], torch.full((steps,), momentum))
+
+    def draw(generator: torch.Generator) -> tuple[Any, Train]:
+        lr, rest = torch.rand(2, generator=generator).tolist()
+        chosen = {"lr": 10 ** (-3 + 3 * lr), "momentum": 1 - 10 ** (-2 * rest)}
+        return chosen, train_with(torch.full((steps,), chosen["lr"]), chosen["momentum"])
+
+    best, train_best, tried = random_search(mnist, draw, learned["seconds"])
+    print(f"  random search: {tried} tried, {best}", flush=True)
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.4), layout="constrained")
     for found in norms:
@@ -399,7 +409,7 @@ def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
     axes[0].set(yscale="log", xlabel="step k", title="norm of dL/dtheta_k on the way back")
     axes[0].legend(fontsize=8)
     axes[1].plot(raw.detach().exp().numpy(), linewidth=0.8)
-    axes[1].axhline(0.05, color="k", linestyle="--", linewidth=0.8)
+    axes[1].axhline(LONG_START, color="k", linestyle="--", linewidth=0.8)
     axes[1].set(yscale="log", xlabel="step k", title=f"rates learned over {steps} steps")
     keep(figure, "maclaurin_long")
     restarts = 5
@@ -411,8 +421,10 @@ def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
         "curve": learned["curve"],
         "memory": memory,
         "norms": norms,
-        "start": mnist.measured(train_with(torch.full((steps,), 0.05)), restarts),
+        "search": {"tried": tried, "best": best},
+        "start": mnist.measured(train_with(torch.full((steps,), LONG_START)), restarts),
         "learned": mnist.measured(train_with(raw.detach().exp()), restarts),
+        "random_search": mnist.measured(train_best, restarts),
     }
 
 

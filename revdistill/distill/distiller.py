@@ -13,6 +13,7 @@ from revdistill.distill import augment
 from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS, Artifact
 from revdistill.distill.config import Config, check_device
 from revdistill.distill.data import Dataset
+from revdistill.distill.descent import Descent
 from revdistill.distill.population import Population
 from revdistill.distill.synthetic import Synthetic
 from revdistill.engine import SGD, Adam, NonFiniteError, RangeError, unroll
@@ -21,7 +22,6 @@ BETA2 = 0.999
 HALVINGS = 10  # Wang et al. halve every 40 of 400 epochs
 SHORTEST = 0.1  # of T, where the unroll grows
 _RATES = ("raw_lr", "raw_momentum")
-MAX_FAILURES = 10
 IMAGE_NOISE = 0.5  # in units of the standard deviation of the normalised images
 
 
@@ -57,7 +57,9 @@ class Distiller:
         self.outer_step = 0
         self.averages = {name: torch.zeros_like(leaf) for name, leaf in self.synthetic.leaves.items()} if config.average else {}
         self.averaged = 0  # iterates in them
-        self._failures = 0
+        self._descent = Descent(
+            list(self.synthetic.leaves.values()), self.optimizer, config.clip, "a smaller lr, momentum or outer_lr"
+        )
         default_noise = IMAGE_NOISE if data.is_image else 0.0
         self._noise = default_noise if config.noise is None else config.noise
 
@@ -67,23 +69,11 @@ class Distiller:
         x, y = self._real_batch(k)
         for group in self.optimizer.param_groups:
             group["lr"] = group["outer_lr"] * self._outer_decay(k)
-        self.optimizer.zero_grad(set_to_none=True)
-        try:
-            loss = self._outer_loss(k, x, y)
-            loss.backward()  # type: ignore[no-untyped-call]
-        except (RangeError, NonFiniteError) as error:
-            return self._skip(k, error)
-        leaves = list(self.synthetic.leaves.values())
-        norm = float(torch.nn.utils.get_total_norm([leaf.grad for leaf in leaves if leaf.grad is not None]))
-        if not math.isfinite(norm):
-            return self._skip(k, NonFiniteError("the hypergradient's norm is not finite", parameter=None, step=0))
-        if self.config.clip:
-            torch.nn.utils.clip_grad_norm_(leaves, self.config.clip)
-        self.optimizer.step()
-        self._average(k)
-        self._failures = 0
+        outcome = self._descent.step(lambda: self._outer_loss(k, x, y))
+        if outcome.diverged is None:
+            self._average(k)
         self.outer_step = k + 1
-        return OuterStep(k, loss.item(), norm)
+        return OuterStep(k, outcome.loss, outcome.norm, outcome.diverged)
 
     def _outer_lr(self, leaf: str) -> float:
         rates = self.config.outer_lr_rates
@@ -154,16 +144,6 @@ class Distiller:
     def result(self) -> Synthetic:
         """What would be shipped now: the average, once there is one."""
         return self.synthetic.at(self.averages) if self.averaged else self.synthetic
-
-    def _skip(self, k: int, error: RangeError | NonFiniteError) -> OuterStep:
-        self._failures += 1
-        if self._failures >= MAX_FAILURES:
-            raise type(error)(
-                f"{MAX_FAILURES} outer steps in a row diverged; a smaller lr, momentum or outer_lr avoids it. The last: {error}",
-                **error.__dict__,
-            ) from error
-        self.outer_step = k + 1
-        return OuterStep(k, math.nan, math.nan, diverged=str(error))
 
     def _real_batch(self, k: int) -> tuple[Tensor, Tensor]:
         """Batch k of the shuffled epochs of the training set."""

@@ -12,7 +12,7 @@ from revdistill.distill.data import Dataset
 from revdistill.distill.evaluation import SEED_OFFSET
 from revdistill.distill.population import Population
 from revdistill.tune.schedule import Schedule
-from revdistill.tune.tuner import batches, sample_scaled
+from revdistill.tune.tuner import Batches, sample_scaled
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def train(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, rest
     device = data.x.device
     population = Population(arch, restarts, data.input_shape, data.classes, device)
     params = {n: p.requires_grad_() for n, p in sample_scaled(population, SEED_OFFSET + seed, schedule).items()}
-    batch = batches(data, batch_size, SEED_OFFSET + seed)
+    batch = Batches(data, batch_size, SEED_OFFSET + seed)
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": float(w)} for w in schedule.weight_decay]
     for name, p in params.items():
         groups[schedule.group_of(name)]["params"].append(p)

@@ -11,14 +11,13 @@ from torch import Tensor
 from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS
 from revdistill.distill.config import check_device
 from revdistill.distill.data import Dataset
+from revdistill.distill.descent import Descent
 from revdistill.distill.distiller import mix
 from revdistill.distill.population import Params, Population
-from revdistill.engine import SGD, Adam, BackwardNorms, NonFiniteError, RangeError, unroll
+from revdistill.engine import SGD, Adam, BackwardNorms, unroll
 from revdistill.engine.optimizers import Optimizer
 from revdistill.tune.config import TuneConfig
 from revdistill.tune.schedule import ALL, Schedule, layer_of
-
-MAX_FAILURES = 10
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Tuner:
         self._fixed = {name: raw for name, raw in self._start().items() if name not in config.learn}
         self.optimizer = torch.optim.Adam(list(self.leaves.values()), betas=(0.9, 0.99))
         self.outer_step = 0
-        self._failures = 0
+        self._descent = Descent(list(self.leaves.values()), self.optimizer, config.clip, "a smaller lr or outer_lr, or a clip_back")
 
     def _start(self) -> dict[str, Tensor]:
         """The starting schedule: logarithms, and logits of momenta."""
@@ -75,42 +74,20 @@ class Tuner:
         k, norms = self.outer_step, BackwardNorms()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.outer_lr * 0.5 * (1 + math.cos(math.pi * k / self.config.outer_steps))
-        self.optimizer.zero_grad(set_to_none=True)
-        try:
-            loss = self._outer_loss(k, norms)
-            loss.backward()  # type: ignore[no-untyped-call]
-        except (RangeError, NonFiniteError) as error:
-            return self._skip(k, error)
-        leaves = list(self.leaves.values())
-        norm = float(torch.nn.utils.get_total_norm([leaf.grad for leaf in leaves if leaf.grad is not None]))
-        if not math.isfinite(norm):
-            return self._skip(k, NonFiniteError("the hypergradient's norm is not finite", parameter=None, step=0))
-        if self.config.clip:
-            torch.nn.utils.clip_grad_norm_(leaves, self.config.clip)
-        self.optimizer.step()
-        self._failures = 0
+        outcome = self._descent.step(lambda: self._outer_loss(k, norms))
         self.outer_step = k + 1
-        return TuneStep(k, loss.item(), norm, max(norms.norms.values(), default=0.0), norms.explosion())
-
-    def _skip(self, k: int, error: RangeError | NonFiniteError) -> TuneStep:
-        self._failures += 1
-        if self._failures >= MAX_FAILURES:
-            raise type(error)(
-                f"{MAX_FAILURES} trainings in a row diverged; a smaller lr or outer_lr avoids it. The last: {error}",
-                **error.__dict__,
-            ) from error
-        self.outer_step = k + 1
-        return TuneStep(k, math.nan, math.nan, math.nan, None, diverged=str(error))
+        longest = max(norms.norms.values(), default=math.nan)
+        return TuneStep(k, outcome.loss, outcome.norm, longest, norms.explosion(), outcome.diverged)
 
     def _outer_loss(self, k: int, norms: BackwardNorms) -> Tensor:
         config, values = self.config, self.values()
         scales = values["init"]
         start = self.population.sample(mix(config.seed, 2, k))
-        params = {name: scaled(name, p, scales[self._group[name]]) for name, p in start.items()}
+        params = {name: scaled(p, scales[self._group[name]]) for name, p in start.items()}
         theta = unroll(
             self.population.loss,
             params,
-            batches(self.data, config.batch_size, mix(config.seed, 1, k)),
+            Batches(self.data, config.batch_size, mix(config.seed, 1, k)),
             self._inner_optimizer(values),
             steps=config.steps,
             seed=k,
@@ -132,14 +109,7 @@ class Tuner:
 
     def schedule(self) -> Schedule:
         """What was learned, as it stands."""
-        return self._as_schedule(self.values())
-
-    def starting_schedule(self) -> Schedule:
-        """What it started from."""
-        return Tuner(self.config, self.data).schedule()
-
-    def _as_schedule(self, values: dict[str, Tensor]) -> Schedule:
-        found = {name: value.detach().float().cpu().numpy() for name, value in values.items()}
+        found = {name: value.detach().float().cpu().numpy() for name, value in self.values().items()}
         return Schedule(
             lr=found["lr"],
             momentum=found["momentum"],
@@ -150,8 +120,12 @@ class Tuner:
             config=self.config.to_dict(),
         )
 
+    def starting_schedule(self) -> Schedule:
+        """What it started from."""
+        return Tuner(self.config, self.data).schedule()
 
-class batches:  # noqa: N801, a function of the step that keeps its epoch
+
+class Batches:
     """k -> (x, y): minibatches of shuffled epochs of the training data, a function of (seed, k)."""
 
     def __init__(self, data: Dataset, size: int, seed: int) -> None:
@@ -169,7 +143,7 @@ class batches:  # noqa: N801, a function of the step that keeps its epoch
         return self._data.x[chosen], self._data.y[chosen]
 
 
-def scaled(name: str, p: Tensor, scale: Tensor) -> Tensor:
+def scaled(p: Tensor, scale: Tensor) -> Tensor:
     """Stacked initial parameters [E, ...], weights multiplied by the scale."""
     return p * scale if p.ndim >= 3 else p
 
@@ -178,4 +152,4 @@ def sample_scaled(population: Population, seed: int, schedule: Schedule) -> Para
     """Fresh parameters of a population as the schedule wants them."""
     start = population.sample(seed)
     scales = torch.from_numpy(schedule.init_scale)
-    return {name: scaled(name, p, scales[schedule.group_of(name)].to(p.device)) for name, p in start.items()}
+    return {name: scaled(p, scales[schedule.group_of(name)].to(p.device)) for name, p in start.items()}

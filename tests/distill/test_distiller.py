@@ -11,7 +11,8 @@ import revdistill as rd
 from revdistill.distill import models
 from revdistill.distill.config import ADJOINTS, Config
 from revdistill.distill.data import load
-from revdistill.distill.distiller import MAX_FAILURES, Distiller
+from revdistill.distill.descent import MAX_FAILURES
+from revdistill.distill.distiller import Distiller
 from revdistill.distill.evaluation import evaluate
 from revdistill.distill.population import Population, classification_loss
 from revdistill.distill.schedules import SCHEDULES, momentum_for, plan, strategy1, strategy2, strategy3

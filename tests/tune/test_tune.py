@@ -29,7 +29,7 @@ from revdistill.tune.config import LEARNABLE, TuneConfig
 from revdistill.tune.plots import schedule_figure
 from revdistill.tune.run import restore, save, tune
 from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
-from revdistill.tune.tuner import Tuner, batches
+from revdistill.tune.tuner import Batches, Tuner
 
 QUICK = TuneConfig(
     dataset="moons", arch="MoreNonLinearNet", steps=20, outer_steps=4, learn=LEARNABLE, outer_batch=64, batch_size=32
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 def test_divergence_is_skipped_and_in_the_end_an_error() -> None:
     t = tuner(lr=1e3, outer_steps=30, arch="NonLinearNet", weight_decay=10.0)
     assert all(t.step().diverged for _ in range(9))
-    with pytest.raises((rd.RangeError, rd.NonFiniteError), match="10 trainings in a row diverged"):
+    with pytest.raises((rd.RangeError, rd.NonFiniteError), match="10 outer steps in a row diverged"):
         t.step()
 
 
@@ -169,7 +169,7 @@ def test_explosions_are_reported_and_clipped() -> None:
 
 def test_batches_are_epochs_of_the_training_data() -> None:
     data = load("moons")
-    draw, again = batches(data, 100, 3), batches(data, 100, 3)
+    draw, again = Batches(data, 100, 3), Batches(data, 100, 3)
     per_epoch = len(data.x) // 100
     seen = torch.cat([draw(k)[0] for k in range(per_epoch)])
     assert len({tuple(row) for row in seen.tolist()}) == len(
@@ -261,7 +261,7 @@ def test_the_comparison_is_a_plain_loop() -> None:
         for name, p in net.named_parameters():
             p.copy_(drawn[name][0])
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    batch = batches(data, 32, SEED_OFFSET + 5)
+    batch = Batches(data, 32, SEED_OFFSET + 5)
     for k in range(config.steps):
         x, y = batch(k)
         optimizer.zero_grad()

@@ -70,6 +70,8 @@ ROWS = {
         momentum=0.6,
         lr=0.05,
         outer_lr=0.03,
+        inits=2,
+        outer_steps=2500,
     ),
     "mnist_random_100": _row("MNIST, LeNet, random init, 100 images, any schedule", "79.50", ">= 95", tests=("MLP", "ConvNet-3")),
     "mnist_fixed_10": _row(
@@ -113,26 +115,24 @@ ROWS = {
         "about 49",
         "-",
         architectures=("ConvNet-3",),
-        schedule="strategy3",
         steps=1,
         epochs=30,
         **_CIFAR10,
         window=15,
-        outer_steps=150,
+        outer_steps=250,
     ),
     "cifar10_convnet_100": _row(
         "CIFAR-10, ConvNet-3, random init, 100 images",
         "about 62",
         "-",
         architectures=("ConvNet-3",),
-        schedule="strategy3",
         epochs=5,
         **_CIFAR10,
         window=20,
-        outer_steps=120,
+        outer_steps=200,
     ),
 }
-RACE = replace(ROWS["mnist_random_100_wang"].config, outer_steps=450, outer_lr=0.05)
+RACE = replace(ROWS["mnist_random_100_wang"].config, inits=1, outer_steps=450, outer_lr=0.05)
 
 
 def run_row(name: str, row: Row, data: Dataset, quick: bool) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from click.core import ParameterSource
 
 import revdistill
 from revdistill.distill.augment import AUGMENTATIONS
@@ -20,12 +18,12 @@ from revdistill.distill.config import ADJOINTS, INITS, OPTIMIZERS, OUTER_DECAYS,
 from revdistill.distill.data import NAMES, load
 from revdistill.distill.directory import METRICS, DirectoryInUseError, read_metrics
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.image_files import FROM_FILES
 from revdistill.distill.presets import PRESETS, USUAL
 from revdistill.distill.run import InterruptedRunError, Run, holds_run
 
 from . import options
 from .errors import UserError, user_input
+from .resuming import check_agrees, exit_stopped, given
 from .table import evaluation_table
 
 FC = TypeVar("FC", bound=Callable[..., Any])
@@ -106,7 +104,7 @@ def train(
     if preset:
         if resume:
             raise UserError("--preset and --resume: a run that is resumed has its settings already")
-        values |= {name: value for name, value in PRESETS[preset].items() if not _given(ctx, name)}
+        values |= {name: value for name, value in PRESETS[preset].items() if not given(ctx, name)}
     values["architectures"] = values["architectures"] or _architectures(preset, values["dataset"])
     out = out or _default_directory(values["dataset"], resume)
     with user_input():
@@ -126,10 +124,7 @@ def train(
     except DirectoryInUseError as error:
         raise UserError(f"--out: {error}") from error
     except InterruptedRunError as stopped:
-        click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
-        where = f" --data-dir {shlex.quote(str(data_dir))}" if config.dataset in FROM_FILES else ""
-        click.echo(f"  revdistill train --resume --out {shlex.quote(str(out))}{where}", err=True)
-        ctx.exit(128 + stopped.signum)
+        exit_stopped(ctx, stopped, config, out, data_dir)
     click.echo(f"distilled in {time.monotonic() - started:.0f} s; test accuracy of fresh networks trained on it:")
     click.echo(evaluation_table(result.evaluation))
     from revdistill.distill.plots import draw_all
@@ -156,30 +151,16 @@ def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> Config:
     if not path.exists():
         raise ValueError(f"--resume: {out} holds no {CHECKPOINT}")
     saved = read_config(path)
-    for name, value in values.items():
-        before = getattr(saved, name)
-        if _given(ctx, name) and value != before:
-            flag = "--arch" if name == "architectures" else "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{flag} is {_plain(value)}, but the run in {out} has {_plain(before)}; resume without it, or start a new run"
-            )
+    check_agrees(ctx, "run", out, saved, values)
     version = written_by(path)
     if version != revdistill.__version__:
         click.echo(f"note: the checkpoint was written by revdistill {version}, this is {revdistill.__version__}", err=True)
     return saved
 
 
-def _given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
-
-
 def _architectures(preset: str | None, dataset: str) -> tuple[str, ...]:
     """Without --arch: what the preset takes for the dataset."""
     return (USUAL[dataset],) if preset and dataset in USUAL else _DEFAULT.architectures
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _headline(distiller: Distiller) -> str:

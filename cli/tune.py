@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from click.core import ParameterSource
 
 from revdistill.distill.config import OPTIMIZERS
 from revdistill.distill.data import NAMES, load
 from revdistill.distill.directory import DirectoryInUseError
-from revdistill.distill.image_files import FROM_FILES
 from revdistill.distill.run import InterruptedRunError
 from revdistill.tune.config import LEARNABLE, TuneConfig
 from revdistill.tune.run import CHECKPOINT, holds_tuning, read_config
@@ -24,6 +21,7 @@ from revdistill.tune.tuner import Tuner
 
 from . import options
 from .errors import UserError, user_input
+from .resuming import check_agrees, exit_stopped
 from .table import table
 
 FC = TypeVar("FC", bound=Callable[..., Any])
@@ -103,10 +101,7 @@ def tune(
     except DirectoryInUseError as error:
         raise UserError(f"--out: {error}") from error
     except InterruptedRunError as stopped:
-        click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
-        where = f" --data-dir {shlex.quote(str(data_dir))}" if config.dataset in FROM_FILES else ""
-        click.echo(f"  revdistill tune --resume --out {shlex.quote(str(out))}{where}", err=True)
-        ctx.exit(128 + stopped.signum)
+        exit_stopped(ctx, stopped, config, out, data_dir)
     click.echo(f"tuned in {time.monotonic() - started:.0f} s; fresh networks on the test data:")
     click.echo(_table(result))
     from revdistill.tune.plots import draw
@@ -118,10 +113,7 @@ def tune(
 def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> TuneConfig:
     """The configuration of the tuning in `out`; options given now must agree with it."""
     saved = read_config(out / CHECKPOINT)
-    for name, value in values.items():
-        before = getattr(saved, name)
-        if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP) and value != before:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, but the tuning in {out} has {before}; resume without it")
+    check_agrees(ctx, "tuning", out, saved, values)
     return saved
 
 

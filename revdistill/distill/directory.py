@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from revdistill.distill.files import replacing
 from revdistill.engine import ArtifactError
 
 MAX_METRICS = 64 * 2**20  # bytes; a run of 10^5 outer steps that all diverge writes half of it
@@ -100,6 +101,16 @@ class Log:
         with self._path.open("a") as file:
             file.write("\n" * torn + json.dumps(entry) + "\n")
         self._torn = False
+
+
+def resumed_log(path: Path, outer_step: int) -> Log:
+    """The log, without the lines of steps that a checkpoint of this outer step does not have behind it."""
+    kept = [line for line in read_metrics(path) if line["step"] < outer_step]
+    with replacing(path) as temporary:
+        log = Log(temporary)
+        for line in kept:
+            log.append(line)
+    return Log(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

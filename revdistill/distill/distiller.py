@@ -14,6 +14,7 @@ from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS, Artifact
 from revdistill.distill.config import Config, check_device
 from revdistill.distill.data import Dataset
 from revdistill.distill.descent import Descent
+from revdistill.distill.draws import Batches, generator, mix
 from revdistill.distill.population import Population
 from revdistill.distill.synthetic import Synthetic
 from revdistill.engine import SGD, Adam, NonFiniteError, RangeError, unroll
@@ -48,6 +49,7 @@ class Distiller:
         if config.augment and not data.is_image:
             raise ValueError(f"augment is {config.augment!r}, but {data.name} has no images; accepted is none")
         self.synthetic = Synthetic(config, self.data)
+        self._batches = Batches(self.data, config.batch_size, config.seed, 1)
         size = 1 if config.init == "fixed" else config.inits
         self.populations = [Population(name, size, data.input_shape, data.classes, self.device) for name in config.architectures]
         self.optimizer = torch.optim.Adam(
@@ -110,13 +112,13 @@ class Distiller:
             steps = max(1, min(steps, round(steps * share)))
         if config.window is not None:
             least = min(config.window, steps)
-            steps = int(torch.randint(least, steps + 1, (), generator=_generator(config.seed, 5, k)))
+            steps = int(torch.randint(least, steps + 1, (), generator=generator(config.seed, 5, k)))
         return steps
 
     def _augmentation(self, k: int) -> Callable[[Tensor], Tensor]:
         if not self.config.augment:
             return lambda images: images
-        return augment.draw(self.config.augment, _generator(self.config.seed, 6, k))
+        return augment.draw(self.config.augment, generator(self.config.seed, 6, k))
 
     def _train(
         self,
@@ -146,17 +148,11 @@ class Distiller:
         return self.synthetic.at(self.averages) if self.averaged else self.synthetic
 
     def _real_batch(self, k: int) -> tuple[Tensor, Tensor]:
-        """Batch k of the shuffled epochs of the training set."""
-        count = len(self.data.x)
-        size = min(self.config.batch_size, count)
-        per_epoch = count // size
-        epoch, position = divmod(k, per_epoch)
-        order = torch.randperm(count, generator=_generator(self.config.seed, 1, epoch))
-        chosen = order[position * size : (position + 1) * size].to(self.device)
-        x = self.data.x[chosen]
+        """Batch k of the shuffled epochs of the training set, with noise."""
+        x, y = self._batches(k)
         if self._noise:
-            x = x + self._noise * torch.randn(x.shape, generator=_generator(self.config.seed, 4, k)).to(self.device)
-        return x, self.data.y[chosen]
+            x = x + self._noise * torch.randn(x.shape, generator=generator(self.config.seed, 4, k)).to(self.device)
+        return x, y
 
     def _network_seed(self, k: int, architecture: int) -> int:
         if self.config.init == "fixed":
@@ -207,15 +203,3 @@ class Distiller:
 def fixed_network_seed(seed: int, architecture: int) -> int:
     """The seed of the one network of init="fixed", for the architecture of this position."""
     return mix(seed, 3, architecture)
-
-
-def mix(*numbers: int) -> int:
-    """One seed from several small numbers."""
-    seed = 0
-    for n in numbers:
-        seed = (seed * 0x9E3779B1 + n + 1) % 2**62
-    return seed
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(mix(*numbers))

@@ -80,10 +80,15 @@ def train_plainly(
         for k, (lr, momentum) in enumerate(zip(rates, momenta, strict=True)):
             for group in optimizer.param_groups:
                 group["lr"] = lr
-                group |= {"betas": (momentum, ADAM_BETA2)} if adam else {"momentum": momentum}
+                set_momentum(group, momentum)
             optimizer.zero_grad(set_to_none=True)
             population.loss(params, (x[k % len(x)], y[k % len(x)])).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+
+
+def set_momentum(group: dict[str, Any], momentum: float) -> None:
+    """Of a parameter group of torch.optim's: SGD's momentum, or Adam's beta1."""
+    group |= {"betas": (momentum, ADAM_BETA2)} if "betas" in group else {"momentum": momentum}
 
 
 def check_compatible(artifact: Artifact, data: Dataset) -> None:

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from revdistill.distill import artifact as artifacts
 from revdistill.distill import checkpoint as checkpoints
-from revdistill.distill.directory import METRICS, Claim, DirectoryInUseError, Log, read_metrics
+from revdistill.distill.directory import METRICS, Claim, DirectoryInUseError, read_metrics, resumed_log
 from revdistill.distill.distiller import Distiller, OuterStep
 from revdistill.distill.evaluation import evaluate
-from revdistill.distill.files import remove_leftovers, replacing
+from revdistill.distill.files import remove_leftovers
 
 RESTARTS = 10
 # Ctrl-C; what a batch system sends before it kills; a terminal that was closed
@@ -84,7 +84,7 @@ class Run:
         log_every = max(1, total // 100)
         validate_every = max(1, total // 10)
         saved = started = time.monotonic()
-        metrics = self._metrics()
+        metrics = resumed_log(self.directory / METRICS, distiller.outer_step)
         before = _seconds_of(read_metrics(self.directory / METRICS), distiller.outer_step)
         disable = None if progress is None else not progress
         checkpoints.save(self._checkpoint, distiller)
@@ -141,16 +141,6 @@ class Run:
             for name in self.config.architectures
         }
         return replace(result, evaluation=found)
-
-    def _metrics(self) -> Log:
-        """metrics.jsonl, without the lines of steps that the checkpoint does not have behind it."""
-        path = self.directory / METRICS
-        kept = [line for line in read_metrics(path) if line["step"] < self.distiller.outer_step]
-        with replacing(path) as temporary:
-            log = Log(temporary)
-            for line in kept:
-                log.append(line)
-        return Log(path)
 
 
 def holds_run(directory: Path) -> bool:

@@ -101,7 +101,6 @@ class Adam(Optimizer):
             peaks=(Peak("peak", "s"),) if self.amsgrad else (),
             shrink=tuple(shrink),
             wide=frozenset({"m", "s", "peak"}),
-            no_way_back="amsgrad=True: its maximum forgets what it replaces" if self.amsgrad else None,
         )
 
 

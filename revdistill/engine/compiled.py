@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.ambient import Ambient
-from revdistill.engine.fixedpoint import add_rounded_by_passes_
 from revdistill.engine.gradient import Data, Gradient, Linearization, Loss, Products, named_errors
 from revdistill.engine.layout import Layout
 from revdistill.engine.scaling import Scaling
 from revdistill.engine.trajectory import Adds, Kernels, Pushes
-from revdistill.engine.wide import add_rounded_wide_by_passes_
+from revdistill.engine.wide import add_by_passes_
 
 # Normwise relative difference that reordered sums explain; a wrong kernel is off by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
@@ -42,14 +41,12 @@ def _forward(pushes: AnyPushes, adds: Adds) -> None:
     for scaling, slot, head, n in pushes:
         scaling.multiply_by_passes_(slot, head, n)
     for target, source, factor in adds:
-        add = add_rounded_by_passes_ if target.ndim == 1 else add_rounded_wide_by_passes_
-        add(target, source, factor, sign=1)
+        add_by_passes_(target, source, factor, sign=1)
 
 
 def _inverse(pushes: AnyPushes, adds: Adds) -> None:
     for target, source, factor in reversed(adds):
-        add = add_rounded_by_passes_ if target.ndim == 1 else add_rounded_wide_by_passes_
-        add(target, source, factor, sign=-1)
+        add_by_passes_(target, source, factor, sign=-1)
     for scaling, slot, head, n in reversed(pushes):
         scaling.divide_by_passes_(slot, head, n)
 

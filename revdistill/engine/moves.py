@@ -200,7 +200,6 @@ class Update:
     layout: of the flat buffer; tables: by name, every hyperparameter that can have a gradient. decays, kicks: of the slots, kicks
     with sources derived before any of them; peaks: of slots, after the kicks; shrink: theta's own decay, the first of the
     drifts; wide: slots in two words.
-    no_way_back: what in a drift sees more than slots, so that theta cannot come back before its gradient is needed; or None.
     """
 
     layout: Layout
@@ -213,7 +212,6 @@ class Update:
     peaks: tuple[Peak, ...] = ()
     shrink: tuple[Decay, ...] = ()
     wide: frozenset[str] = frozenset()
-    no_way_back: str | None = None
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -227,6 +225,16 @@ class Update:
     def stages(self) -> tuple[Stage, Stage]:
         """(kicks, drifts)"""
         return Stage(self.for_kicks, self.decays, self.kicks, self.peaks), Stage(self.for_drifts, self.shrink, self.drifts)
+
+    @property
+    def no_way_back(self) -> str | None:
+        """Why the step cannot be undone explicitly; None where drifts see slots only, and no slot forgets."""
+        if self.peaks:
+            return "amsgrad=True: its maximum forgets what it replaces"
+        of_slots = {d.name for d in self.for_drifts if set(d.inputs) <= set(self.slots)} | set(self.slots)
+        if not all(drift.source in of_slots for drift in self.drifts):
+            return "nesterov=True: its change of theta needs the gradient at the very theta that is to be found"
+        return None
 
     def keeps_memory(self, steps: int) -> bool:
         """Whether any slot's or head's old value ever matters (momentum above 0 somewhere)."""

@@ -13,8 +13,6 @@ from revdistill.engine.moves import GRADIENT, THETA, Add, Decay, Factor, Update
 from revdistill.engine.scaling import COARSE
 from revdistill.engine.schedules import Schedule, Table, quantised, resolve
 
-_NESTEROV = "nesterov=True: its change of theta needs the gradient at the very theta that is to be found"
-
 
 class Optimizer(ABC):
     """What rd.unroll takes: `SGD`, `Adam` or `AdamW`."""
@@ -75,7 +73,6 @@ class SGD(Optimizer):
             decays=(Decay("v", "momentum", momentum, momentum.segments(layout)),),
             kicks=tuple(kicks),
             drifts=tuple(drifts),
-            no_way_back=_NESTEROV if self.nesterov else None,
         )
 
     def _kick_factor(self, momentum: Table) -> float | Tensor:

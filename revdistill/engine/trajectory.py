@@ -11,14 +11,14 @@ from torch import Tensor
 
 from revdistill.engine.ambient import Ambient
 from revdistill.engine.bitstore import BitStore
-from revdistill.engine.fixedpoint import FixedPoint, add_rounded_
+from revdistill.engine.fixedpoint import FixedPoint
 from revdistill.engine.gradient import Data, Gradient, Linearization
 from revdistill.engine.guard import GPU_INTERVAL, Guard, SuspicionError
 from revdistill.engine.history import History
 from revdistill.engine.moves import GRADIENT, THETA, Add, Decay, Derived, Stage, Update
 from revdistill.engine.scaling import Scaling
 from revdistill.engine.snapshot import Snapshot
-from revdistill.engine.wide import Wide, add_rounded_wide_
+from revdistill.engine.wide import Wide, add_
 
 # (arithmetic, slot, head, n) for each decay; (target, source, factor) for each kick or drift, a target [2, numel] being a wide one.
 Pushes = Sequence[tuple[Scaling, Tensor, Tensor, int]]
@@ -41,13 +41,11 @@ class Kernels:
         for scaling, slot, head, n in pushes:
             scaling.multiply_(slot, head, n)
         for target, source, factor in adds:
-            add = add_rounded_ if target.ndim == 1 else add_rounded_wide_
-            add(target, source, factor, sign=1)
+            add_(target, source, factor, sign=1)
 
     def inverse(self, pushes: Pushes, adds: Adds) -> None:
         for target, source, factor in reversed(adds):
-            add = add_rounded_ if target.ndim == 1 else add_rounded_wide_
-            add(target, source, factor, sign=-1)
+            add_(target, source, factor, sign=-1)
         for scaling, slot, head, n in reversed(pushes):
             scaling.divide_(slot, head, n)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine import loops
+from revdistill.engine.fixedpoint import add_rounded_, add_rounded_by_passes_
 
 FRACTIONAL_BITS = 94
 LOW_BITS = 60
@@ -45,6 +46,16 @@ def to_float_by_passes(q: Tensor) -> Tensor:
     carry = q[1] >> (LOW_BITS - 1)  # the nearest multiple of 2^60: a small negative number is not a difference of large ones
     high = (q[0] + carry).to(torch.float64).mul_(2.0 ** (LOW_BITS - FRACTIONAL_BITS))
     return high.add_((q[1] - (carry << LOW_BITS)).to(torch.float64).mul_(2.0**-FRACTIONAL_BITS))
+
+
+def add_(target: Tensor, source: Tensor, factor: float | Tensor, *, sign: int) -> None:
+    """`add_rounded_` where the target has one word [numel], `add_rounded_wide_` where it has two [2, numel]."""
+    (add_rounded_ if target.ndim == 1 else add_rounded_wide_)(target, source, factor, sign=sign)
+
+
+def add_by_passes_(target: Tensor, source: Tensor, factor: float | Tensor, *, sign: int) -> None:
+    """`add_` as tensor operations, for any device."""
+    (add_rounded_by_passes_ if target.ndim == 1 else add_rounded_wide_by_passes_)(target, source, factor, sign=sign)
 
 
 def add_rounded_wide_(target: Tensor, source: Tensor, factor: float | Tensor, *, sign: int) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS
+from revdistill.distill.artifact import ADAM_EPS
 from revdistill.distill.data import Dataset
-from revdistill.distill.evaluation import SEED_OFFSET
+from revdistill.distill.draws import Batches
+from revdistill.distill.evaluation import SEED_OFFSET, set_momentum
 from revdistill.distill.population import Population
 from revdistill.tune.schedule import Schedule
-from revdistill.tune.tuner import Batches, sample_scaled
+from revdistill.tune.tuner import sample_scaled
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def train(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, rest
         for k, (rates, momenta) in enumerate(zip(schedule.lr.tolist(), schedule.momentum.tolist(), strict=True)):
             for group, lr, momentum in zip(optimizer.param_groups, rates, momenta, strict=True):
                 group["lr"] = lr
-                group |= {"betas": (momentum, ADAM_BETA2)} if adam else {"momentum": momentum}
+                set_momentum(group, momentum)
             optimizer.zero_grad(set_to_none=True)
             population.loss(params, batch(k)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

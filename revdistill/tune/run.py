@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 import revdistill
 from revdistill.distill.checkpoint import read_tensors, restore_adam, write_adam
-from revdistill.distill.directory import METRICS, Claim, Log, read_metrics
-from revdistill.distill.files import remove_leftovers, replacing
+from revdistill.distill.directory import METRICS, Claim, resumed_log
+from revdistill.distill.files import remove_leftovers
 from revdistill.distill.hdf5 import reading, writing
 from revdistill.distill.run import InterruptedRunError, interruptible
 from revdistill.tune import schedule as schedules
@@ -50,7 +50,7 @@ def tune(
     with Claim(directory) as claim, interruptible() as interrupted:
         for name in (CHECKPOINT, schedules.FILE_NAME, schedules.JSON_NAME, METRICS):
             remove_leftovers(directory / name)
-        log, total, saved = _log(directory / METRICS, tuner.outer_step), tuner.config.outer_steps, time.monotonic()
+        log, total, saved = resumed_log(directory / METRICS, tuner.outer_step), tuner.config.outer_steps, time.monotonic()
         save(checkpoint, tuner)
         disable = None if progress is None else not progress
         with tqdm(total=total, initial=tuner.outer_step, disable=disable, unit="step", desc="tune") as bar:
@@ -118,16 +118,6 @@ def restore(path: Path, tuner: Tuner) -> None:
         tensors = read_tensors(file, tuner.leaves)
     restore_adam(tuner.leaves, tuner.optimizer, tensors, adam_step)
     tuner.outer_step = outer_step
-
-
-def _log(path: Path, outer_step: int) -> Log:
-    """metrics.jsonl, without the lines of steps that the checkpoint does not have behind it."""
-    kept = [line for line in read_metrics(path) if line["step"] < outer_step]
-    with replacing(path) as temporary:
-        log = Log(temporary)
-        for line in kept:
-            log.append(line)
-    return Log(path)
 
 
 def _entry(report: TuneStep) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import revdistill
-from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS
+from revdistill.distill.artifact import ADAM_EPS
+from revdistill.distill.evaluation import set_momentum
 from revdistill.distill.files import replacing
 from revdistill.distill.hdf5 import Reader, reading, writing
 
@@ -105,7 +106,7 @@ class ScheduleLR(torch.optim.lr_scheduler.LambdaLR):
         """The rates of the coming step; its momenta are set on the way."""
         k = min(self.last_epoch, self._schedule.steps - 1)
         for group, momentum in zip(self.optimizer.param_groups, self._schedule.momentum[k], strict=True):
-            group |= {"betas": (float(momentum), ADAM_BETA2)} if "betas" in group else {"momentum": float(momentum)}
+            set_momentum(group, float(momentum))
         return list(super().get_lr())
 
 

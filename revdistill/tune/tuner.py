@@ -12,7 +12,7 @@ from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS
 from revdistill.distill.config import check_device
 from revdistill.distill.data import Dataset
 from revdistill.distill.descent import Descent
-from revdistill.distill.distiller import mix
+from revdistill.distill.draws import Batches, generator, mix
 from revdistill.distill.population import Params, Population
 from revdistill.engine import SGD, Adam, BackwardNorms, unroll
 from revdistill.engine.optimizers import Optimizer
@@ -96,8 +96,7 @@ class Tuner:
             on_step_back=norms,
         )
         size = min(config.outer_batch, len(self.data.x_validation))
-        generator = torch.Generator().manual_seed(mix(config.seed, 3, k))
-        chosen = torch.randperm(len(self.data.x_validation), generator=generator)[:size].to(self.device)
+        chosen = torch.randperm(len(self.data.x_validation), generator=generator(config.seed, 3, k))[:size].to(self.device)
         return self.population.mean_loss(theta, self.data.x_validation[chosen], self.data.y_validation[chosen])
 
     def _inner_optimizer(self, values: dict[str, Tensor]) -> Optimizer:
@@ -123,24 +122,6 @@ class Tuner:
     def starting_schedule(self) -> Schedule:
         """What it started from."""
         return Tuner(self.config, self.data).schedule()
-
-
-class Batches:
-    """k -> (x, y): minibatches of shuffled epochs of the training data, a function of (seed, k)."""
-
-    def __init__(self, data: Dataset, size: int, seed: int) -> None:
-        self._data, self._seed = data, seed
-        self._size = min(size, len(data.x))
-        self._per_epoch = len(data.x) // self._size
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def __call__(self, k: int) -> tuple[Tensor, Tensor]:
-        epoch, position = divmod(k, self._per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(mix(self._seed, epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self._data.x), generator=generator).to(self._data.x.device)
-        chosen = self._order[position * self._size : (position + 1) * self._size]
-        return self._data.x[chosen], self._data.y[chosen]
 
 
 def scaled(p: Tensor, scale: Tensor) -> Tensor:

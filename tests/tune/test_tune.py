@@ -21,6 +21,7 @@ from torch import nn
 import revdistill as rd
 from revdistill.distill.data import load
 from revdistill.distill.directory import METRICS, read_metrics
+from revdistill.distill.draws import Batches
 from revdistill.distill.models import build
 from revdistill.distill.run import InterruptedRunError
 from revdistill.tune import schedule as schedules
@@ -29,7 +30,7 @@ from revdistill.tune.config import LEARNABLE, TuneConfig
 from revdistill.tune.plots import schedule_figure
 from revdistill.tune.run import restore, save, tune
 from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
-from revdistill.tune.tuner import Batches, Tuner
+from revdistill.tune.tuner import Tuner
 
 QUICK = TuneConfig(
     dataset="moons", arch="MoreNonLinearNet", steps=20, outer_steps=4, learn=LEARNABLE, outer_batch=64, batch_size=32

@@ -1,0 +1,41 @@
+"""What `train` and `tune` share: a run that was stopped, and one that is resumed."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from click.core import ParameterSource
+
+from revdistill.distill.image_files import FROM_FILES
+from revdistill.distill.run import InterruptedRunError
+
+
+def given(ctx: click.Context, name: str) -> bool:
+    """Whether the user gave this option."""
+    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+
+
+def check_agrees(ctx: click.Context, noun: str, out: Path, saved: Any, values: dict[str, Any]) -> None:
+    """ValueError where an option given now is not what the run (or tuning: `noun`) in `out` has."""
+    for name, value in values.items():
+        before = getattr(saved, name)
+        if given(ctx, name) and value != before:
+            flag = "--arch" if name == "architectures" else "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} is {_plain(value)}, but the {noun} in {out} has {_plain(before)}; resume without it, or start a new {noun}"
+            )
+
+
+def exit_stopped(ctx: click.Context, stopped: InterruptedRunError, config: Any, out: Path, data_dir: Path) -> NoReturn:
+    """Say how to go on with the command, and exit as the signal asks for."""
+    click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
+    where = f" --data-dir {shlex.quote(str(data_dir))}" if config.dataset in FROM_FILES else ""
+    click.echo(f"  revdistill {ctx.command.name} --resume --out {shlex.quote(str(out))}{where}", err=True)
+    ctx.exit(128 + stopped.signum)
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)

@@ -19,7 +19,7 @@ import revdistill as rd
 from revdistill.distill.data import Dataset
 from revdistill.distill.population import predictions
 from revdistill.distill.schedules import plan
-from revdistill.distill.synthetic import real_start
+from revdistill.distill.starts import real
 
 Params = dict[str, Tensor]
 
@@ -229,7 +229,7 @@ def _start(job: Job, protocol: Protocol, generator: torch.Generator) -> Tensor:
     inputs, per_batch = job.data.x[0].numel(), protocol.per_class * job.data.classes
     if protocol.start == "noise":
         return torch.randn(protocol.batches, per_batch, inputs, generator=generator)
-    return real_start(job.data, protocol.batches, protocol.per_class, generator).flatten(2)
+    return real(job.data, protocol.batches, protocol.per_class, generator).flatten(2)
 
 
 def _clip(x: Tensor, raw: Tensor, largest: float) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 import revdistill
-from revdistill.distill.run import NotSavedError
+from revdistill.distill.unattended import NotSavedError
 from revdistill.engine import RevdistillError
 
 from .errors import UserError

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from revdistill.distill.image_files import FROM_FILES
-from revdistill.distill.run import InterruptedRunError
+from revdistill.distill.unattended import InterruptedRunError
 
 
 def given(ctx: click.Context, name: str) -> bool:

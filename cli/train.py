@@ -14,12 +14,14 @@ import revdistill
 from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.distill.checkpoint import read_config, written_by
-from revdistill.distill.config import ADJOINTS, INITS, OPTIMIZERS, OUTER_DECAYS, STARTS, Config
+from revdistill.distill.config import ADJOINTS, INITS, OPTIMIZERS, OUTER_DECAYS, Config
 from revdistill.distill.data import NAMES, load
 from revdistill.distill.directory import METRICS, DirectoryInUseError, read_metrics
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.presets import PRESETS, USUAL
-from revdistill.distill.run import InterruptedRunError, Run, holds_run
+from revdistill.distill.run import Run, holds_run
+from revdistill.distill.starts import STARTS
+from revdistill.distill.unattended import InterruptedRunError
 
 from . import options
 from .errors import UserError, user_input
@@ -59,7 +61,11 @@ _RATE = click.FloatRange(min=0, min_open=True)
 @_option("--lr", "Inner step sizes at the start; one is learned per inner step.", type=_RATE)
 @_option("--init", "Distil for new random networks at every outer step, or for one fixed network.", type=click.Choice(INITS))
 @_option("--inits", "Networks per outer step (and architecture), trained side by side.", type=_COUNT)
-@_option("--start", "Synthetic data start as noise or as real samples.", type=click.Choice(STARTS))
+@_option(
+    "--start",
+    "Synthetic data start as noise, real samples, or centroids of the real samples of a class.",
+    type=click.Choice(list(STARTS)),
+)
 @_option("--outer-steps", "Adam steps on data and step sizes.", type=_COUNT)
 @_option("--outer-lr", "Adam's rate.", type=_RATE)
 @_option("--outer-lr-rates", "Adam's rate for step sizes and momenta.  [default: --outer-lr]", type=click.FloatRange(min=0))

@@ -12,10 +12,9 @@ import click
 from revdistill.distill.config import OPTIMIZERS
 from revdistill.distill.data import NAMES, load
 from revdistill.distill.directory import DirectoryInUseError
-from revdistill.distill.run import InterruptedRunError
+from revdistill.distill.unattended import InterruptedRunError
 from revdistill.tune.config import LEARNABLE, TuneConfig
-from revdistill.tune.run import CHECKPOINT, holds_tuning, read_config
-from revdistill.tune.run import tune as run_tuning
+from revdistill.tune.run import CHECKPOINT, Tuning, read_config
 from revdistill.tune.schedule import Schedule
 from revdistill.tune.tuner import Tuner
 
@@ -84,20 +83,19 @@ def tune(
     out = out or Path("runs") / f"tune-{Path(values['dataset']).stem}"
     with user_input():
         config = _resumed(ctx, out, values) if resume else TuneConfig(**values)
-        if not resume and holds_tuning(out):
-            raise ValueError(f"--out: {out} already holds a tuning; give another directory, or --resume")
     with user_input("--dataset"):
         data = load(config.dataset, data_dir)
     with user_input():
         tuner = Tuner(config, data)
+    with user_input("--out"):
+        tuning = Tuning(out, tuner, resume=resume, save_every=save_every)
     click.echo(
         f"{Path(data.name).name}: {config.arch}, {config.steps} steps of {config.optimizer}; learning {', '.join(config.learn)}"
         f"{' per layer' if config.per_layer else ''} in {config.outer_steps} outer steps on {config.device}"
     )
     started = time.monotonic()
     try:
-        with user_input("--out"):
-            result = run_tuning(out, tuner, resume=resume, save_every=save_every)
+        result = tuning.tune()
     except DirectoryInUseError as error:
         raise UserError(f"--out: {error}") from error
     except InterruptedRunError as stopped:

@@ -19,7 +19,8 @@ from revdistill.distill.config import Config
 from revdistill.distill.data import load
 from revdistill.distill.directory import Claim, DirectoryInUseError
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.run import InterruptedRunError, NotSavedError, Run
+from revdistill.distill.run import Run
+from revdistill.distill.unattended import InterruptedRunError, NotSavedError
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

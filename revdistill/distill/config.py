@@ -9,6 +9,7 @@ import torch
 
 from revdistill.distill import models
 from revdistill.distill.augment import AUGMENTATIONS
+from revdistill.distill.starts import STARTS
 from revdistill.engine import Backprop, Checkpoint, Reversible, StoreAll
 from revdistill.engine.adjoints import Adjoint
 
@@ -21,7 +22,6 @@ ADJOINTS: dict[str, type[Adjoint]] = {
 GRAPH_BYTES = 256 * 2**20  # for the unroll of one architecture: memory that any machine has, and a short unroll gains by
 OUTER_DECAYS = ("cosine", "halving", "none")
 INITS = ("random", "fixed")
-STARTS = ("noise", "real")
 OPTIMIZERS = ("sgd", "adam")  # of the inner training
 _TUPLES = ("architectures", "augment")
 
@@ -34,7 +34,7 @@ class Config:
     images of each class in one batch. optimizer: of the inner training; momentum: SGD's, or Adam's beta1; lr: its learned step
     sizes at the start.
     init: "random" draws new networks at every outer step, "fixed" distils for one network; inits: networks per outer step
-    and architecture. start: synthetic data from noise or from real samples. learn_labels, learn_momentum: learn them too.
+    and architecture. start: a name of STARTS, what the synthetic data are at first. learn_labels, learn_momentum: learn them too.
     outer_steps, outer_lr, batch_size: Adam steps, their rate, real samples in each. outer_lr_rates: Adam's rate for step sizes and
     momenta, None for outer_lr. outer_decay: "cosine" takes these rates to 0, "halving" halves them ten times, as Wang et al.,
     "none" keeps them. outer_beta1: Adam's. average: the share of the last outer steps whose iterates are averaged for the result.
@@ -98,7 +98,7 @@ class Config:
         self._need("noise", self.noise is None or 0 <= self.noise < 1e4, "a number of at least 0")
         self._need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
         self._need("init", self.init in INITS, " or ".join(INITS))
-        self._need("start", self.start in STARTS, " or ".join(STARTS))
+        self._need("start", self.start in STARTS, ", ".join(STARTS))
         self._need("adjoint", self.adjoint is None or self.adjoint in ADJOINTS, ", ".join(ADJOINTS))
         self._need("architectures", bool(self.architectures), "at least one name")
         if self.learn_momentum:

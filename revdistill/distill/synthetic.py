@@ -11,6 +11,7 @@ from torch import Tensor
 
 from revdistill.distill.config import Config
 from revdistill.distill.data import Dataset
+from revdistill.distill.starts import STARTS
 
 LABEL_SMOOTHING = 0.1  # of the start of learned labels: a softmax at exactly one-hot could not learn
 
@@ -27,14 +28,9 @@ class Synthetic:
         generator = torch.Generator().manual_seed(config.seed)
         self._config = config
         self.hard_labels = torch.arange(data.classes).repeat_interleave(config.per_class).expand(config.steps, -1).to(device)
-        shape = (*self.hard_labels.shape, *data.input_shape)
-        if config.start == "noise":
-            x = torch.randn(shape, generator=generator).to(device)
-        else:
-            x = real_start(data, config.steps, config.per_class, generator)
         t = config.inner_steps
         self.leaves: dict[str, Tensor] = {
-            "x": x,
+            "x": STARTS[config.start](data, config.steps, config.per_class, generator),
             # softplus(raw_lr) = lr, in the form that does not overflow for a large lr
             "raw_lr": torch.full((t,), config.lr + math.log(-math.expm1(-config.lr)), device=device),
         }
@@ -67,16 +63,3 @@ class Synthetic:
     def labels(self) -> Tensor:
         raw = self.leaves.get("raw_labels")
         return self.hard_labels if raw is None else torch.softmax(raw, -1)
-
-
-def real_start(data: Dataset, batches: int, per_class: int, generator: torch.Generator) -> Tensor:
-    """[batches, classes x per_class, ...]: real samples of each class, without repetition as long as there are enough."""
-    needed = batches * per_class
-    chosen = []
-    for c in range(data.classes):
-        own = (data.y.cpu() == c).nonzero()[:, 0]
-        if not len(own):
-            raise ValueError(f"start is 'real', but the training data has no sample of class {c}; use noise")
-        order = torch.cat([own[torch.randperm(len(own), generator=generator)] for _ in range(-(-needed // len(own)))])
-        chosen.append(order[:needed].reshape(batches, per_class))
-    return data.x[torch.cat(chosen, 1).to(data.x.device)].clone()

@@ -1,22 +1,17 @@
-"""One tuning in one directory: learn, log, save, survive being killed, and compare at the end."""
+"""One tuning in one directory: learn, survive being killed, and compare at the end."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import revdistill
 from revdistill.distill.checkpoint import read_tensors, restore_adam, write_adam
-from revdistill.distill.directory import METRICS, Claim, resumed_log
-from revdistill.distill.files import remove_leftovers
 from revdistill.distill.hdf5 import reading, writing
-from revdistill.distill.run import InterruptedRunError, interruptible
+from revdistill.distill.unattended import run_unattended
 from revdistill.tune import schedule as schedules
 from revdistill.tune.comparison import train
 from revdistill.tune.config import TuneConfig
@@ -33,46 +28,52 @@ def holds_tuning(directory: Path) -> bool:
     return any((directory / name).exists() for name in (CHECKPOINT, schedules.FILE_NAME))
 
 
-def tune(
-    directory: Path, tuner: Tuner, *, resume: bool = False, save_every: float = 60.0, progress: bool | None = None
-) -> Schedule:
-    """All outer steps that are left, then the comparison; returns the schedule that was written to schedule.h5 and .json.
+class Tuning:
+    """One tuning and the directory that it is kept in.
 
-    resume: go on with the tuning in the directory; otherwise it must hold none. progress: a bar on standard error; by default
-    only where that is a terminal. Errors: ValueError where the directory is not as it must be; InterruptedRunError after a signal
-    to stop; DirectoryInUseError; OSError.
+    resume: go on with the tuning in the directory; otherwise it must hold none. save_every: seconds between checkpoints.
+    Errors: ValueError where the directory is not as it must be; nothing is written before that is checked.
     """
-    checkpoint = directory / CHECKPOINT
-    if resume:
-        restore(checkpoint, tuner)
-    elif holds_tuning(directory):
-        raise ValueError(f"{directory} already holds a tuning; give another directory, or resume it")
-    with Claim(directory) as claim, interruptible() as interrupted:
-        for name in (CHECKPOINT, schedules.FILE_NAME, schedules.JSON_NAME, METRICS):
-            remove_leftovers(directory / name)
-        log, total, saved = resumed_log(directory / METRICS, tuner.outer_step), tuner.config.outer_steps, time.monotonic()
-        save(checkpoint, tuner)
-        disable = None if progress is None else not progress
-        with tqdm(total=total, initial=tuner.outer_step, disable=disable, unit="step", desc="tune") as bar:
-            while tuner.outer_step < total:
-                report = tuner.step()
-                log.append(_entry(report))
-                bar.set_postfix_str(f"held-out loss {report.loss:.4f}")
-                if report.explosion is not None:
-                    bar.set_postfix_str(
-                        f"held-out loss {report.loss:.4f}, hypergradient explodes from step {report.explosion} down"
-                    )
-                bar.update()
-                signum = interrupted()
-                if signum is not None or tuner.outer_step == total or time.monotonic() - saved > save_every:
-                    claim.renew()
-                    save(checkpoint, tuner)
-                    saved = time.monotonic()
-                if signum is not None and tuner.outer_step < total:
-                    raise InterruptedRunError(tuner.outer_step, signum)
-        result = compared(tuner)
+
+    def __init__(self, directory: Path, tuner: Tuner, *, resume: bool = False, save_every: float = 60.0) -> None:
+        self.directory, self.tuner, self._save_every = directory, tuner, save_every
+        if resume:
+            restore(directory / CHECKPOINT, tuner)
+        elif holds_tuning(directory):
+            raise ValueError(f"{directory} already holds a tuning; give another directory, or resume it")
+
+    def tune(self, *, progress: bool | None = None) -> Schedule:
+        """All outer steps that are left, then the comparison; returns the schedule that was written to schedule.h5 and .json.
+
+        progress, errors: of `run_unattended`.
+        """
+        return run_unattended(self.directory, _Job(self.tuner), save_every=self._save_every, progress=progress)
+
+
+class _Job:
+    """The tuner as a Job."""
+
+    verb, checkpoint, results = "tune", CHECKPOINT, (schedules.FILE_NAME, schedules.JSON_NAME)
+
+    def __init__(self, tuner: Tuner) -> None:
+        self._tuner, self.total = tuner, tuner.config.outer_steps
+
+    @property
+    def outer_step(self) -> int:
+        return self._tuner.outer_step
+
+    def step(self) -> tuple[dict[str, Any], str]:
+        report = self._tuner.step()
+        exploding = "" if report.explosion is None else f", hypergradient explodes from step {report.explosion} down"
+        return _entry(report), f"held-out loss {report.loss:.4f}{exploding}"
+
+    def save(self, path: Path) -> None:
+        save(path, self._tuner)
+
+    def finish(self, directory: Path) -> Schedule:
+        result = compared(self._tuner)
         schedules.write(directory, result)
-    return result
+        return result
 
 
 def compared(tuner: Tuner) -> Schedule:

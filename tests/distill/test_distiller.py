@@ -16,6 +16,7 @@ from revdistill.distill.distiller import Distiller
 from revdistill.distill.evaluation import evaluate
 from revdistill.distill.population import Population, classification_loss
 from revdistill.distill.schedules import SCHEDULES, momentum_for, plan, strategy1, strategy2, strategy3
+from revdistill.distill.starts import kmeans
 
 SMALL = Config(
     dataset="moons", architectures=("NonLinearNet",), steps=6, epochs=2, per_class=3, outer_steps=12, batch_size=64, lr=0.1
@@ -42,7 +43,9 @@ def test_distilling_helps() -> None:
     assert len(after.accuracies) == 10
 
 
-@pytest.mark.parametrize("changes", [{}, {"learn_labels": True}, {"learn_momentum": True}, {"init": "fixed"}, {"start": "noise"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"learn_labels": True}, {"learn_momentum": True}, {"init": "fixed"}, {"start": "noise"}, {"start": "kmeans"}]
+)
 def test_adjoints_and_repetitions_agree(changes: dict[str, Any]) -> None:
     """One outer step's hypergradients, leaf by leaf; and the same seed gives the same bits."""
 
@@ -58,6 +61,26 @@ def test_adjoints_and_repetitions_agree(changes: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients("reversible"), found["reversible"], strict=True))
     config = replace(SMALL, **changes)
     assert all(torch.equal(a, b) for a, b in zip(values(distil(config, 4)), values(distil(config, 4)), strict=True))
+
+
+def test_centroids_are_a_class_s_means() -> None:
+    """One cluster is the mean; n clusters of two tight groups find both; too few samples come again, equal ones are no error."""
+    data = load("digits")
+    x = kmeans(data, 1, 1, torch.Generator().manual_seed(0))
+    assert x.shape == (1, 10, 1, 8, 8)
+    for c in range(10):
+        assert torch.allclose(x[0, c], data.x[data.y == c].mean(0), atol=1e-5)
+    groups = torch.tensor([[-5.0, 0.0], [-5.1, 0.0], [5.0, 1.0], [5.1, 1.0], [2.0, 2.0], [2.0, 2.0]])
+    small = replace(load("moons"), x=groups, y=torch.tensor([0, 0, 0, 0, 1, 1]))
+    found = kmeans(small, 2, 2, torch.Generator().manual_seed(1))  # four of each class
+    assert found.shape == (2, 4, 2)
+    assert {tuple(p) for p in found[:, :2].reshape(-1, 2).tolist()} == {tuple(p) for p in groups[:4].tolist()}
+    assert torch.equal(found[:, 2:], torch.full((2, 2, 2), 2.0))
+    two = kmeans(small, 2, 1, torch.Generator().manual_seed(1))[:, 0]
+    assert torch.allclose(two[two[:, 0].argsort()], torch.tensor([[-5.05, 0.0], [5.05, 1.0]]))
+    assert torch.equal(found, kmeans(small, 2, 2, torch.Generator().manual_seed(1)))
+    with pytest.raises(ValueError, match="no sample of class 1"):
+        kmeans(replace(small, y=torch.zeros(6, dtype=torch.int64)), 1, 1, torch.Generator())
 
 
 def test_several_architectures_and_kinds_of_data() -> None:

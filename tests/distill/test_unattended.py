@@ -28,7 +28,8 @@ from revdistill.distill.config import Config
 from revdistill.distill.data import load
 from revdistill.distill.directory import LOCK, Claim, DirectoryInUseError, read_metrics
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.run import InterruptedRunError, NotSavedError, Run
+from revdistill.distill.run import Run
+from revdistill.distill.unattended import InterruptedRunError, NotSavedError
 
 SMALL = Config(dataset="moons", architectures=("NonLinearNet",), steps=4, epochs=2, outer_steps=12, batch_size=64)
 FILES = ["checkpoint.h5", "distilled.h5", "metrics.jsonl"]

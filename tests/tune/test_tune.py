@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import signal
@@ -23,12 +24,13 @@ from revdistill.distill.data import load
 from revdistill.distill.directory import METRICS, read_metrics
 from revdistill.distill.draws import Batches
 from revdistill.distill.models import build
-from revdistill.distill.run import InterruptedRunError
+from revdistill.distill.unattended import InterruptedRunError
+from revdistill.tune import run
 from revdistill.tune import schedule as schedules
 from revdistill.tune.comparison import train
 from revdistill.tune.config import LEARNABLE, TuneConfig
 from revdistill.tune.plots import schedule_figure
-from revdistill.tune.run import restore, save, tune
+from revdistill.tune.run import Tuning, restore, save
 from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
 from revdistill.tune.tuner import Tuner
 
@@ -58,7 +60,8 @@ def a_schedule(**changes: Any) -> Schedule:
 
 def test_a_tuned_schedule_is_better_on_data_it_never_saw(tmp_path: Path) -> None:
     """From a rate ten times too small: the loss on the test data falls far below that of the start."""
-    found = tune(tmp_path, tuner(lr=0.002, momentum=0.5, outer_steps=25, outer_lr=0.3, learn=("lr", "momentum")), progress=False)
+    slow = tuner(lr=0.002, momentum=0.5, outer_steps=25, outer_lr=0.3, learn=("lr", "momentum"))
+    found = Tuning(tmp_path, slow).tune(progress=False)
     start, learned = found.comparison["start"], found.comparison["learned"]
     assert learned["loss"] < 0.7 * start["loss"]
     assert learned["accuracy"] > start["accuracy"]
@@ -113,7 +116,7 @@ def test_the_hypergradient_is_finite_differences_one() -> None:
 
 
 def test_a_killed_tuning_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tune(tmp_path / "whole", tuner(), progress=False)
+    whole = Tuning(tmp_path / "whole", tuner()).tune(progress=False)
     t, original = tuner(), Tuner.step
 
     def step_and_stop(self: Tuner) -> Any:
@@ -124,19 +127,38 @@ def test_a_killed_tuning_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Tuner, "step", step_and_stop)
     with pytest.raises(InterruptedRunError, match="outer step 2"):
-        tune(tmp_path / "killed", t, progress=False)
+        Tuning(tmp_path / "killed", t).tune(progress=False)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="already holds a tuning"):
-        tune(tmp_path / "killed", tuner(), progress=False)
+        Tuning(tmp_path / "killed", tuner()).tune(progress=False)
     with pytest.raises(ValueError, match="another configuration"):
-        tune(tmp_path / "killed", tuner(seed=1), resume=True, progress=False)
-    resumed = tune(tmp_path / "killed", tuner(), resume=True, progress=False)
+        Tuning(tmp_path / "killed", tuner(seed=1), resume=True).tune(progress=False)
+    resumed = Tuning(tmp_path / "killed", tuner(), resume=True).tune(progress=False)
     for name in ("lr", "momentum", "weight_decay", "init_scale"):
         assert np.array_equal(getattr(whole, name), getattr(resumed, name))
     assert whole.comparison == resumed.comparison
-    a, b = (read_metrics(tmp_path / run / METRICS) for run in ("whole", "killed"))
-    assert a == b
+    a, b = (read_metrics(tmp_path / name / METRICS) for name in ("whole", "killed"))
+    seconds = [line.pop("seconds") for line in b]
+    assert seconds == sorted(seconds)  # those before the kill count
+    assert [{name: line[name] for name in b[0]} for line in a] == b
     assert [line["step"] for line in a] == [0, 1, 2, 3]
+
+
+def test_a_disk_that_is_full_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a distillation: it goes on, says so, and what it ends with is the same."""
+    whole, original = Tuning(tmp_path / "whole", tuner()).tune(progress=False), run.save
+
+    def full(path: Path, t: Tuner) -> None:
+        if t.outer_step in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, t)
+
+    monkeypatch.setattr(run, "save", full)
+    found = Tuning(tmp_path / "full", tuner(), save_every=0.0).tune(progress=False)
+    assert np.array_equal(found.lr, whole.lr)
+    assert capsys.readouterr().err.count("took nothing ([Errno 28] No space left on device); going on") == 2
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 import wang2018
 
 from revdistill.distill.artifact import Artifact, read
+from revdistill.distill.config import Config
 from revdistill.distill.data import load
 from revdistill.distill.evaluation import Evaluation
 from tests.distill.test_image_files import write_mnist
@@ -110,12 +111,15 @@ def test_distilled_images_are_measured_and_reported(tmp_path: Path, monkeypatch:
         rows[name] = wang2018.run_row(name, row, data, quick=True)
     assert rows["mnist_fixed_10"]["evaluation"]["LeNet"]["restarts"] == 1  # there is but one such network
     assert set(rows["mnist_random_100"]["evaluation"]) == {"LeNet", "MLP"}
-    results = {"rows": rows, "race": wang2018.race(data, quick=True)}
+    results: dict[str, Any] = {"rows": rows, **{name: beside(data, True) for name, beside in wang2018.BESIDES.items()}}
     text = report_images.section(json.loads(json.dumps(results)))
     assert "79.50 +- 8.08" not in text  # of a row that was not run
     for row in rows.values():
         assert row["title"] in text
         assert f"{row['evaluation']['LeNet']['mean']:.1%}" in text
+    compared = results["starts_and_windows"]["found"]
+    assert [(one["start"], one["window"]) for one in compared] == [("real", 40), ("real", None), ("kmeans", 40), ("kmeans", None)]
+    assert all(report_images.in_words(one) in text for one in compared)
     report_images.draw_race(results, tmp_path / "race.png")
     assert (tmp_path / "race.png").exists()
 
@@ -145,6 +149,9 @@ def test_committed_artifacts_are_those_of_the_table(path: Path) -> None:
 
 
 def test_every_row_of_the_table_is_a_configuration_to_be_run() -> None:
+    measured = json.loads((BENCHMARKS / "results/wang2018.json").read_text())["rows"]
+    for name, row in measured.items():
+        assert Config.from_dict(row["config"]) == wang2018.ROWS[name].config, f"{name} was measured with other settings"
     assert {row.config.dataset for row in wang2018.ROWS.values()} == {"mnist", "cifar10"}
     assert [name for name, row in wang2018.ROWS.items() if row.config.init == "fixed"] == ["mnist_fixed_10"]
     for row in wang2018.ROWS.values():

@@ -14,6 +14,7 @@ import report_tuning
 import tasks
 import torch
 import torch.nn.functional as F
+import trainings
 
 import revdistill as rd
 from revdistill.distill.data import load
@@ -33,20 +34,20 @@ def test_every_adam_method_gives_the_hypergradient(name: str) -> None:
 
 def test_the_comparisons_training_is_the_unrolls() -> None:
     """What measures a schedule takes the steps that were differentiated through."""
-    net = maclaurin2015.network(3)
+    net = trainings.network(3)
     x, y = torch.randn(5, 8, 784, generator=torch.Generator().manual_seed(0)), torch.arange(40).reshape(5, 8) % 10
     lr, momentum = torch.linspace(0.01, 0.1, 20).reshape(5, 4), torch.linspace(0.5, 0.9, 5)
     loss, params = rd.from_module(net, F.cross_entropy)
     layer = {name: i // 2 for i, name in enumerate(params)}
     optimizer = rd.SGD({name: lr[:, layer[name]] for name in params}, momentum)
     theta = rd.unroll(loss, params, (x, y), optimizer, steps=5)
-    trained = maclaurin2015.plain_training(copy.deepcopy(net), lambda k: (x[k], y[k]), lr, momentum)
+    trained = trainings.plain_training(copy.deepcopy(net), lambda k: (x[k], y[k]), lr, momentum)
     for name, p in trained.named_parameters():  # type: ignore[attr-defined]
         torch.testing.assert_close(p.detach(), theta[name].detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_random_search_finds_what_is_best(tmp_path: Path) -> None:
-    mnist = maclaurin2015.Mnist(load("mnist", write_mnist(tmp_path)))
+    mnist = trainings.Mnist(load("mnist", write_mnist(tmp_path)))
 
     def draw(generator: torch.Generator) -> Any:
         quality = float(torch.rand((), generator=generator))
@@ -57,7 +58,7 @@ def test_the_random_search_finds_what_is_best(tmp_path: Path) -> None:
         return quality, train
 
     mnist.held_out = lambda seed: (mnist.data.x_validation, mnist.data.y_validation)  # type: ignore[method-assign]
-    best, _, tried = maclaurin2015.random_search(mnist, draw, seconds=0.3)
+    best, _, tried = trainings.random_search(mnist, draw, seconds=0.3)
     drawn = torch.Generator().manual_seed(0)
     assert best == max(float(torch.rand((), generator=drawn)) for _ in range(tried))
     assert tried > 1
@@ -69,7 +70,7 @@ def test_an_experiment_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exp
     monkeypatch.setattr(maclaurin2015, "STEPS", 5)
     monkeypatch.setattr(maclaurin2015, "RESTARTS", 2)
     monkeypatch.setattr(maclaurin2015, "SMALL", 100)
-    mnist = maclaurin2015.Mnist(load("mnist", write_mnist(tmp_path / "files")))
+    mnist = trainings.Mnist(load("mnist", write_mnist(tmp_path / "files")))
     found = json.loads(json.dumps(maclaurin2015.EXPERIMENTS[experiment](mnist, True)))
     assert len(found["curve"]) == 3
     assert found["peak_bytes"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, TextIO
@@ -90,16 +91,17 @@ class Claim:
 
 
 class Log:
-    """A file of JSON lines. A line that could not be written whole does not spoil the next."""
+    """A file of JSON lines. A line that could not be written whole does not spoil the next. JSON has no NaN: it is null."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._torn = path, False
 
     def append(self, entry: dict[str, Any]) -> None:
         """Errors: OSError; the log is as it was, but for a line cut short, which `read_metrics` leaves out."""
+        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()}
         torn, self._torn = self._torn, True
         with self._path.open("a") as file:
-            file.write("\n" * torn + json.dumps(entry) + "\n")
+            file.write("\n" * torn + json.dumps(line) + "\n")
         self._torn = False
 
 

@@ -89,13 +89,9 @@ def holds_run(directory: Path) -> bool:
 
 
 def _entry(report: OuterStep, accuracy: float | None) -> dict[str, Any]:
-    entry: dict[str, Any] = {"step": report.step, "loss": _finite(report.loss), "hypergradient_norm": _finite(report.norm)}
+    entry: dict[str, Any] = {"step": report.step, "loss": report.loss, "hypergradient_norm": report.norm}
     if accuracy is not None:
-        entry["held_out_accuracy"] = _finite(accuracy)
+        entry["held_out_accuracy"] = accuracy
     if report.diverged:
         entry["diverged"] = report.diverged
     return entry
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN

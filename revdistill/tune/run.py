@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,9 +121,8 @@ def restore(path: Path, tuner: Tuner) -> None:
 
 
 def _entry(report: TuneStep) -> dict[str, Any]:
-    entry: dict[str, Any] = {"step": report.step}
-    numbers = {"loss": report.loss, "hypergradient_norm": report.norm, "longest_theta_bar": report.longest}
-    entry |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
+    entry: dict[str, Any] = {"step": report.step, "loss": report.loss, "hypergradient_norm": report.norm}
+    entry["longest_theta_bar"] = report.longest
     if report.explosion is not None:
         entry["explodes_at"] = report.explosion
     if report.diverged:

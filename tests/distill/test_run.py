@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.artifact import read
 from revdistill.distill.config import Config
 from revdistill.distill.data import load
-from revdistill.distill.directory import read_metrics
+from revdistill.distill.directory import METRICS, Log, read_metrics
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.plots import draw_all
 from revdistill.distill.run import Run
@@ -115,3 +116,10 @@ def test_pictures(config: Config, expected: set[str], tmp_path: Path) -> None:
     assert {p.stem for p in written} == expected
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
     assert len(list((tmp_path / "plots").iterdir())) == len(expected)
+
+
+def test_the_log_is_json_where_numbers_are_not(tmp_path: Path) -> None:
+    Log(tmp_path / METRICS).append({"step": 3, "loss": math.nan, "hypergradient_norm": math.inf, "seconds": 1.5, "diverged": "why"})
+    assert "NaN" not in (tmp_path / METRICS).read_text()
+    (line,) = read_metrics(tmp_path / METRICS)
+    assert line == {"step": 3, "loss": None, "hypergradient_norm": None, "seconds": 1.5, "diverged": "why"}

@@ -19,7 +19,8 @@ from revdistill.engine.sweep import Hypergradients, Sweep, wants_slots
 from revdistill.engine.trajectory import Problem, Trajectory
 
 _NONDETERMINISTIC = (
-    "The loss must be deterministic: no random numbers but torch's (the engine seeds those), no counters or other state "
+    "The loss must be deterministic: no random numbers but torch's (the engine seeds those, and torch has one generator for "
+    "all threads: a thread outside an unroll may not draw from it meanwhile), no counters or other state "
     "that changes between calls, the module in the same training mode, batches given as a function must return the same "
     "tensors for the same k. adjoint=rd.Backprop() needs no second evaluation"
 )

@@ -15,6 +15,9 @@ from revdistill.distill import models
 from revdistill.engine import stack_modules
 
 Params = dict[str, Tensor]
+# Samples evaluated at once, over all networks; and images on a CPU, few enough that the activations of a convolution stay in its
+# caches: with 2,048 of CIFAR-10, ConvNet-3 takes three times as long.
+AT_ONCE, CACHED = 2048, 64
 
 
 def classification_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -97,10 +100,11 @@ class Population:
         return losses.mean()
 
     @torch.no_grad()
-    def accuracies(self, params: Params, x: Tensor, y: Tensor, *, batch: int = 2048) -> Tensor:
-        """[E], each network's share of right answers. batch: images evaluated at once, over all networks."""
+    def accuracies(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        """[E], each network's share of right answers."""
         right = torch.zeros(self.size, device=self._device)
-        each = max(1, batch // self.size)
+        cached = self._device.type == "cpu" and x.dim() > 2
+        each = max(1, (CACHED if cached else AT_ONCE) // self.size)
         for xs, ys in zip(torch.split(x, each), torch.split(y, each), strict=True):
             right += (predictions(self.logits(params, xs)) == ys).sum(-1)
         return right / len(x)

@@ -105,14 +105,15 @@ class Log:
         self._torn = False
 
 
-def resumed_log(path: Path, outer_step: int) -> Log:
-    """The log, without the lines of steps that a checkpoint of this outer step does not have behind it."""
+def resumed_log(path: Path, outer_step: int) -> tuple[Log, float]:
+    """The log, without the lines of steps that a checkpoint of this outer step does not have behind it; and the seconds taken."""
     kept = [line for line in read_metrics(path) if line["step"] < outer_step]
+    taken = [line.get("seconds") for line in kept]
     with replacing(path) as temporary:
         log = Log(temporary)
         for line in kept:
             log.append(line)
-    return Log(path)
+    return Log(path), max((float(t) for t in taken if isinstance(t, int | float) and 0 <= t < MAX_STEP), default=0.0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from revdistill.distill.directory import METRICS, Claim, DirectoryInUseError, Log, read_metrics, resumed_log
+from revdistill.distill.directory import METRICS, Claim, DirectoryInUseError, Log, resumed_log
 from revdistill.distill.files import remove_leftovers
 
 # Ctrl-C; what a batch system sends before it kills; a terminal that was closed
@@ -81,7 +81,7 @@ class _Loop:
 
     def run(self, interrupted: Callable[[], int | None], progress: bool | None) -> None:
         job, total = self._job, self._job.total
-        log, before = resumed_log(self._directory / METRICS, job.outer_step), self._seconds_before()
+        log, before = resumed_log(self._directory / METRICS, job.outer_step)
         saved = started = time.monotonic()
         job.save(self._checkpoint)
         disable = None if progress is None else not progress
@@ -101,11 +101,6 @@ class _Loop:
                         self._rescue()
                 if signum is not None and job.outer_step < total:
                     raise InterruptedRunError(job.outer_step, signum)
-
-    def _seconds_before(self) -> float:
-        """What the run had taken when it was where it goes on."""
-        lines = read_metrics(self._directory / METRICS)
-        return max((float(line.get("seconds", 0)) for line in lines if line["step"] < self._job.outer_step), default=0.0)
 
     def _append(self, log: Log, entry: dict[str, Any]) -> None:
         self._written(lambda: log.append(entry))

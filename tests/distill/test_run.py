@@ -14,7 +14,7 @@ from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.artifact import read
 from revdistill.distill.config import Config
 from revdistill.distill.data import load
-from revdistill.distill.directory import METRICS, Log, read_metrics
+from revdistill.distill.directory import METRICS, Log, read_metrics, resumed_log
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.plots import draw_all
 from revdistill.distill.run import Run
@@ -123,3 +123,16 @@ def test_the_log_is_json_where_numbers_are_not(tmp_path: Path) -> None:
     assert "NaN" not in (tmp_path / METRICS).read_text()
     (line,) = read_metrics(tmp_path / METRICS)
     assert line == {"step": 3, "loss": None, "hypergradient_norm": None, "seconds": 1.5, "diverged": "why"}
+
+
+@pytest.mark.parametrize("damaged", ['"ten"', "null", "-3", "1e999", "1" + "0" * 400, "[]"])
+def test_a_resumed_run_counts_the_seconds_that_its_log_has(damaged: str, tmp_path: Path) -> None:
+    """Regression: a log from elsewhere whose seconds were no number ended in a traceback."""
+    path = tmp_path / METRICS
+    lines = ('"step": 0, "seconds": 1.5', f'"step": 1, "seconds": {damaged}', '"step": 2', '"step": 7, "seconds": 9')
+    path.write_text("".join(f"{{{line}}}\n" for line in lines))
+    log, seconds = resumed_log(path, 7)
+    assert seconds == 1.5
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
+    log.append({"step": 7})
+    assert read_metrics(path)[-1] == {"step": 7}

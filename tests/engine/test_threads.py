@@ -102,7 +102,7 @@ def test_threads_that_call_back_may_leave_in_any_order() -> None:
     barrier = threading.Barrier(2, timeout=PATIENCE)
     before = settings()
 
-    # Made before the threads start: a network draws its parameters from torch's one generator, which is then that of a loss as well.
+    # Made before the threads start: a network draws its parameters from torch's one generator, and so from the losses' own.
     problems = [dropout_problem(seed) for seed in range(2)]
 
     def one(seed: int) -> Tensor:

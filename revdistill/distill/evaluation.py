@@ -35,7 +35,7 @@ class Evaluation:
 def evaluate(
     artifact: Artifact, data: Dataset, architecture: str, *, restarts: int = 10, schedule: str = "raw", device: str = "cpu"
 ) -> Evaluation:
-    """Train `restarts` fresh networks side by side on the artifact's batches and measure them on the test data.
+    """Train `restarts` fresh networks on the artifact's batches and measure them on the test data.
 
     A network distilled with init="fixed" is evaluated from that initialisation. Errors: ValueError where the data or the
     architecture do not go with the artifact.
@@ -54,8 +54,11 @@ def evaluate(
     else:
         params = population.sample(_seed(artifact))
     rates, momenta = plan(schedule, artifact.lr.tolist(), artifact.momentum.tolist(), artifact.batches)
-    train_plainly(artifact, population, params, rates, momenta)
-    found = population.accuracies(params, data.x_test, data.y_test).double().cpu()
+    accuracies = []
+    for first, part, own in population.parts(params):
+        train_plainly(artifact, part, own, rates, momenta, first)
+        accuracies.append(part.accuracies(own, data.x_test, data.y_test).double().cpu())
+    found = torch.cat(accuracies)
     std = float(found.std()) if restarts > 1 else 0.0
     return Evaluation(schedule, restarts, float(found.mean()), std, found.tolist())
 
@@ -66,8 +69,12 @@ def train_plainly(
     params: dict[str, torch.Tensor],
     rates: Sequence[float],
     momenta: Sequence[float],
+    first: int = 0,
 ) -> None:
-    """One step of torch.optim's SGD or Adam per rate and momentum, on the artifact's batches in turn; changes params in place."""
+    """One step of torch.optim's SGD or Adam per rate and momentum, on the artifact's batches in turn; changes params in place.
+
+    first: the number of the first of these networks, where they are some of many: each part has random numbers of its own.
+    """
     device = next(iter(params.values())).device
     x, y = torch.from_numpy(artifact.x).to(device), torch.from_numpy(artifact.y).to(device)
     for p in params.values():
@@ -76,7 +83,7 @@ def train_plainly(
     optimizer: torch.optim.Optimizer
     optimizer = torch.optim.Adam(params.values(), eps=ADAM_EPS) if adam else torch.optim.SGD(params.values(), lr=0.0)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(artifact))
+        torch.manual_seed(_seed(artifact) + first)
         for k, (lr, momentum) in enumerate(zip(rates, momenta, strict=True)):
             for group in optimizer.param_groups:
                 group["lr"] = lr

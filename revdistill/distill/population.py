@@ -74,6 +74,20 @@ class Population:
         drawn = {name: _xavier(name, self.size, shape, generator) for name, shape in self._shapes.items()}
         return {name: p.to(self._device) for name, p in drawn.items()}
 
+    def parts(self, params: Params) -> Iterator[tuple[int, Population, Params]]:
+        """(number of its first network, population, parameters) of each part that is best evaluated side by side.
+
+        All of them, but one at a time where they have convolutions on a CPU: a stack's are grouped ones there, which for ConvNet-3
+        take twice as long.
+        """
+        convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in self._net.modules())
+        if self.size == 1 or not (convolves and self._device.type == "cpu"):
+            yield 0, self, params
+            return
+        one = Population(self.name, 1, self._input_shape, self._classes, self._device)
+        for e in range(self.size):
+            yield e, one, {name: p[e : e + 1].detach().clone() for name, p in params.items()}
+
     def _sample_own(self, seed: int) -> Params:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -9,6 +9,7 @@ import torch
 
 import revdistill as rd
 from revdistill.distill import models
+from revdistill.distill import population as populations
 from revdistill.distill.config import ADJOINTS, Config
 from revdistill.distill.data import load
 from revdistill.distill.descent import MAX_FAILURES
@@ -147,6 +148,26 @@ def test_evaluation_is_plain_sgd_one_network_at_a_time(dataset: str, architectur
             optimizer.step()
         accuracy = float((predictions(net(data.x_test)) == data.y_test).float().mean())
         assert found.accuracies[e] == pytest.approx(accuracy, abs=0.005)  # a float32 tie or two
+
+
+def test_batch_statistics_are_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: data sorted by class were evaluated in batches of one class, whose mean BatchNorm then took away."""
+    monkeypatch.setattr(populations, "AT_ONCE", 40)
+    population = Population(f"{__name__}:own_network", 2, (2,), 3, torch.device("cpu"))
+    y = torch.arange(3).repeat_interleave(25)
+    x = y[:, None].float() + 0.1 * torch.randn(75, 2, generator=torch.Generator().manual_seed(0))
+    params = population.sample(0)
+    batches: list[torch.Tensor] = []
+
+    def logits(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        batches.append(x[:, 0].round().long().clamp(0, 2))
+        return one_hot[x[:, 0].round().long().clamp(0, 2)].expand(2, -1, -1)
+
+    one_hot = torch.eye(3)
+    monkeypatch.setattr(population, "logits", logits)
+    assert population.accuracies(params, x, y).tolist() == [1.0, 1.0]
+    assert sorted(torch.cat(batches).tolist()) == y.tolist()
+    assert all(len(batch) <= 20 and set(batch.tolist()) == {0, 1, 2} for batch in batches)
 
 
 def test_fixed_init_is_evaluated_from_its_own_network() -> None:

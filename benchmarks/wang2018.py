@@ -208,9 +208,14 @@ def measured_again(name: str, row: Row, data: Dataset) -> dict[str, Any]:
 
 
 def distilling(config: Config, data: Dataset, every: float, seconds: float = math.inf) -> Iterator[tuple[float, Distiller]]:
-    """Distil on one core until all is done or the seconds are over; a look each `every` seconds and at the end, not counted."""
+    """Distil on one core until all is done or the seconds are over; a look each `every` seconds and at the end, not counted.
+
+    The start counts: centroids take some seconds.
+    """
     torch.set_num_threads(1)
-    distiller, spent, looked = Distiller(config, data), 0.0, 0.0
+    began = time.perf_counter()
+    distiller, looked = Distiller(config, data), 0.0
+    spent = time.perf_counter() - began
     while distiller.outer_step < config.outer_steps and spent < seconds:
         started = time.perf_counter()
         distiller.step()

@@ -210,13 +210,13 @@ def measured_again(name: str, row: Row, data: Dataset) -> dict[str, Any]:
 def distilling(config: Config, data: Dataset, every: float, seconds: float = math.inf) -> Iterator[tuple[float, Distiller]]:
     """Distil on one core until all is done or the seconds are over; a look each `every` seconds and at the end, not counted.
 
-    The start counts: centroids take some seconds.
+    The start counts: centroids take some seconds. One outer step is taken in any case.
     """
     torch.set_num_threads(1)
     began = time.perf_counter()
     distiller, looked = Distiller(config, data), 0.0
     spent = time.perf_counter() - began
-    while distiller.outer_step < config.outer_steps and spent < seconds:
+    while distiller.outer_step < config.outer_steps and (spent < seconds or distiller.outer_step == 0):
         started = time.perf_counter()
         distiller.step()
         spent += time.perf_counter() - started
@@ -241,7 +241,7 @@ def starts_and_windows(data: Dataset, quick: bool) -> dict[str, Any]:
     found = []
     for start, window in itertools.product(("real", "kmeans"), (40, None)):
         config = replace(CHOICE, start=start, window=window)
-        for seconds, distiller in distilling(config, data, math.inf, 0.1 if quick else CHOICE_SECONDS):
+        for seconds, distiller in distilling(config, data, math.inf, 0.0 if quick else CHOICE_SECONDS):
             reached = evaluate(distiller.artifact(), data, "LeNet", restarts=2 if quick else NETWORKS)
             found.append({"start": start, "window": window, "seconds": seconds, "outer_steps": distiller.outer_step})
             found[-1] |= {"mean": reached.mean, "std": reached.std, "restarts": reached.restarts}

@@ -73,6 +73,9 @@ _FROM_REAL: dict[str, Any] = {
 }
 # A core's settings for CIFAR-10: smaller real batches, larger steps, fewer of them; random windows.
 _CIFAR10: dict[str, Any] = _FROM_REAL | {"dataset": "cifar10", "lr": 0.02, "batch_size": 128, "outer_lr": 0.03}
+# A core's settings for networks of many operations: few outer steps, so larger ones, of fewer real images.
+_FEW_STEPS: dict[str, Any] = {"batch_size": 128, "outer_lr": 0.03, "outer_lr_rates": 0.001}
+_CONVNET: dict[str, Any] = _FEW_STEPS | {"dataset": "cifar10", "momentum": 0.6, "lr": 0.01, "outer_lr": 0.05}
 ROWS = {
     "mnist_random_100_wang": _row(
         "MNIST, LeNet, random init, 100 images, 10 steps x 3 epochs",
@@ -149,10 +152,9 @@ ROWS = {
         "about 62",
         "-",
         architectures=("ConvNet-3",),
-        **_CIFAR10,
-        epochs=5,
-        window=20,
-        outer_steps=200,
+        **_CONVNET,
+        epochs=3,
+        outer_steps=240,
     ),
 }
 RACE = replace(ROWS["mnist_random_100_wang"].config, **_FROM_REAL | {"outer_lr": 0.05}, lr=0.05, outer_steps=450)

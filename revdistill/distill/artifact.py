@@ -75,7 +75,7 @@ def write(path: Path, artifact: Artifact) -> None:
             file.attrs[name] = json.dumps(getattr(artifact, name))
 
 
-def read(path: Path) -> Artifact:
+def read(path: str | Path) -> Artifact:
     """Read and check the file. Errors: ArtifactError that names the file and what is wrong with it."""
     with reading(path) as file:
         version = file.check_version(FORMAT_VERSION, WITH_OPTIMIZER)

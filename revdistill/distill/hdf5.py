@@ -117,8 +117,9 @@ def writing(path: Path) -> Iterator[h5py.File]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[Reader]:
+def reading(path: str | Path) -> Iterator[Reader]:
     """Open `path` for reading. What h5py raises on a damaged file becomes ArtifactError."""
+    path = Path(path)
     try:
         size = path.stat().st_size
         with h5py.File(path, "r", locking=False) as file:

@@ -49,6 +49,7 @@ def test_round_trip(tmp_path: Path) -> None:
     for a in (artifact(), artifact(y=np.full((4, 6, 2), 0.5, np.float32)), artifact(optimizer="adam")):
         write(tmp_path / "distilled.h5", a)
         assert equal(read(tmp_path / "distilled.h5"), a)
+        assert equal(read(str(tmp_path / "distilled.h5")), a)  # regression: said to be damaged
     assert [p.name for p in tmp_path.iterdir()] == ["distilled.h5"]
 
 

@@ -151,6 +151,7 @@ ROWS = {
         "CIFAR-10, ConvNet-3, random init, 100 images",
         "about 62",
         "-",
+        schedule="strategy3",
         architectures=("ConvNet-3",),
         **_CONVNET,
         epochs=3,

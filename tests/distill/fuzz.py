@@ -15,7 +15,9 @@ import io
 import json
 import os
 import random
+import re
 import resource
+import struct
 import sys
 import tempfile
 import time
@@ -62,6 +64,7 @@ VALUES = st.recursive(
 )
 SHAPES = st.lists(st.integers(0, 6), max_size=6).map(tuple)
 DTYPES = st.sampled_from(["float32", "float64", "int64", "int8", "bool", "complex64", "S5", "float16"])
+HEAP = re.compile(rb"GCOL.{12}", re.DOTALL)  # signature, version, and size in bytes of a global heap
 KEYS = ("step", "loss", "held_out_accuracy", "seconds", "hypergradient_norm", "diverged")
 
 
@@ -122,6 +125,17 @@ def change(file: h5py.File, draw: st.DataObject) -> None:
         file.create_group("/".join([name] * draw.draw(st.integers(1, 200))))
 
 
+def flip(contents: bytearray, positions: list[int]) -> None:
+    """Flip these bits of an HDF5 file, but none of its texts.
+
+    They are in global heaps, which have no checksum; a damaged one makes HDF5 itself loop, or crash, now and then.
+    """
+    heaps = [range(m.start(), m.start() + struct.unpack_from("<Q", contents, m.start() + 8)[0]) for m in HEAP.finditer(contents)]
+    for position in positions:
+        if not any(position // 8 in heap for heap in heaps):
+            contents[position // 8] ^= 1 << position % 8
+
+
 def make(directory: Path, draw: st.DataObject) -> None:
     """A run's directory, as a stranger might send it."""
     path = directory / "distilled.h5"
@@ -131,8 +145,7 @@ def make(directory: Path, draw: st.DataObject) -> None:
             change(file, draw)
     contents = bytearray(path.read_bytes())
     if draw.draw(st.integers(0, 3)) == 0:
-        for position in draw.draw(st.lists(st.integers(0, len(contents) * 8 - 1), max_size=10)):
-            contents[position // 8] ^= 1 << position % 8
+        flip(contents, draw.draw(st.lists(st.integers(0, len(contents) * 8 - 1), max_size=10)))
     if draw.draw(st.integers(0, 9)) == 0:
         contents = contents[: draw.draw(st.integers(0, len(contents)))]
     path.write_bytes(contents)

@@ -18,6 +18,7 @@ from revdistill.distill.data import load
 from revdistill.distill.evaluation import SEED_OFFSET, evaluate
 from revdistill.distill.models import build
 from revdistill.distill.population import Population
+from tests.distill.fuzz import flip
 
 
 def artifact(**changes: Any) -> Artifact:
@@ -199,8 +200,7 @@ def test_damaged_files(tmp_path: Path, data: st.DataObject) -> None:
     if data.draw(st.booleans(), "truncate"):
         contents = contents[: data.draw(st.integers(0, len(contents)), "length")]
     else:
-        for position in data.draw(st.lists(st.integers(0, len(contents) * 8 - 1), min_size=1, max_size=20), "bits"):
-            contents[position // 8] ^= 1 << position % 8
+        flip(contents, data.draw(st.lists(st.integers(0, len(contents) * 8 - 1), min_size=1, max_size=20), "bits"))
     path = tmp_path / "damaged.h5"
     path.write_bytes(contents)
     try:

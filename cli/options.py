@@ -1,9 +1,10 @@
-"""Option types that several commands share."""
+"""Options, and their types, that several commands share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType  # older releases of click have it without a parameter
+
+FC = TypeVar("FC", bound=Callable[..., Any])
+COUNT = click.IntRange(min=1)
+RATE = click.FloatRange(min=0, min_open=True)
+
+
+class Fields:
+    """Options for the fields of a configuration of the same names, with their defaults."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __call__(self, flag: str, help: str, **kwargs: Any) -> Callable[[FC], FC]:
+        name = flag.strip("-").replace("-", "_")
+        default = getattr(self._config, name)
+        return click.option(flag, name, default=default, show_default=default is not None, help=help, **kwargs)
 
 
 class _Checked(_ParamType):
@@ -67,3 +84,23 @@ dataset = click.option(
     "which file is read is yours to say.",
 )
 device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
+
+
+def kept(noun: str, default: str) -> Callable[[FC], FC]:
+    """--out, --resume and --save-every, of a run (or tuning: `noun`) that is kept in a directory."""
+    options: tuple[Callable[[FC], FC], ...] = (
+        click.option(
+            "--out", type=click.Path(path_type=Path, file_okay=False), help=f"The {noun}'s directory.  [default: {default}]"
+        ),
+        click.option("--resume", is_flag=True, help=f"Go on with the {noun} in --out, to the same result bit for bit."),
+        click.option(
+            "--save-every", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds between checkpoints."
+        ),
+    )
+
+    def decorate(command: FC) -> FC:
+        for option in reversed(options):  # as decorators are: from the last one up
+            command = option(command)
+        return command
+
+    return decorate

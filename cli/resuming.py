@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from revdistill.distill.directory import DirectoryInUseError
 from revdistill.distill.image_files import FROM_FILES
 from revdistill.distill.unattended import InterruptedRunError
+
+from .errors import UserError
 
 
 def given(ctx: click.Context, name: str) -> bool:
@@ -29,12 +34,18 @@ def check_agrees(ctx: click.Context, noun: str, out: Path, saved: Any, values: d
             )
 
 
-def exit_stopped(ctx: click.Context, stopped: InterruptedRunError, config: Any, out: Path, data_dir: Path) -> NoReturn:
-    """Say how to go on with the command, and exit as the signal asks for."""
-    click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
-    where = f" --data-dir {shlex.quote(str(data_dir))}" if config.dataset in FROM_FILES else ""
-    click.echo(f"  revdistill {ctx.command.name} --resume --out {shlex.quote(str(out))}{where}", err=True)
-    ctx.exit(128 + stopped.signum)
+@contextmanager
+def stopping(ctx: click.Context, config: Any, out: Path, data_dir: Path) -> Iterator[None]:
+    """Around the work: one that is told to stop says how to go on with the command, and exits as the signal asks for."""
+    try:
+        yield
+    except DirectoryInUseError as error:
+        raise UserError(f"--out: {error}") from error
+    except InterruptedRunError as stopped:
+        click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
+        where = f" --data-dir {shlex.quote(str(data_dir))}" if config.dataset in FROM_FILES else ""
+        click.echo(f"  revdistill {ctx.command.name} --resume --out {shlex.quote(str(out))}{where}", err=True)
+        ctx.exit(128 + stopped.signum)
 
 
 def _plain(value: Any) -> str:

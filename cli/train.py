@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -16,32 +15,20 @@ from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.distill.checkpoint import read_config, written_by
 from revdistill.distill.config import ADJOINTS, INITS, OPTIMIZERS, OUTER_DECAYS, Config
 from revdistill.distill.data import NAMES, load
-from revdistill.distill.directory import METRICS, DirectoryInUseError, read_metrics
+from revdistill.distill.directory import METRICS, read_metrics
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.presets import PRESETS, USUAL
 from revdistill.distill.run import Run, holds_run
 from revdistill.distill.starts import STARTS
-from revdistill.distill.unattended import InterruptedRunError
 
 from . import options
 from .errors import UserError, user_input
-from .resuming import check_agrees, exit_stopped, given
+from .options import COUNT, RATE
+from .resuming import check_agrees, given, stopping
 from .table import evaluation_table
 
-FC = TypeVar("FC", bound=Callable[..., Any])
 _DEFAULT = Config()
-
-
-def _option(flag: str, help: str, **kwargs: Any) -> Callable[[FC], FC]:
-    """An option for the field of Config of the same name, with its default."""
-    name = flag.strip("-").replace("-", "_")
-    return click.option(
-        flag, name, default=getattr(_DEFAULT, name), show_default=getattr(_DEFAULT, name) is not None, help=help, **kwargs
-    )
-
-
-_COUNT = click.IntRange(min=1)
-_RATE = click.FloatRange(min=0, min_open=True)
+_option = options.Fields(_DEFAULT)
 
 
 @click.command(short_help="Distil a dataset.")
@@ -51,29 +38,31 @@ _RATE = click.FloatRange(min=0, min_open=True)
 @_option("--dataset", f"{', '.join(NAMES)}, or a .npz file with x and y.")
 @options.data_dir
 @options.arch
-@_option("--steps", "Synthetic batches.", type=_COUNT)
-@_option("--epochs", "How often they are gone through: steps x epochs inner steps.", type=_COUNT)
-@_option("--per-class", "Synthetic samples per class in a batch.", type=_COUNT)
+@_option("--steps", "Synthetic batches.", type=COUNT)
+@_option("--epochs", "How often they are gone through: steps x epochs inner steps.", type=COUNT)
+@_option("--per-class", "Synthetic samples per class in a batch.", type=COUNT)
 @_option("--optimizer", "Of the inner training. Adam wants a smaller --lr, such as 0.005.", type=click.Choice(OPTIMIZERS))
 @_option("--momentum", "Of the inner SGD, or Adam's beta1.", type=click.FloatRange(0, 1))
 @_option("--learn-momentum", "Learn a momentum per inner step, from --momentum.", is_flag=True)
 @_option("--learn-labels", "Learn soft labels.", is_flag=True)
-@_option("--lr", "Inner step sizes at the start; one is learned per inner step.", type=_RATE)
+@_option("--lr", "Inner step sizes at the start; one is learned per inner step.", type=RATE)
 @_option("--init", "Distil for new random networks at every outer step, or for one fixed network.", type=click.Choice(INITS))
-@_option("--inits", "Networks per outer step (and architecture), trained side by side.", type=_COUNT)
+@_option("--inits", "Networks per outer step (and architecture), trained side by side.", type=COUNT)
 @_option(
     "--start",
     "Synthetic data start as noise, real samples, or centroids of the real samples of a class.",
     type=click.Choice(list(STARTS)),
 )
-@_option("--outer-steps", "Adam steps on data and step sizes.", type=_COUNT)
-@_option("--outer-lr", "Adam's rate.", type=_RATE)
+@_option("--outer-steps", "Adam steps on data and step sizes.", type=COUNT)
+@_option("--outer-lr", "Adam's rate.", type=RATE)
 @_option("--outer-lr-rates", "Adam's rate for step sizes and momenta.  [default: --outer-lr]", type=click.FloatRange(min=0))
 @_option("--outer-decay", "How Adam's rate falls: to 0, halved ten times, or not.", type=click.Choice(OUTER_DECAYS))
 @_option("--outer-beta1", "Adam's beta1.", type=click.FloatRange(0, 1, max_open=True))
 @_option("--average", "Share of the last outer steps whose iterates are averaged.", type=click.FloatRange(0, 1))
 @_option(
-    "--window", "Make a random number of inner steps, and go back over the last so many.  [default: all, over all]", type=_COUNT
+    "--window",
+    "Make a random number of inner steps, and go back over the last so many.  [default: all, over all]",
+    type=COUNT,
 )
 @_option("--grow", "Share of the outer steps over which the number of inner steps grows.", type=click.FloatRange(0, 1))
 @_option(
@@ -82,7 +71,7 @@ _RATE = click.FloatRange(min=0, min_open=True)
     type=click.Choice(list(AUGMENTATIONS)),
     multiple=True,
 )
-@_option("--batch-size", "Real samples per outer step.", type=_COUNT)
+@_option("--batch-size", "Real samples per outer step.", type=COUNT)
 @_option(
     "--noise",
     "Gaussian noise on real samples, in their standard deviations.  [default: 0.5 on images, else 0]",
@@ -92,13 +81,7 @@ _RATE = click.FloatRange(min=0, min_open=True)
 @click.option("--adjoint", type=click.Choice(list(ADJOINTS)), help="How the way back is done.  [default: the engine chooses]")
 @options.device
 @_option("--seed", "Of every random draw.", type=click.IntRange(0, 2**31 - 1))
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The run's directory.  [default: runs/DATASET, or the next free runs/DATASET-N]",
-)
-@click.option("--resume", is_flag=True, help="Go on with the run in --out, to the same result bit for bit.")
-@click.option("--save-every", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds between checkpoints.")
+@options.kept("run", "runs/DATASET, or the next free runs/DATASET-N")
 @click.pass_context
 def train(
     ctx: click.Context, /, preset: str | None, data_dir: Path, out: Path | None, resume: bool, save_every: float, **values: Any
@@ -125,12 +108,8 @@ def train(
     if resume:
         click.echo(f"resuming after outer step {distiller.outer_step} of {config.outer_steps}")
     started = time.monotonic()
-    try:
+    with stopping(ctx, config, out, data_dir):
         result = run.distil()
-    except DirectoryInUseError as error:
-        raise UserError(f"--out: {error}") from error
-    except InterruptedRunError as stopped:
-        exit_stopped(ctx, stopped, config, out, data_dir)
     click.echo(f"distilled in {time.monotonic() - started:.0f} s; test accuracy of fresh networks trained on it:")
     click.echo(evaluation_table(result.evaluation))
     from revdistill.distill.plots import draw_all

@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from revdistill.distill.config import OPTIMIZERS
 from revdistill.distill.data import NAMES, load
-from revdistill.distill.directory import DirectoryInUseError
-from revdistill.distill.unattended import InterruptedRunError
 from revdistill.tune.config import LEARNABLE, TuneConfig
 from revdistill.tune.run import CHECKPOINT, Tuning, read_config
 from revdistill.tune.schedule import Schedule
 from revdistill.tune.tuner import Tuner
 
 from . import options
-from .errors import UserError, user_input
-from .resuming import check_agrees, exit_stopped
+from .errors import user_input
+from .options import COUNT, RATE
+from .resuming import check_agrees, stopping
 from .table import table
 
-FC = TypeVar("FC", bound=Callable[..., Any])
 _DEFAULT = TuneConfig()
-_COUNT = click.IntRange(min=1)
-_RATE = click.FloatRange(min=0, min_open=True)
-
-
-def _option(flag: str, help: str, **kwargs: Any) -> Callable[[FC], FC]:
-    """An option for the field of TuneConfig of the same name, with its default."""
-    name = flag.strip("-").replace("-", "_")
-    default = getattr(_DEFAULT, name)
-    return click.option(flag, name, default=default, show_default=default is not None, help=help, **kwargs)
+_option = options.Fields(_DEFAULT)
 
 
 @click.command(short_help="Learn a training schedule for a model.")
@@ -42,7 +31,7 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[FC], FC]:
 @click.option(
     "--arch", type=options.ARCHITECTURE, default=_DEFAULT.arch, show_default=True, help="Network; names and factories as for train."
 )
-@_option("--steps", "Training steps, each on a minibatch of the real data.", type=_COUNT)
+@_option("--steps", "Training steps, each on a minibatch of the real data.", type=COUNT)
 @click.option(
     "--learn",
     default=",".join(_DEFAULT.learn),
@@ -52,24 +41,20 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[FC], FC]:
 )
 @_option("--per-layer", "Learn each of them for each layer.", is_flag=True)
 @_option("--optimizer", "Of the training.", type=click.Choice(OPTIMIZERS))
-@_option("--lr", "Rate of the starting schedule.", type=_RATE)
+@_option("--lr", "Rate of the starting schedule.", type=RATE)
 @_option("--momentum", "Momentum (Adam's beta1) of the starting schedule.", type=click.FloatRange(0, 1, max_open=True))
 @_option("--weight-decay", "Weight decay of the starting schedule.", type=click.FloatRange(min=0))
-@_option("--batch-size", "Samples per training step.", type=_COUNT)
-@_option("--inits", "Fresh networks per outer step, trained side by side.", type=_COUNT)
-@_option("--outer-steps", "Adam steps on the schedule.", type=_COUNT)
-@_option("--outer-lr", "Adam's rate, on logarithms of rates and logits of momenta.", type=_RATE)
-@_option("--outer-batch", "Held-out samples per outer step.", type=_COUNT)
+@_option("--batch-size", "Samples per training step.", type=COUNT)
+@_option("--inits", "Fresh networks per outer step, trained side by side.", type=COUNT)
+@_option("--outer-steps", "Adam steps on the schedule.", type=COUNT)
+@_option("--outer-lr", "Adam's rate, on logarithms of rates and logits of momenta.", type=RATE)
+@_option("--outer-batch", "Held-out samples per outer step.", type=COUNT)
 @_option("--clip", "Largest norm of a hypergradient; 0 for no clipping.", type=click.FloatRange(min=0))
-@_option("--clip-back", "Largest norm of dL/dtheta at every step of the way back.  [default: none]", type=_RATE)
-@_option("--window", "Go back over the last so many steps only.  [default: all]", type=_COUNT)
+@_option("--clip-back", "Largest norm of dL/dtheta at every step of the way back.  [default: none]", type=RATE)
+@_option("--window", "Go back over the last so many steps only.  [default: all]", type=COUNT)
 @options.device
 @_option("--seed", "Of every random draw.", type=click.IntRange(0, 2**31 - 1))
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="The directory of the tuning.  [default: runs/tune-DATASET]"
-)
-@click.option("--resume", is_flag=True, help="Go on with the tuning in --out, to the same result bit for bit.")
-@click.option("--save-every", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds between checkpoints.")
+@options.kept("tuning", "runs/tune-DATASET")
 @click.pass_context
 def tune(
     ctx: click.Context, /, data_dir: Path, out: Path | None, resume: bool, save_every: float, learn: str, **values: Any
@@ -94,12 +79,8 @@ def tune(
         f"{' per layer' if config.per_layer else ''} in {config.outer_steps} outer steps on {config.device}"
     )
     started = time.monotonic()
-    try:
+    with stopping(ctx, config, out, data_dir):
         result = tuning.tune()
-    except DirectoryInUseError as error:
-        raise UserError(f"--out: {error}") from error
-    except InterruptedRunError as stopped:
-        exit_stopped(ctx, stopped, config, out, data_dir)
     click.echo(f"tuned in {time.monotonic() - started:.0f} s; fresh networks on the test data:")
     click.echo(_table(result))
     from revdistill.tune.plots import draw

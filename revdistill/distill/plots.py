@@ -79,7 +79,7 @@ def images(artifact: Artifact) -> Figure:
             image = np.clip((artifact.x[batch, position] - low) / max(high - low, 1e-12), 0, 1)
             ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
             if i == 0:
-                ax.set_title(_label(artifact, batch, position), fontsize=9)
+                ax.set_title(str(_column_class(artifact, column, per_class)), fontsize=9)
             if j == 0 and index == 0:
                 ax.set_ylabel(f"batch {batch + 1}", rotation=0, ha="right", va="center", fontsize=8)
         if index == 0:
@@ -104,9 +104,13 @@ def _spread(count: int, most: int) -> list[int]:
     return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, most)).round())]
 
 
-def _label(artifact: Artifact, batch: int, position: int) -> str:
-    y = artifact.y[batch, position]
-    return str(int(y.argmax()) if artifact.has_soft_labels else int(y))
+def _column_class(artifact: Artifact, column: int, per_class: int) -> int:
+    """The class of a column's images: of their mean label, as a single soft label may have come to favour another class."""
+    y = artifact.y[:, column * per_class : (column + 1) * per_class]
+    if artifact.has_soft_labels:
+        return int(y.mean((0, 1)).argmax())
+    classes, counts = np.unique(y, return_counts=True)
+    return int(classes[counts.argmax()])
 
 
 def _hard(y: np.ndarray) -> np.ndarray:

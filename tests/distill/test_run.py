@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from revdistill.distill.config import Config
 from revdistill.distill.data import load
 from revdistill.distill.directory import METRICS, Log, read_metrics, resumed_log
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.plots import draw_all
+from revdistill.distill.plots import draw_all, images
 from revdistill.distill.run import Run
 
 SMALL = Config(dataset="moons", architectures=("NonLinearNet",), steps=4, epochs=2, outer_steps=8, batch_size=64, learn_labels=True)
@@ -116,6 +117,17 @@ def test_pictures(config: Config, expected: set[str], tmp_path: Path) -> None:
     assert {p.stem for p in written} == expected
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
     assert len(list((tmp_path / "plots").iterdir())) == len(expected)
+
+
+@pytest.mark.parametrize("learn_labels", [True, False])
+def test_columns_are_named_by_their_class(learn_labels: bool) -> None:
+    """Regression: they were named by the first image's label, which may have been learned to favour another class."""
+    config = Config(dataset="digits", architectures=("MLP",), steps=3, per_class=2, learn_labels=learn_labels)
+    artifact = Distiller(config, load("digits")).artifact()
+    if learn_labels:
+        artifact.y[0, 2] = np.eye(10)[9]  # an image of class 1
+    titles = [ax.get_title() for ax in images(artifact).axes]
+    assert [title for title in titles if title] == [str(c) for c in range(10)]
 
 
 def test_the_log_is_json_where_numbers_are_not(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def _summary(a: Artifact) -> str:
         ("step sizes", span(a.lr)),
         ("optimizer", a.optimizer),
         ("momentum" if a.optimizer == "sgd" else "beta1", span(a.momentum)),
+        ("weight decay", f"{a.weight_decay:.4g}"),
         ("seed", str(a.seed)),
         ("written by", f"revdistill {a.revdistill_version}, torch {a.torch_version}"),
     ]

@@ -15,6 +15,7 @@ from revdistill.distill.hdf5 import Reader, reading, writing
 
 FORMAT_VERSION = 1
 WITH_OPTIMIZER = 2  # for another optimizer than SGD: readers that know of none must not take it for SGD's
+WITH_DECAY = 3  # likewise for a weight decay; has an optimizer too
 ADAM_BETA2, ADAM_EPS = 0.999, 1e-8
 FILE_NAME = "distilled.h5"
 
@@ -23,8 +24,9 @@ FILE_NAME = "distilled.h5"
 class Artifact:
     """x: float32 [s, B, ...]; y: int64 [s, B] or float32 [s, B, C]; lr, momentum: float32 [T], T = s x epochs.
 
-    Use without this project: for k in range(T), one torch.optim.SGD step on (x[k % s], y[k % s]) with lr[k], momentum[k].
-    Where optimizer is "adam": torch.optim.Adam with lr[k], betas (momentum[k], ADAM_BETA2), eps ADAM_EPS.
+    Use without this project: for k in range(T), one torch.optim.SGD step on (x[k % s], y[k % s]) with lr[k], momentum[k]
+    and weight_decay. Where optimizer is "adam": torch.optim.Adam with lr[k], betas (momentum[k], ADAM_BETA2), eps ADAM_EPS and
+    weight_decay.
     """
 
     x: np.ndarray
@@ -39,6 +41,7 @@ class Artifact:
     config: dict[str, Any]
     evaluation: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "sgd"
+    weight_decay: float = 0.0
     revdistill_version: str = ""
     torch_version: str = ""
 
@@ -62,9 +65,12 @@ def write(path: Path, artifact: Artifact) -> None:
     with writing(path) as file:
         for name in ("x", "y", "lr", "momentum"):
             file.create_dataset(name, data=getattr(artifact, name))
-        file.attrs["format_version"] = FORMAT_VERSION if artifact.optimizer == "sgd" else WITH_OPTIMIZER
-        if artifact.optimizer != "sgd":
+        version = _version(artifact)
+        file.attrs["format_version"] = version
+        if version >= WITH_OPTIMIZER:
             file.attrs["optimizer"] = artifact.optimizer
+        if version >= WITH_DECAY:
+            file.attrs["weight_decay"] = artifact.weight_decay
         file.attrs["revdistill_version"] = revdistill.__version__
         file.attrs["torch_version"] = str(torch.__version__)
         file.attrs["dataset"] = artifact.dataset
@@ -75,10 +81,17 @@ def write(path: Path, artifact: Artifact) -> None:
             file.attrs[name] = json.dumps(getattr(artifact, name))
 
 
+def _version(artifact: Artifact) -> int:
+    """The least that says all there is, for readers of earlier releases."""
+    if artifact.weight_decay:
+        return WITH_DECAY
+    return FORMAT_VERSION if artifact.optimizer == "sgd" else WITH_OPTIMIZER
+
+
 def read(path: str | Path) -> Artifact:
     """Read and check the file. Errors: ArtifactError that names the file and what is wrong with it."""
     with reading(path) as file:
-        version = file.check_version(FORMAT_VERSION, WITH_OPTIMIZER)
+        version = file.check_version(FORMAT_VERSION, WITH_OPTIMIZER, WITH_DECAY)
         artifact = Artifact(
             x=file.array("x", "float32"),
             y=file.array("y", "int64", "float32"),
@@ -91,7 +104,8 @@ def read(path: str | Path) -> Artifact:
             normalization=file.json("normalization", dict),
             config=file.json("config", dict),
             evaluation=file.json("evaluation", dict),
-            optimizer=file.text("optimizer") if version == WITH_OPTIMIZER else "sgd",
+            optimizer=file.text("optimizer") if version >= WITH_OPTIMIZER else "sgd",
+            weight_decay=file.number("weight_decay") if version >= WITH_DECAY else 0.0,
             revdistill_version=file.text("revdistill_version"),
             torch_version=file.text("torch_version"),
         )
@@ -113,6 +127,8 @@ def _check(file: Reader, a: Artifact) -> None:
         raise file.fail("'lr' must be at least 0 and 'momentum' between 0 and 1")
     if a.optimizer not in ("sgd", "adam") or (a.optimizer == "adam" and (a.momentum >= 1).any()):
         raise file.fail(f"attribute 'optimizer' is {a.optimizer!r}; expected sgd, or adam with 'momentum' below 1")
+    if a.weight_decay < 0:
+        raise file.fail(f"attribute 'weight_decay' is {a.weight_decay}; expected a number of at least 0")
     if not a.has_soft_labels and (a.y.min() < 0 or a.y.max() > 10**6):
         raise file.fail("'y' has classes below 0 or beyond 10^6")
     if not all(isinstance(name, str) for name in a.architectures):

@@ -31,8 +31,8 @@ class Config:
     """dataset: a name or a .npz file. architectures: distilled for all of them at once.
 
     steps: s, the number of synthetic batches; epochs: how often they are gone through, T = s x epochs inner steps; per_class:
-    images of each class in one batch. optimizer: of the inner training; momentum: SGD's, or Adam's beta1; lr: its learned step
-    sizes at the start.
+    images of each class in one batch. optimizer: of the inner training; momentum: SGD's, or Adam's beta1; weight_decay: as
+    torch.optim has it, part of the result, not learned; lr: its learned step sizes at the start.
     init: "random" draws new networks at every outer step, "fixed" distils for one network; inits: networks per outer step
     and architecture. start: a name of STARTS, what the synthetic data are at first. learn_labels, learn_momentum: learn them too.
     outer_steps, outer_lr, batch_size: Adam steps, their rate, real samples in each. outer_lr_rates: Adam's rate for step sizes and
@@ -57,6 +57,7 @@ class Config:
     optimizer: str = "sgd"
     momentum: float = 0.7
     learn_momentum: bool = False
+    weight_decay: float = 0.0
     inits: int = 2
     outer_steps: int = 150
     batch_size: int = 512
@@ -85,6 +86,7 @@ class Config:
         self._need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
         self._need("optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
         self._need("momentum", self.optimizer == "sgd" or self.momentum < 1, "a number below 1, as Adam's beta1")
+        self._need("weight_decay", 0 <= self.weight_decay < 1e4, "a number of at least 0 and below 10,000")
         self._need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
         self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
         rates = self.outer_lr_rates

@@ -129,13 +129,14 @@ class Distiller:
         steps: int,
         transform: Callable[[Tensor], Tensor],
     ) -> dict[str, Tensor]:
-        momentum = synthetic.momentum()
+        momentum, decay = synthetic.momentum(), self.config.weight_decay
         lr, momentum = synthetic.lr()[:steps], momentum[:steps] if isinstance(momentum, Tensor) else momentum
+        sgd = self.config.optimizer == "sgd"
         return unroll(
             population.loss,
             params,
             (transform(synthetic.x.flatten(0, 1)).reshape(synthetic.x.shape), synthetic.labels()),
-            SGD(lr, momentum) if self.config.optimizer == "sgd" else Adam(lr, (momentum, ADAM_BETA2), ADAM_EPS),
+            SGD(lr, momentum, weight_decay=decay) if sgd else Adam(lr, (momentum, ADAM_BETA2), ADAM_EPS, decay),
             steps=steps,
             adjoint=self.config.make_adjoint(),
             seed=seed,
@@ -191,6 +192,7 @@ class Distiller:
                 lr=s.lr().detach().cpu().numpy(),
                 momentum=momenta.detach().numpy(),
                 optimizer=config.optimizer,
+                weight_decay=config.weight_decay,
                 dataset=self.data.name,
                 architectures=list(config.architectures),
                 epochs=config.epochs,

@@ -80,8 +80,12 @@ def train_plainly(
     for p in params.values():
         p.requires_grad_()
     adam = artifact.optimizer == "adam"
+    decay = artifact.weight_decay
     optimizer: torch.optim.Optimizer
-    optimizer = torch.optim.Adam(params.values(), eps=ADAM_EPS) if adam else torch.optim.SGD(params.values(), lr=0.0)
+    if adam:
+        optimizer = torch.optim.Adam(params.values(), eps=ADAM_EPS, weight_decay=decay)
+    else:
+        optimizer = torch.optim.SGD(params.values(), lr=0.0, weight_decay=decay)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(artifact) + first)
         for k, (lr, momentum) in enumerate(zip(rates, momenta, strict=True)):

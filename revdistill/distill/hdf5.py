@@ -82,6 +82,12 @@ class Reader:
             raise self.fail(f"attribute {name!r} is {type(value).__name__}; expected an integer")
         return int(value)
 
+    def number(self, name: str) -> float:
+        value = self._attribute(name)
+        if not isinstance(value, (float, np.floating)) or not math.isfinite(value):
+            raise self.fail(f"attribute {name!r} is {type(value).__name__} {value}; expected a finite float")
+        return float(value)
+
     def json(self, name: str, kind: type) -> Any:
         """An attribute that holds JSON text of one kind (dict or list)."""
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,7 @@ BAD = {
     "not a number": (["train", "--steps", "many"], "--steps"),
     "zero": (["train", "--steps", "0"], "--steps"),
     "momentum": (["train", "--momentum", "1.5"], "--momentum"),
+    "weight decay": (["train", "--weight-decay", "-1"], "--weight-decay"),
     "rate": (["train", "--lr", "-1"], "--lr"),
     "choice": (["train", "--init", "sometimes"], "'random', 'fixed'"),
     "architecture": (["train", "--arch", "VGG"], "--arch"),
@@ -303,6 +305,15 @@ def test_verify_fails_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert code == 1
     assert "gradients" in out
     assert "FAILED" in out
+
+
+def test_training_with_weight_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is in the result, in `show`, and where `evaluate` trains."""
+    out = tmp_path / "run"
+    assert invoke(*QUICK, "--weight-decay", "0.125", "--out", str(out), capsys=capsys)[0] == 0
+    assert read(out / "distilled.h5").weight_decay == 0.125
+    assert re.search(r"weight decay +0\.125", invoke("show", str(out), capsys=capsys)[1])
+    assert invoke("evaluate", str(out), "--restarts", "2", capsys=capsys)[0] == 0
 
 
 def test_training_with_adam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

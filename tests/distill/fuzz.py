@@ -42,7 +42,7 @@ LARGE = 10**6  # values: of what is declared, not there
 
 NAMES = ("x", "y", "lr", "momentum")
 ATTRIBUTES = ("format_version", "revdistill_version", "torch_version", "dataset", "architectures", "steps", "epochs", "seed")
-ATTRIBUTES += ("normalization", "config", "evaluation")
+ATTRIBUTES += ("optimizer", "weight_decay", "normalization", "config", "evaluation")
 DATASETS = (
     "moons",
     "digits",
@@ -82,6 +82,7 @@ def artifact(images: bool) -> Artifact:
         normalization={"mean": [0.0], "std": [1.0]},
         config={"init": "random"},
         evaluation={"MLP": {"schedule": "raw", "restarts": 2, "mean": 0.5, "std": 0.1}},
+        weight_decay=0.0 if images else 0.01,
     )
 
 

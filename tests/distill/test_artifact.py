@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from hypothesis import strategies as st
 
 import revdistill as rd
 from revdistill.distill.artifact import Artifact, read, write
-from revdistill.distill.data import load
-from revdistill.distill.evaluation import SEED_OFFSET, evaluate
+from revdistill.distill.evaluation import train_plainly
 from revdistill.distill.models import build
 from revdistill.distill.population import Population
 from tests.distill.fuzz import flip
@@ -41,13 +41,19 @@ def artifact(**changes: Any) -> Artifact:
 
 def equal(a: Artifact, b: Artifact) -> bool:
     arrays = all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("x", "y", "lr", "momentum"))
-    return arrays and all(
-        getattr(a, n) == getattr(b, n) for n in ("dataset", "architectures", "epochs", "seed", "config", "evaluation", "optimizer")
-    )
+    texts = ("dataset", "architectures", "epochs", "seed", "config", "evaluation", "optimizer", "weight_decay")
+    return arrays and all(getattr(a, n) == getattr(b, n) for n in texts)
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    for a in (artifact(), artifact(y=np.full((4, 6, 2), 0.5, np.float32)), artifact(optimizer="adam")):
+    soft = artifact(y=np.full((4, 6, 2), 0.5, np.float32))
+    for a in (
+        artifact(),
+        soft,
+        artifact(optimizer="adam"),
+        artifact(weight_decay=0.1),
+        artifact(optimizer="adam", weight_decay=0.1),
+    ):
         write(tmp_path / "distilled.h5", a)
         assert equal(read(tmp_path / "distilled.h5"), a)
         assert equal(read(str(tmp_path / "distilled.h5")), a)  # regression: said to be damaged
@@ -240,19 +246,40 @@ def test_adams_data_are_not_taken_for_sgds(tmp_path: Path) -> None:
         read(path)
 
 
-def test_evaluation_of_adams_data_is_torch_optim_adam() -> None:
-    data = load("moons")
-    a = artifact(optimizer="adam", architectures=["LinearNet"], lr=np.full(8, 0.05, np.float32))
+def test_data_for_a_weight_decay_are_not_taken_for_others(tmp_path: Path) -> None:
+    """As above: a reader that knows of none would train without it."""
+    path = tmp_path / "distilled.h5"
+    for optimizer in ("sgd", "adam"):
+        write(path, artifact(optimizer=optimizer, weight_decay=0.25))
+        with h5py.File(path) as f:
+            assert {n: f.attrs[n] for n in ("format_version", "optimizer", "weight_decay")} == {
+                "format_version": 3,
+                "optimizer": optimizer,
+                "weight_decay": 0.25,
+            }
+    for value, message in ((-1.0, "'weight_decay' is -1.0"), (math.nan, "finite"), ("0.1", "finite"), (1, "finite")):
+        with h5py.File(path, "a") as f:
+            f.attrs["weight_decay"] = value
+        with pytest.raises(rd.ArtifactError, match=message):
+            read(path)
+
+
+@pytest.mark.parametrize(("optimizer", "weight_decay"), [("sgd", 0.0), ("sgd", 0.3), ("adam", 0.0), ("adam", 0.3)])
+def test_training_on_an_artifact_is_torch_optim(optimizer: str, weight_decay: float) -> None:
+    a = artifact(optimizer=optimizer, weight_decay=weight_decay, architectures=["LinearNet"], lr=np.full(8, 0.05, np.float32))
     population = Population("LinearNet", 1, (2,), 2, torch.device("cpu"))
-    net, start = build("LinearNet", (2,), 2), population.sample(SEED_OFFSET + a.seed)
+    net, found = build("LinearNet", (2,), 2), population.sample(7)
     with torch.no_grad():
         for name, p in net.named_parameters():
-            p.copy_(start[name][0])
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.05, betas=(float(a.momentum[0]), 0.999))
+            p.copy_(found[name][0])
+    steps: torch.optim.Optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=weight_decay)
+    if optimizer == "adam":
+        steps = torch.optim.Adam(net.parameters(), lr=0.05, betas=(0.9, 0.999), weight_decay=weight_decay)
     for k in range(8):
-        optimizer.zero_grad()
+        steps.zero_grad()
         logits = net(torch.from_numpy(a.x[k % 4]))[:, 0]
         torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(a.y[k % 4]).float()).backward()
-        optimizer.step()
-    expected = float(((net(data.x_test)[:, 0] > 0) == data.y_test).float().mean())
-    assert evaluate(a, data, "LinearNet", restarts=1).mean == pytest.approx(expected, abs=1e-6)
+        steps.step()
+    train_plainly(a, population, found, a.lr.tolist(), a.momentum.tolist())
+    for name, p in net.named_parameters():
+        assert torch.allclose(found[name][0], p, rtol=1e-4, atol=1e-6)

@@ -14,7 +14,7 @@ from revdistill.distill.config import ADJOINTS, Config
 from revdistill.distill.data import load
 from revdistill.distill.descent import MAX_FAILURES
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.evaluation import evaluate
+from revdistill.distill.evaluation import evaluate, train_plainly
 from revdistill.distill.population import Population, classification_loss, predictions
 from revdistill.distill.schedules import SCHEDULES, momentum_for, plan, strategy1, strategy2, strategy3
 from revdistill.distill.starts import kmeans
@@ -45,7 +45,16 @@ def test_distilling_helps() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"learn_labels": True}, {"learn_momentum": True}, {"init": "fixed"}, {"start": "noise"}, {"start": "kmeans"}]
+    "changes",
+    [
+        {},
+        {"learn_labels": True},
+        {"learn_momentum": True},
+        {"weight_decay": 0.3},
+        {"init": "fixed"},
+        {"start": "noise"},
+        {"start": "kmeans"},
+    ],
 )
 def test_adjoints_and_repetitions_agree(changes: dict[str, Any]) -> None:
     """One outer step's hypergradients, leaf by leaf; and the same seed gives the same bits."""
@@ -62,6 +71,18 @@ def test_adjoints_and_repetitions_agree(changes: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients("reversible"), found["reversible"], strict=True))
     config = replace(SMALL, **changes)
     assert all(torch.equal(a, b) for a, b in zip(values(distil(config, 4)), values(distil(config, 4)), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_distilled_for_the_training_that_the_artifact_says(optimizer: str) -> None:
+    """The parameters that the outer loss sees are those of torch.optim on the artifact, weight decay and all."""
+    distiller = Distiller(replace(SMALL, optimizer=optimizer, weight_decay=0.3, lr=0.02), load("moons"))
+    artifact, population = distiller.artifact(), distiller.populations[0]
+    ends = distiller._train(distiller.synthetic, population, population.sample(5), 0, distiller.config.inner_steps, lambda x: x)
+    plain = population.sample(5)
+    train_plainly(artifact, population, plain, artifact.lr.tolist(), artifact.momentum.tolist())
+    for name, end in ends.items():
+        assert torch.allclose(end, plain[name], rtol=1e-3, atol=1e-4)
 
 
 def test_centroids_are_a_class_s_means() -> None:
@@ -111,6 +132,7 @@ def test_a_distillation_that_diverges_says_so_and_stops() -> None:
     [
         ({"steps": 0}, "steps is 0; accepted is an integer of at least 1"),
         ({"momentum": 1.5}, "momentum is 1.5; accepted is a number from 0 to 1"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; accepted is a number of at least 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"init": "some"}, "init is 'some'; accepted is random or fixed"),
         ({"adjoint": "magic"}, "adjoint is 'magic'"),

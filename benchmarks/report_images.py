@@ -35,7 +35,9 @@ def settings_table(results: dict[str, Any]) -> str:
         schedule = next(iter(row["evaluation"].values()))["schedule"]
         ours += "" if schedule == "raw" else f", along {schedule.replace('strategy', 'strategy ')}"
         cores = "a core" if row["machine"]["threads"] == 1 else f"{row['machine']['threads']} threads"
-        rows.append([row["title"], row["reference"], row["target"], ours, f"{row['seconds'] / 60:.0f} min, {cores}"])
+        decay = config.get("weight_decay", 0.0)
+        title = row["title"] + (f", weight decay {decay:g}" if decay else "")
+        rows.append([title, row["reference"], row["target"], ours, f"{row['seconds'] / 60:.0f} min, {cores}"])
     return table(["setting", "reference", "aimed at", "ours", "distilled in"], rows)
 
 

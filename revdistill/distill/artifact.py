@@ -70,7 +70,7 @@ def write(path: Path, artifact: Artifact) -> None:
         if version >= WITH_OPTIMIZER:
             file.attrs["optimizer"] = artifact.optimizer
         if version >= WITH_DECAY:
-            file.attrs["weight_decay"] = artifact.weight_decay
+            file.attrs["weight_decay"] = float(artifact.weight_decay)
         file.attrs["revdistill_version"] = revdistill.__version__
         file.attrs["torch_version"] = str(torch.__version__)
         file.attrs["dataset"] = artifact.dataset

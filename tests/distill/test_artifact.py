@@ -52,7 +52,7 @@ def test_round_trip(tmp_path: Path) -> None:
         soft,
         artifact(optimizer="adam"),
         artifact(weight_decay=0.1),
-        artifact(optimizer="adam", weight_decay=0.1),
+        artifact(optimizer="adam", weight_decay=1),  # an int
     ):
         write(tmp_path / "distilled.h5", a)
         assert equal(read(tmp_path / "distilled.h5"), a)

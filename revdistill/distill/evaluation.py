@@ -79,13 +79,7 @@ def train_plainly(
     x, y = torch.from_numpy(artifact.x).to(device), torch.from_numpy(artifact.y).to(device)
     for p in params.values():
         p.requires_grad_()
-    adam = artifact.optimizer == "adam"
-    decay = artifact.weight_decay
-    optimizer: torch.optim.Optimizer
-    if adam:
-        optimizer = torch.optim.Adam(params.values(), eps=ADAM_EPS, weight_decay=decay)
-    else:
-        optimizer = torch.optim.SGD(params.values(), lr=0.0, weight_decay=decay)
+    optimizer = plain_optimizer(artifact.optimizer, [{"params": list(params.values()), "weight_decay": artifact.weight_decay}])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(artifact) + first)
         for k, (lr, momentum) in enumerate(zip(rates, momenta, strict=True)):
@@ -95,6 +89,11 @@ def train_plainly(
             optimizer.zero_grad(set_to_none=True)
             population.loss(params, (x[k % len(x)], y[k % len(x)])).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+
+
+def plain_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """torch.optim's "sgd" or "adam" for these parameter groups; rate and momentum are to be set at each step."""
+    return torch.optim.Adam(groups, eps=ADAM_EPS) if name == "adam" else torch.optim.SGD(groups, lr=0.0)
 
 
 def set_momentum(group: dict[str, Any], momentum: float) -> None:

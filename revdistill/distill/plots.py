@@ -107,10 +107,8 @@ def _spread(count: int, most: int) -> list[int]:
 def _column_class(artifact: Artifact, column: int, per_class: int) -> int:
     """The class of a column's images: of their mean label, as a single soft label may have come to favour another class."""
     y = artifact.y[:, column * per_class : (column + 1) * per_class]
-    if artifact.has_soft_labels:
-        return int(y.mean((0, 1)).argmax())
-    classes, counts = np.unique(y, return_counts=True)
-    return int(classes[counts.argmax()])
+    votes = y.mean((0, 1)) if artifact.has_soft_labels else np.bincount(y.ravel())
+    return int(votes.argmax())
 
 
 def _hard(y: np.ndarray) -> np.ndarray:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from revdistill.distill.artifact import ADAM_EPS
 from revdistill.distill.data import Dataset
 from revdistill.distill.draws import Batches
-from revdistill.distill.evaluation import SEED_OFFSET, set_momentum
+from revdistill.distill.evaluation import SEED_OFFSET, plain_optimizer, set_momentum
 from revdistill.distill.population import Population
 from revdistill.tune.schedule import Schedule
 from revdistill.tune.tuner import sample_scaled
@@ -39,9 +38,7 @@ def train(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, rest
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": float(w)} for w in schedule.weight_decay]
     for name, p in params.items():
         groups[schedule.group_of(name)]["params"].append(p)
-    adam = schedule.optimizer == "adam"
-    optimizer: torch.optim.Optimizer
-    optimizer = torch.optim.Adam(groups, eps=ADAM_EPS) if adam else torch.optim.SGD(groups, lr=0.0)
+    optimizer = plain_optimizer(schedule.optimizer, groups)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for k, (rates, momenta) in enumerate(zip(schedule.lr.tolist(), schedule.momentum.tolist(), strict=True)):

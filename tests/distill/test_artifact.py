@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import revdistill as rd
 from revdistill.distill.artifact import Artifact, read, write
-from revdistill.distill.evaluation import train_plainly
+from revdistill.distill.data import load
+from revdistill.distill.evaluation import SEED_OFFSET, evaluate, train_plainly
 from revdistill.distill.models import build
 from revdistill.distill.population import Population
 from tests.distill.fuzz import flip
@@ -268,7 +269,7 @@ def test_data_for_a_weight_decay_are_not_taken_for_others(tmp_path: Path) -> Non
 def test_training_on_an_artifact_is_torch_optim(optimizer: str, weight_decay: float) -> None:
     a = artifact(optimizer=optimizer, weight_decay=weight_decay, architectures=["LinearNet"], lr=np.full(8, 0.05, np.float32))
     population = Population("LinearNet", 1, (2,), 2, torch.device("cpu"))
-    net, found = build("LinearNet", (2,), 2), population.sample(7)
+    net, found = build("LinearNet", (2,), 2), population.sample(SEED_OFFSET + a.seed)
     with torch.no_grad():
         for name, p in net.named_parameters():
             p.copy_(found[name][0])
@@ -283,3 +284,6 @@ def test_training_on_an_artifact_is_torch_optim(optimizer: str, weight_decay: fl
     train_plainly(a, population, found, a.lr.tolist(), a.momentum.tolist())
     for name, p in net.named_parameters():
         assert torch.allclose(found[name][0], p, rtol=1e-4, atol=1e-6)
+    data = load("moons")
+    expected = float(((net(data.x_test)[:, 0] > 0) == data.y_test).float().mean())
+    assert evaluate(a, data, "LinearNet", restarts=1).mean == pytest.approx(expected, abs=1e-6)

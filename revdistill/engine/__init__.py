@@ -2,7 +2,7 @@
 
 from revdistill.engine.adam import Adam, AdamW
 from revdistill.engine.adjoints import Backprop, Checkpoint, Reversible, StoreAll
-from revdistill.engine.compiled import CompileWarning
+from revdistill.engine.compiling import CompileWarning
 from revdistill.engine.errors import (
     ArtifactError,
     NonFiniteError,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,28 +177,32 @@ class _Direction:
         return ("m", self.second)
 
     def value(self, values: dict[str, Tensor], at: Lookup) -> Tensor:
-        m, s, c1, root_c2, eps = values["m"], values[self.second], at(self.c1), _sqrt(at(self.c2)), at(self.eps)
+        m, s, c1, eps = values["m"], values[self.second], at(self.c1), at(self.eps)
+        # Multiplied by, never divided by: where it is a number CUDA would divide as it likes (see `scaling`), and its bits would be
+        # others than the CPU's.
+        per_root_c2 = 1 / _sqrt(at(self.c2))
         alone = m.dtype == torch.float64 and m.device.type == "cpu" and not (m.requires_grad or s.requires_grad)
-        if alone and isinstance(c1, float) and isinstance(root_c2, float) and isinstance(eps, float):
+        if alone and isinstance(c1, float) and isinstance(per_root_c2, float) and isinstance(eps, float):
             out = torch.empty_like(m)
-            loops.direction(m.numpy(), s.numpy(), out.numpy(), c1, root_c2, eps)
+            loops.direction(m.numpy(), s.numpy(), out.numpy(), c1, per_root_c2, eps)
             return out
-        return m / ((_root(s) / root_c2 + eps) * c1)
+        return m / ((_root(s) * per_root_c2 + eps) * c1)
 
     def adjoint(self, k: int, values: dict[str, Tensor], bars: Bars) -> None:
         """With D = sqrt(s / c2) + eps: m_bar += u_bar / (c1 D), D_bar = -u_bar u / D; from D_bar to s, c2 and eps."""
         bar, u = bars.flat[self.name], values[self.name]
         c1, c2, eps = self.c1.at(k), self.c2.at(k), self.eps.at(k)
         root = _root(values[self.second])
-        scaled = root / _sqrt(c2)
+        per_root_c2 = 1 / _sqrt(c2)
+        scaled = root * per_root_c2
         denominator = scaled + eps
-        bars.flat["m"].add_((bar / denominator / c1).to(bar.dtype))
+        bars.flat["m"].add_((bar / (denominator * c1)).to(bar.dtype))
         denominator_bar = (-bar * u / denominator).to(bar.dtype)
-        s_bar = torch.where(root > 0, denominator_bar / root, 0.0) / _sqrt(c2) / 2
+        s_bar = torch.where(root > 0, denominator_bar / root, 0.0) * (per_root_c2 / 2)
         bars.flat[self.second].add_(s_bar.to(bar.dtype))
         for name, table, a, b in (
-            ("c1", self.c1, -bar * u, torch.ones_like(bar) / c1),
-            ("c2", self.c2, denominator_bar, scaled / c2 / -2),
+            ("c1", self.c1, -bar * u, torch.ones_like(bar) * (1 / c1)),
+            ("c2", self.c2, denominator_bar, scaled * (-0.5 / c2)),
             ("eps", self.eps, denominator_bar, torch.ones_like(bar)),
         ):
             if name in bars.tables:
@@ -232,9 +237,9 @@ def _ends(row: list[float]) -> tuple[float, float]:
 
 
 def _root(s: Tensor) -> Tensor:
-    """sqrt(s), with derivative 0 where s is 0."""
+    """sqrt(s), with derivative 0 where s is 0; correctly rounded, as in loops and on CUDA, and not always by torch on a CPU."""
     if not s.requires_grad:
-        return s.sqrt()
+        return torch.from_numpy(np.sqrt(s.numpy())) if s.device.type == "cpu" else s.sqrt()
     positive = s > 0
     return torch.where(positive, torch.where(positive, s, 1.0).sqrt(), 0.0)
 

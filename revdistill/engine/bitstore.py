@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.history import History
-from revdistill.engine.scaling import COARSE, HEAD_BITS, Scaling
+from revdistill.engine.scaling import COARSE, HEAD_BITS, Scaling, divisor_of
 
 _WORD_BITS = 16
 _WORD = (1 << _WORD_BITS) - 1
@@ -45,6 +45,7 @@ class BitStore:
         self.head = torch.zeros(shape, dtype=torch.int64, device=device)
         self.history = history
         self.scaling = scaling
+        self._divisor: tuple[int, Tensor] | None = None
         self._bound = 1
         self._past_bounds = array("Q")  # the bound before each call, so that the way back reads off what the way out did
 
@@ -55,20 +56,36 @@ class BitStore:
     def decay_(self, v: Tensor, n: int) -> None:
         """v <- v * n / radix in place, exactly invertible. 0 <= n <= radix."""
         if self.before_decay(v, n):
-            self.scaling.multiply_(v, self.head, n)
+            self.multiply_(v, n)
 
     def undecay_(self, v: Tensor, n: int) -> None:
         """The inverse of the last `decay_` (same n)."""
         if self.pushes(n):
-            self.scaling.divide_(v, self.head, n)
+            self.divide_(v, n)
         self.after_undecay(v, n)
+
+    def multiply_(self, v: Tensor, n: int) -> None:
+        """The arithmetic alone of `decay_`, between `before_decay` and the next call."""
+        self.scaling.multiply_(v, self.head, n, self.divisor(n))
+
+    def divide_(self, v: Tensor, n: int) -> None:
+        """The arithmetic alone of `undecay_`, before `after_undecay`."""
+        self.scaling.divide_(v, self.head, n, self.divisor(n))
+
+    def divisor(self, n: int) -> Tensor | None:
+        """n on the head's device, where passes want it there; kept while n stays the same. None on the CPU, whose loops do not."""
+        if self.head.device.type == "cpu":
+            return None
+        if self._divisor is None or self._divisor[0] != n:
+            self._divisor = n, divisor_of(n, self.head.device)
+        return self._divisor[1]
 
     def pushes(self, n: int) -> bool:
         """Whether a decay by n goes through the heads: by 0 it stores v whole, by 1 it loses nothing."""
         return 0 < n < self.scaling.radix
 
     def before_decay(self, v: Tensor, n: int) -> bool:
-        """Make room for the next push and account for it; True when `scaling.multiply_` is still to be done."""
+        """Make room for the next push and account for it; True when `multiply_` is still to be done."""
         if n == self.scaling.radix:
             return False  # multiplication by 1 loses nothing
         self._past_bounds.append(self._bound)
@@ -85,7 +102,7 @@ class BitStore:
         return True
 
     def after_undecay(self, v: Tensor, n: int) -> None:
-        """Undo `before_decay`, once `scaling.divide_` is done."""
+        """Undo `before_decay`, once `divide_` is done."""
         if n == self.scaling.radix:
             return
         self._bound = self._past_bounds.pop()

@@ -1,16 +1,16 @@
-"""torch.compile for the gradient, the product and the integer work: compared with eager on first use, dropped where it differs.
+"""torch.compile for the gradient and the product: compared with eager on first use, dropped where it differs.
 
 The compiled gradient serves both directions, so exactness does not rest on its agreeing with eager autograd to the bit;
 its values are compared because a compiled function can be silently wrong (torch 2.13: the gradient of a LeNet, 55 % off).
 The compiled product computes a gradient of its own, which feeds the reversal at the steps where its fingerprint is that of
-the forward pass; at the others the gradient is evaluated by the forward pass's own function.
+the forward pass; at the others the gradient is evaluated by the forward pass's own function. So it always is on other devices than
+the CPU, where to compare would be to wait for the device at each step.
 """
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,95 +19,12 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.ambient import Ambient
+from revdistill.engine.compiling import compiling, warn
 from revdistill.engine.gradient import Data, Gradient, Linearization, Loss, Products, named_errors
 from revdistill.engine.layout import Layout
-from revdistill.engine.scaling import Scaling
-from revdistill.engine.trajectory import Adds, Kernels, Pushes
-from revdistill.engine.wide import add_by_passes_
 
 # Normwise relative difference that reordered sums explain; a wrong kernel is off by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
-
-
-class CompileWarning(UserWarning):
-    """A part was not compiled, or its compiled form was dropped; the result is exact all the same."""
-
-
-# As in `Kernels`, with n as a number or as a 0-dim tensor.
-AnyPushes = Sequence[tuple[Scaling, Tensor, Tensor, int | Tensor]]
-
-
-def _forward(pushes: AnyPushes, adds: Adds) -> None:
-    for scaling, slot, head, n in pushes:
-        scaling.multiply_by_passes_(slot, head, n)
-    for target, source, factor in adds:
-        add_by_passes_(target, source, factor, sign=1)
-
-
-def _inverse(pushes: AnyPushes, adds: Adds) -> None:
-    for target, source, factor in reversed(adds):
-        add_by_passes_(target, source, factor, sign=-1)
-    for scaling, slot, head, n in reversed(pushes):
-        scaling.divide_by_passes_(slot, head, n)
-
-
-class CompiledKernels(Kernels):
-    """The integer work, fused, for devices other than the CPU, where it is compiled already.
-
-    Integers have no rounding: anything but the same bits drops it.
-    """
-
-    def __init__(self) -> None:
-        self._forward = _Checked(_forward)
-        self._inverse = _Checked(_inverse)
-
-    def forward(self, pushes: Pushes, adds: Adds) -> None:
-        self._forward(pushes, adds)
-
-    def inverse(self, pushes: Pushes, adds: Adds) -> None:
-        self._inverse(pushes, adds)
-
-
-class _Checked:
-    """One in-place integer function, compiled; each combination of operands is compared on its first use."""
-
-    def __init__(self, eager: Callable[[AnyPushes, Adds], None]) -> None:
-        self._eager = eager
-        self._compiled: Callable[[AnyPushes, Adds], None] | None = torch.compile(eager, dynamic=False)
-        self._seen: set[tuple[int, ...]] = set()
-
-    def __call__(self, pushes: AnyPushes, adds: Adds) -> None:
-        if self._compiled is None:
-            self._eager(pushes, adds)
-            return
-        # Scalars as 0-dim tensors: a new value is then no reason to compile again.
-        pushes = [(scaling, slot, head, _scalar(n, torch.int64)) for scaling, slot, head, n in pushes]
-        adds = [(target, source, _scalar(factor, torch.float64)) for target, source, factor in adds]
-        key = (*(scaling.radix_bits for scaling, *_ in pushes), -1, *(target.ndim for target, *_ in adds))
-        if key in self._seen:
-            self._compiled(pushes, adds)
-            return
-        self._seen.add(key)
-        changed = {id(t): t for t in (*(t for p in pushes for t in p[1:3]), *(a[0] for a in adds))}
-        before = {key: t.clone() for key, t in changed.items()}
-        self._eager(pushes, adds)
-        expected = {key: t.clone() for key, t in changed.items()}
-        for i, t in changed.items():
-            t.copy_(before[i])
-        try:
-            self._compiled(pushes, adds)
-        except Exception as error:  # whatever the compiler raises, eager is right
-            _warn("the fixed-point step could not be compiled", error)
-            self._compiled = None
-        if self._compiled and not all(torch.equal(t, expected[i]) for i, t in changed.items()):
-            _warn("the compiled fixed-point step has other bits than eager")
-            self._compiled = None
-        for i, t in changed.items():
-            t.copy_(expected[i])
-
-
-def _scalar(value: float | Tensor, dtype: torch.dtype) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
 
 
 @dataclass
@@ -178,10 +95,10 @@ class CompiledGradient(Gradient):
     def _gradient_agrees(self, k: int, theta: Tensor, extra: tuple[Tensor, ...], batch: Any, eager: Tensor) -> bool:
         assert self.functions.gradient is not None
         try:
-            with self.ambient.step(k):
+            with self.ambient.step(k), compiling():
                 found, _ = self.functions.gradient(theta.detach(), extra, batch)
         except Exception as error:  # whatever the compiler raises, eager is right
-            _warn("the gradient could not be compiled", error)
+            warn("the gradient could not be compiled", error)
             return False
         return _agrees("gradient", found, eager)
 
@@ -211,7 +128,7 @@ class CompiledLinearization:
     @property
     def gradient(self) -> Tensor:
         # The product computes a gradient too, mostly of the same bits (torch 2.13, an MLP: 99 steps of 100).
-        if self._from_product is not None and bool(self._owner.fingerprints.matches(self._k, self._from_product)):
+        if self._from_product is not None and self._owner.fingerprints.matches(self._k, self._from_product):
             return self._from_product
         return self._gradient_and_loss[0]
 
@@ -236,7 +153,8 @@ class CompiledLinearization:
         assert function is not None
         with self._owner.ambient.step(self._k):
             found, products = function(self._theta, self._extra, self._batch, vector.detach())
-        self._from_product = found.detach()
+        if found.device.type == "cpu":
+            self._from_product = found.detach()
         rest = iter(products[1:])
         extra = tuple(next(rest) if want else None for want in wanted)
         split = len(self._owner.data.tensors)
@@ -244,9 +162,10 @@ class CompiledLinearization:
 
     def _product_agrees(self, vector: Tensor, eager: Products) -> bool:
         try:
-            found = self._compiled_product(vector)
+            with compiling():
+                found = self._compiled_product(vector)
         except Exception as error:  # whatever the compiler raises, eager is right
-            _warn("the Hessian product could not be compiled", error)
+            warn("the Hessian product could not be compiled", error)
             return False
         pairs = zip((found.theta, *found.batch, *found.hyper), (eager.theta, *eager.batch, *eager.hyper), strict=True)
         for a, b in pairs:
@@ -260,10 +179,5 @@ def _agrees(what: str, compiled: Tensor, eager: Tensor) -> bool:
     scale = float(torch.linalg.vector_norm(eager))
     if difference <= _TOLERANCE[eager.dtype] * max(scale, torch.finfo(eager.dtype).tiny):
         return True
-    _warn(f"the compiled {what} differs from eager by {difference / max(scale, 1e-300):.1e} of its norm")
+    warn(f"the compiled {what} differs from eager by {difference / max(scale, 1e-300):.1e} of its norm")
     return False
-
-
-def _warn(what: str, error: Exception | None = None) -> None:
-    reason = f" ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})" if error else ""
-    warnings.warn(f"compile=True: {what}{reason}; running it without torch.compile", CompileWarning, stacklevel=2)

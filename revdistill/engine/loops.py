@@ -177,10 +177,10 @@ def to_float(q: Any, out: Any, resolution: float) -> None:
 
 
 @_compiled
-def direction(m: Any, s: Any, out: Any, c1: float, root_c2: float, eps: float) -> None:
-    """`adam._Direction.value`: float64 throughout."""
+def direction(m: Any, s: Any, out: Any, c1: float, per_root_c2: float, eps: float) -> None:
+    """`adam._Direction.value`: float64 throughout. per_root_c2: 1 / sqrt(c2)."""
     for i in range(m.size):
-        out[i] = m[i] / ((np.sqrt(s[i]) / root_c2 + eps) * c1)
+        out[i] = m[i] / ((np.sqrt(s[i]) * per_root_c2 + eps) * c1)
 
 
 @_compiled

@@ -43,7 +43,7 @@ def fingerprint(x: Tensor) -> int | Tensor:
 
 def fingerprint_by_passes(x: Tensor) -> Tensor:
     """`fingerprint` as tensor operations, for any device: 0-dim int64."""
-    mixed = x.view(_BITS[x.dtype]).to(torch.int64)
+    mixed = x.view(_BITS[x.dtype]).to(torch.int64, copy=True)  # float64's bits are int64 already, and x is the caller's
     mixed = mixed.add_(torch.arange(len(x), device=x.device).mul_(loops.STEP)).mul_(loops.FIRST)
     return mixed.bitwise_xor_(mixed >> 32).mul_(loops.SECOND).sum()
 

@@ -16,12 +16,11 @@ from revdistill.engine.gradient import Data, Gradient, Linearization
 from revdistill.engine.guard import GPU_INTERVAL, Guard, SuspicionError
 from revdistill.engine.history import History
 from revdistill.engine.moves import GRADIENT, THETA, Add, Decay, Derived, Stage, Update
-from revdistill.engine.scaling import Scaling
 from revdistill.engine.snapshot import Snapshot
 from revdistill.engine.wide import Wide, add_
 
-# (arithmetic, slot, head, n) for each decay; (target, source, factor) for each kick or drift, a target [2, numel] being a wide one.
-Pushes = Sequence[tuple[Scaling, Tensor, Tensor, int]]
+# (bit store, slot, n) for each decay; (target, source, factor) for each kick or drift, a target [2, numel] being a wide one.
+Pushes = Sequence[tuple[BitStore, Tensor, int]]
 Adds = Sequence[tuple[Tensor, Tensor, float | Tensor]]
 
 OnStep = Callable[[int, dict[str, Tensor], Tensor], object]
@@ -38,16 +37,16 @@ class Kernels:
     """The integer work of a step, in place; `compile=True` replaces it by a compiled one with the same bits."""
 
     def forward(self, pushes: Pushes, adds: Adds) -> None:
-        for scaling, slot, head, n in pushes:
-            scaling.multiply_(slot, head, n)
+        for store, slot, n in pushes:
+            store.multiply_(slot, n)
         for target, source, factor in adds:
             add_(target, source, factor, sign=1)
 
     def inverse(self, pushes: Pushes, adds: Adds) -> None:
         for target, source, factor in reversed(adds):
             add_(target, source, factor, sign=-1)
-        for scaling, slot, head, n in reversed(pushes):
-            scaling.divide_(slot, head, n)
+        for store, slot, n in reversed(pushes):
+            store.divide_(slot, n)
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ class Trajectory:
     def _undo(self, k: int, stage: Stage, known: dict[str, Tensor]) -> None:
         values = self._derive(k, stage.derived, known)
         parts = self._parts(k, stage.decays)
-        pushes = [(store.scaling, slot, store.head, n) for slot, store, n in parts if store.pushes(n)]
+        pushes = [(store, slot, n) for slot, store, n in parts if store.pushes(n)]
         self.problem.kernels.inverse(pushes, [self._operands(k, add, values) for add in stage.adds])
         for slot, store, n in reversed(parts):
             store.after_undecay(slot, n)
@@ -230,7 +229,7 @@ class Trajectory:
 
     def _make_room(self, k: int, stage: Stage) -> Pushes:
         parts = self._parts(k, stage.decays)
-        return [(store.scaling, slot, store.head, n) for slot, store, n in parts if store.before_decay(slot, n)]
+        return [(store, slot, n) for slot, store, n in parts if store.before_decay(slot, n)]
 
     def _operands(self, k: int, add: Add, values: dict[str, Tensor]) -> tuple[Tensor, Tensor, float | Tensor]:
         target, scale = self.state.fixed[add.target], self._format(add.target).scale

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.compiled import CompiledKernels
-from revdistill.engine.scaling import COARSE, FINE, WIDE
+from revdistill.engine.bitstore import BitStore
+from revdistill.engine.compiled_kernels import CompiledKernels
+from revdistill.engine.history import DeviceHistory
+from revdistill.engine.scaling import COARSE, FINE, WIDE, Scaling
 from revdistill.engine.trajectory import Kernels
 
 needs_compiler = pytest.mark.skipif(
@@ -47,41 +49,46 @@ def test_compiled_hypergradient_is_eagers() -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
-@needs_compiler
-def test_compiled_integers_have_eagers_bits() -> None:
-    draw = torch.Generator().manual_seed(0)
-    kernels, eager = CompiledKernels(), Kernels()
-    for n in (58982, 1, 65535):
-        v = torch.randint(-(2**60), 2**60, (1001,), generator=draw)
-        head = torch.randint(0, min(n << 36, 2**52), (1001,), generator=draw)  # what multiply_ promises for
-        g = torch.randn(1001, generator=draw)
-        mine, theirs = (v.clone(), head.clone()), (v.clone(), head.clone())
-        for k, tensors in ((kernels, mine), (eager, theirs)):
-            k.forward([(COARSE, *tensors, n)], [(tensors[0], g, 2.0**44 * 0.37)])
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-        kernels.inverse([(COARSE, *mine, n)], [(mine[0], g, 2.0**44 * 0.37)])
-        assert torch.equal(mine[0], v)
-        assert torch.equal(mine[1], head)
+def store_with(head: Tensor, scaling: Scaling) -> BitStore:
+    store = BitStore(head.shape, head.device, DeviceHistory(), scaling)
+    store.head.copy_(head)
+    return store
+
+
+def operands(n: int, draw: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    """([v, theta, moment], [their heads]), anywhere in the range: one word for COARSE and FINE, two for WIDE."""
+    v, theta, high = (torch.randint(-(2**60), 2**60, (1001,), generator=draw) for _ in range(3))
+    moment = torch.stack([high, torch.randint(0, 2**60, (1001,), generator=draw)])
+    widths = (16, 30, 30)
+    heads = [torch.randint(0, min(n % 2**bits << 52 - bits, 2**52), (1001,), generator=draw) for bits in widths]
+    return [v, theta, moment], heads
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_compiled_integers_of_adam_have_eagers_bits() -> None:
+@pytest.mark.parametrize("n", [1, 49, 58982, 65535])
+def test_compiled_integers_have_eagers_bits(n: int) -> None:
     draw = torch.Generator().manual_seed(0)
     kernels, eager = CompiledKernels(), Kernels()
-    for n in (FINE.quantise(0.9), 1, FINE.quantise(0.999)):
-        theta = torch.randint(-(2**60), 2**60, (1001,), generator=draw)
-        m = torch.stack([torch.randint(-(2**60), 2**60, (1001,), generator=draw), torch.randint(0, 2**60, (1001,), generator=draw)])
-        heads = [torch.randint(0, min(n << 22, 2**52), (1001,), generator=draw) for _ in range(2)]
-        g = torch.randn(1001, generator=draw)
-        mine, theirs = ([t.clone() for t in (theta, m, *heads)] for _ in range(2))
-        for k, (th, mo, h1, h2) in ((kernels, mine), (eager, theirs)):
-            k.forward([(FINE, th, h1, n), (WIDE, mo, h2, n)], [(mo, g, 2.0**94 * 0.37)])
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-        th, mo, h1, h2 = mine
-        kernels.inverse([(FINE, th, h1, n), (WIDE, mo, h2, n)], [(mo, g, 2.0**94 * 0.37)])
-        assert all(torch.equal(a, b) for a, b in zip(mine, (theta, m, *heads), strict=True))
+    slots, heads = operands(n, draw)
+    g, before = torch.randn(1001, generator=draw), [t.clone() for t in (*slots, *heads)]
+    states = []
+    for _ in range(2):
+        stores = [store_with(head, scaling) for head, scaling in zip(heads, (COARSE, FINE, WIDE), strict=True)]
+        states.append(([t.clone() for t in slots], stores))
+    calls = []
+    for own, stores in states:
+        pushes = [(store, slot, n) for store, slot in zip(stores, own, strict=True)]
+        calls.append((pushes, [(own[0], g, 2.0**44 * 0.37), (own[2], g, 2.0**94 * 0.37), (own[1], own[0], 0.01)]))
+    for k, call in zip((kernels, eager), calls, strict=True):
+        k.forward(*call)
+    (mine, my_stores), (theirs, their_stores) = states
+    assert all(map(torch.equal, mine, theirs))
+    assert all(torch.equal(a.head, b.head) for a, b in zip(my_stores, their_stores, strict=True))
+    kernels.inverse(*calls[0])
+    assert all(map(torch.equal, (*mine, *(store.head for store in my_stores)), before))
+    assert kernels._forward._compiled is not None
+    assert kernels._inverse._compiled is not None
 
 
 def _fake_compile(change: Any) -> Any:
@@ -135,6 +142,54 @@ def test_integers_with_one_wrong_bit_are_dropped(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(mine, theirs)
         messages = [str(w.message) for w in caught]
         assert messages == [] or "other bits than eager" in messages[0]
+
+
+@pytest.mark.parametrize("scaling", [COARSE, FINE, WIDE], ids=["coarse", "fine", "wide"])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_wrong_decay_is_dropped_where_slots_and_heads_are_still_zero(
+    monkeypatch: pytest.MonkeyPatch, scaling: Scaling, direction: str
+) -> None:
+    """Regression: the one comparison was that of step 0, where every decay of 0 is 0."""
+
+    def wrong(function: Any, pushes: Any, adds: Any) -> None:
+        function(pushes, adds)
+        for _, _, head, _ in pushes:
+            head.copy_(torch.where(head > 1000, head ^ 1, head))
+
+    monkeypatch.setattr(torch, "compile", _fake_compile(wrong))
+    slot = torch.zeros(5, dtype=torch.int64) if scaling is not WIDE else torch.zeros(2, 5, dtype=torch.int64)
+    store, n = store_with(torch.zeros(5, dtype=torch.int64), scaling), scaling.quantise(0.9)
+    state = torch.get_rng_state()
+    with pytest.warns(rd.CompileWarning, match="other bits than eager"):
+        getattr(CompiledKernels(), direction)([(store, slot, n)], [(slot, torch.zeros(5), 1.0)])
+    assert not slot.any()  # what it was compared on is gone
+    assert not store.head.any()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_compilers_advice_to_use_tf32_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor warns where TensorFloat-32 is off on a GPU that has it: an error, where a user makes errors of warnings."""
+    loss, params, batches = problem()
+    eager = hypergradient(loss, params, batches)
+
+    def advise(function: Any, *args: Any) -> Any:
+        warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled.", stacklevel=2)
+        return function(*args)
+
+    first: set[int] = set()
+
+    def once(function: Any, *args: Any) -> Any:
+        seen, _ = id(function) in first, first.add(id(function))
+        return function(*args) if seen else advise(function, *args)
+
+    monkeypatch.setattr(torch, "compile", _fake_compile(once))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = hypergradient(loss, params, batches, compile=True)
+        kernels = CompiledKernels()
+        kernels.forward([], [(torch.arange(5), torch.ones(5), 3.0)])
+    assert kernels._forward._compiled is not None
+    assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
 
 
 @pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()], ids=repr)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from revdistill.engine.bitstore import BitStore
 from revdistill.engine.history import DeviceHistory
-from revdistill.engine.scaling import COARSE, FINE, WIDE, Scaling
+from revdistill.engine.scaling import COARSE, FINE, WIDE, Scaling, divisor_of
 from revdistill.engine.wide import (
     FRACTIONAL_BITS,
     LOW_BITS,
@@ -54,13 +54,14 @@ def largest(scaling: Scaling) -> int:
 def test_multiply_and_divide_are_pythons(scaling: Scaling, shares: list[float], n: int, entropy: int) -> None:
     numbers = [int(Fraction(share) * largest(scaling)) for share in shares]
     start = min(entropy, (n << 52 - scaling.radix_bits) - 1)  # what multiply_ promises for
+    divisor = divisor_of(n, CPU)
     for by_passes in (False, True):
         v, head = tensor(scaling, numbers), torch.full((len(numbers),), start)
-        (scaling.multiply_by_passes_ if by_passes else scaling.multiply_)(v, head, n)
+        (scaling.multiply_by_passes_ if by_passes else scaling.multiply_)(v, head, n, divisor)
         w = [x * n + start % n for x in numbers]
         assert integers(v) == [x >> scaling.radix_bits for x in w]
         assert head.tolist() == [(start // n << scaling.radix_bits) + x % scaling.radix for x in w]
-        (scaling.divide_by_passes_ if by_passes else scaling.divide_)(v, head, n)
+        (scaling.divide_by_passes_ if by_passes else scaling.divide_)(v, head, n, divisor)
         assert integers(v) == numbers
         assert head.tolist() == [start] * len(numbers)
 

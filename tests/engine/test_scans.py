@@ -53,7 +53,9 @@ def test_last_bits_that_cancel_in_a_sum_do_not_cancel_here(pattern: tuple[int, .
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loop_and_the_tensor_operations_agree(dtype: torch.dtype) -> None:
     x = torch.randn(1001, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
     assert fingerprint(x) == int(scans.fingerprint_by_passes(x))
+    assert torch.equal(x, before)
 
 
 def test_fingerprints_on_a_device_do_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

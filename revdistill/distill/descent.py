@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine import NonFiniteError, RangeError
+from revdistill.engine.ambient import repeatable
 
 MAX_FAILURES = 10
 
@@ -34,7 +35,11 @@ class Descent:
         self._failures = 0
 
     def step(self, outer_loss: Callable[[], Tensor]) -> Outcome:
-        """Evaluate, differentiate, and step."""
+        """Evaluate, differentiate, and step; with torch's settings of an unroll, so that on a GPU too a run repeats itself."""
+        with repeatable(self._leaves[0].device):
+            return self._step(outer_loss)
+
+    def _step(self, outer_loss: Callable[[], Tensor]) -> Outcome:
         self._optimizer.zero_grad(set_to_none=True)
         try:
             loss = outer_loss()

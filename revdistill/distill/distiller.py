@@ -18,6 +18,7 @@ from revdistill.distill.draws import Batches, generator, mix
 from revdistill.distill.population import Population
 from revdistill.distill.synthetic import Synthetic
 from revdistill.engine import SGD, Adam, NonFiniteError, RangeError, unroll
+from revdistill.engine.ambient import repeatable
 
 BETA2 = 0.999
 HALVINGS = 10  # Wang et al. halve every 40 of 400 epochs
@@ -163,6 +164,10 @@ class Distiller:
     @torch.no_grad()
     def validation_accuracy(self) -> float:
         """Mean accuracy on the held-out data of networks that this outer step would draw."""
+        with repeatable(self.device):
+            return self._validation_accuracy()
+
+    def _validation_accuracy(self) -> float:
         found = []
         for i, population in enumerate(self.populations):
             params = population.sample(self._network_seed(self.outer_step, i))

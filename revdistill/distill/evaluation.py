@@ -13,6 +13,7 @@ from revdistill.distill.data import Dataset
 from revdistill.distill.distiller import fixed_network_seed
 from revdistill.distill.population import Population
 from revdistill.distill.schedules import plan
+from revdistill.engine.randomness import seeded
 
 # Far from the seeds of training, so that no network evaluated was ever distilled for.
 SEED_OFFSET = 2**40
@@ -80,8 +81,7 @@ def train_plainly(
     for p in params.values():
         p.requires_grad_()
     optimizer = plain_optimizer(artifact.optimizer, [{"params": list(params.values()), "weight_decay": artifact.weight_decay}])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(artifact) + first)
+    with seeded(_seed(artifact) + first, device):
         for k, (lr, momentum) in enumerate(zip(rates, momenta, strict=True)):
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from revdistill.distill import models
 from revdistill.engine import stack_modules
+from revdistill.engine.randomness import seeded
 
 Params = dict[str, Tensor]
 # Samples evaluated at once, over all networks; and by convolutions on a CPU, few enough that activations stay in its caches: with
@@ -43,8 +44,7 @@ class Population:
     def __init__(self, name: str, size: int, input_shape: tuple[int, ...], classes: int, device: torch.device) -> None:
         self.name, self.size = name, size
         self._input_shape, self._classes, self._device = input_shape, classes, device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0, device):
             self._net = models.build(name, input_shape, classes).to(device)
         self.loss, _ = stack_modules([self._net] * size, classification_loss)
         kinds = tuple(type(module) for module in self._net.modules())
@@ -58,7 +58,7 @@ class Population:
         accepted = {(2, self._classes)} | ({(2, 1)} if self._classes == 2 else set())
         x = torch.zeros(2, *self._input_shape, device=self._device)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluating(self._net):
+            with torch.no_grad(), seeded(0, self._device), _evaluating(self._net):
                 shape = tuple(copy.deepcopy(self._net)(x).shape)
         except (RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -91,8 +91,7 @@ class Population:
             yield e, one, {name: p[e : e + 1].detach().clone() for name, p in params.items()}
 
     def _sample_own(self, seed: int) -> Params:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed, self._device):
             nets = [models.build(self.name, self._input_shape, self._classes) for _ in range(self.size)]
         states = [dict(net.named_parameters()) for net in nets]
         return {name: torch.stack([s[name].detach() for s in states]).to(self._device) for name in self._shapes}

@@ -1,7 +1,7 @@
 """What surrounds every call of the loss, made the same on the way forward and on the way back.
 
-Random numbers (seeded from (seed, step)), autocast, the number of threads, deterministic kernels, TensorFloat-32 off, and
-the attention kernel that has second derivatives. All of it is restored afterwards.
+Random numbers (seeded from (seed, step)), autocast, the number of threads, deterministic kernels, TensorFloat-32 off, the
+attention kernel that has second derivatives, and autograd on the calling thread. All of it is restored afterwards.
 
 torch keeps most of this for the whole process, so the unrolls of several threads take turns (`_TURN`), and a setting that one of
 them made stays until the last of them has left (`_ProcessWide`).
@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_CUBLAS_VARIABLE, _CUBLAS_SETTING = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+from revdistill.engine.precision import without_tf32
+from revdistill.engine.randomness import generators_of
+
+CUBLAS_VARIABLE, CUBLAS_SETTINGS = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+# torch reads it once, at the process's first matrix product on a GPU, and refuses deterministic ones for good where it was not
+# set by then. So it is set as soon as this is imported, and stays.
+os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_SETTINGS[0])
 # Held by the thread that is in a passage. Re-entrant: a loss may hold an unroll of its own.
 _TURN = threading.RLock()
 
@@ -38,11 +44,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-def draw_seed() -> int:
-    """A seed from torch's default generator: two unrolls in a row differ, and torch.manual_seed repeats both."""
-    return int(torch.randint(0, 2**62, ()).item())
-
-
 @contextmanager
 def _turn() -> Iterator[None]:
     _TURN.acquire()
@@ -50,6 +51,14 @@ def _turn() -> Iterator[None]:
         yield
     finally:
         _TURN.release()  # by its name: a child process may have another
+
+
+@dataclass
+class _Callers:
+    """What the caller of a pass had, while it lasts: the states of its generators, and whether autograd has threads."""
+
+    generators: list[Tensor] = field(default_factory=list)
+    multithreading: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,12 +70,14 @@ class Ambient:
     threads: int
     autocast: bool
     autocast_dtype: torch.dtype
-    _callers: list[Tensor] = field(default_factory=list, compare=False, repr=False)  # its generators' states, during a passage
+    grad: bool
+    _callers: _Callers = field(default_factory=_Callers, compare=False, repr=False)
 
     @classmethod
     def capture(cls, device: torch.device, seed: int) -> Ambient:
         kind = device.type
-        return cls(device, seed, torch.get_num_threads(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        return cls(device, seed, torch.get_num_threads(), *autocast, torch.is_grad_enabled())
 
     @contextmanager
     def passage(self) -> Iterator[None]:
@@ -74,7 +85,12 @@ class Ambient:
         with ExitStack() as stack:
             stack.enter_context(_turn())
             stack.enter_context(_threads(self.threads))
-            for setting in self._process_wide():
+            # autograd runs backward on one thread per device. A thread whose turn it is must not wait for that one: it
+            # may be in another unroll's way back, waiting for its turn.
+            on_this_thread = torch.autograd.set_multithreading_enabled(False)
+            stack.enter_context(on_this_thread)
+            self._callers.multithreading = on_this_thread.prev
+            for setting in _process_wide(self.device):
                 stack.enter_context(setting.held())
             # Without its cache, which would keep casts of theta from one step to the next.
             stack.enter_context(
@@ -88,56 +104,61 @@ class Ambient:
         """Around one evaluation of the loss and its derivatives, in a passage: the same random numbers in both directions."""
         # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
         seed = (self.seed + k * 0x1E3779B97F4A7C15) % 2**63
-        for generator in self._generators():
+        for generator in generators_of(self.device):
             generator.manual_seed(seed)
         with torch.enable_grad():
             yield
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Around a call of the user's for a batch, in a passage: with the random numbers that it would have drawn outside.
+        """Around a call of the user's for a batch, in a passage: with the random numbers and the grad mode that it has outside.
 
+        (A pass is made without gradients; a batch that was computed from a tensor that wants one would not tell.)
         Other threads may take their turn meanwhile, so that the user's code may wait for them.
         """
-        generators = self._generators()
-        for generator, state in zip(generators, self._callers, strict=True):
+        generators = generators_of(self.device)
+        for generator, state in zip(generators, self._callers.generators, strict=True):
             generator.set_state(state)
         _TURN.release()
         try:
-            yield
+            with torch.autograd.set_multithreading_enabled(self._callers.multithreading), torch.set_grad_enabled(self.grad):
+                yield
         finally:
             _TURN.acquire()
-            self._callers[:] = [generator.get_state() for generator in generators]
+            self._callers.generators = [generator.get_state() for generator in generators]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Around a call of the user's that gives nothing back, in a passage: as `outside`, with torch's settings as they were."""
         with ExitStack() as stack:
-            for setting in self._process_wide():
+            for setting in _process_wide(self.device):
                 stack.enter_context(setting.let_go())
             stack.enter_context(self.outside())
             yield
 
-    def _process_wide(self) -> tuple[_ProcessWide, ...]:
-        return (_REPEATABLE, _REPEATABLE_CUDA) if self.device.type == "cuda" else (_REPEATABLE,)
-
     @contextmanager
     def _own_generators(self) -> Iterator[None]:
         """The caller's random numbers are put back afterwards."""
-        generators = self._generators()
-        self._callers[:] = [generator.get_state() for generator in generators]
+        generators = generators_of(self.device)
+        self._callers.generators = [generator.get_state() for generator in generators]
         try:
             yield
         finally:
-            for generator, state in zip(generators, self._callers, strict=True):
+            for generator, state in zip(generators, self._callers.generators, strict=True):
                 generator.set_state(state)
 
-    def _generators(self) -> list[torch.Generator]:
-        generators = [torch.default_generator]
-        if self.device.type == "cuda":
-            index = torch.cuda.current_device() if self.device.index is None else self.device.index
-            generators.append(torch.cuda.default_generators[index])
-        return generators
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """torch's settings of a pass (deterministic kernels, no TensorFloat-32), for what an outer loop does around its unrolls."""
+    with ExitStack() as stack:
+        for setting in _process_wide(device):
+            stack.enter_context(setting.held())
+        yield
+
+
+def _process_wide(device: torch.device) -> tuple[_ProcessWide, ...]:
+    return (_REPEATABLE, _REPEATABLE_CUDA) if device.type == "cuda" else (_REPEATABLE,)
 
 
 class _ProcessWide:
@@ -212,34 +233,17 @@ def _deterministic() -> Iterator[None]:
         settings.fill_uninitialized_memory = fill
 
 
-def _cuda_settings() -> list[tuple[Any, str, Any]]:
-    """(object, attribute, value): TensorFloat-32 off, and cuDNN's choice of kernel fixed."""
-    matmul: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    fixed: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; the two ways to say it must not be mixed
-        return [*fixed, *((part, "fp32_precision", "ieee") for part in (matmul, cudnn.conv, cudnn.rnn))]
-    return [*fixed, (matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
-
-
 @contextmanager
 def _repeatable_cuda() -> Iterator[None]:
-    """autograd runs backward on a thread with its own cuBLAS handle: without a fixed workspace the two may differ."""
-    workspace = os.environ.get(_CUBLAS_VARIABLE)
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _cuda_settings()]
-    try:
-        if workspace not in (":4096:8", ":16:8"):
-            os.environ[_CUBLAS_VARIABLE] = _CUBLAS_SETTING
-        for owner, name, value in _cuda_settings():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-        if workspace is None:
-            os.environ.pop(_CUBLAS_VARIABLE, None)
-        else:
-            os.environ[_CUBLAS_VARIABLE] = workspace
+    """cuDNN's choice of kernel fixed, and no TensorFloat-32."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    with without_tf32():
+        cudnn.benchmark, cudnn.deterministic = False, True
+        try:
+            yield
+        finally:
+            cudnn.benchmark, cudnn.deterministic = before
 
 
 _REPEATABLE, _REPEATABLE_CUDA = _ProcessWide(_repeatable), _ProcessWide(_repeatable_cuda)

@@ -8,6 +8,7 @@ that is one bit different on the way back ruins the reversal (invariant 1 of the
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from revdistill.engine.ambient import Ambient
+from revdistill.engine.ambient import CUBLAS_SETTINGS, CUBLAS_VARIABLE, Ambient
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.layout import Layout
 from revdistill.engine.scans import Fingerprints
@@ -256,7 +257,9 @@ def named_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        if "does not have a deterministic implementation" in text or ("deterministic" in text and "CuBLAS" in text):
+        if "CuBLAS" in text and CUBLAS_VARIABLE in text:
+            raise UnsupportedError(f"{_why_cublas_refuses()}. torch said: {text}") from error
+        if "does not have a deterministic implementation" in text:
             raise UnsupportedError(
                 "the loss uses an operator that has no deterministic implementation on this device, so the way back could differ; "
                 f"replace it, or use adjoint=rd.Backprop(), which needs no second evaluation. torch said: {text}"
@@ -279,6 +282,20 @@ def named_errors() -> Iterator[None]:
         if "is a view and its base or another view of its base has been modified inplace" in text:
             raise UnsupportedError(f"{CHANGED_IN_PLACE.format('params or a batch')}. torch said: {text}") from error
         raise
+
+
+def _why_cublas_refuses() -> str:
+    accepted, found = " or ".join(CUBLAS_SETTINGS), os.environ.get(CUBLAS_VARIABLE)
+    if found not in CUBLAS_SETTINGS:
+        return (
+            f"matrix products on a GPU repeat themselves to the bit only where the environment variable {CUBLAS_VARIABLE} is "
+            f"{accepted}, and here it is {found!r}; set it so before the process starts, or unset it (importing revdistill sets it)"
+        )
+    return (
+        f"torch reads the environment variable {CUBLAS_VARIABLE} once, at the process's first matrix product on a GPU, and it was "
+        "not set by then: import revdistill, which sets it, before anything is computed there, or start the process with "
+        f"{CUBLAS_VARIABLE}={CUBLAS_SETTINGS[0]}"
+    )
 
 
 def _leaf(t: Tensor, wants_gradient: bool) -> Tensor:

@@ -17,6 +17,7 @@ from revdistill.engine.errors import RevdistillError
 from revdistill.engine.history import DeviceHistory
 from revdistill.engine.modules import from_module, stack_modules
 from revdistill.engine.optimizers import SGD, Optimizer
+from revdistill.engine.randomness import seeded
 from revdistill.engine.scaling import COARSE
 from revdistill.engine.unroll import unroll
 
@@ -84,8 +85,7 @@ def _timed(kind: str, name: str, check: Callable[[], tuple[str, bool]]) -> Check
 
 def _problem(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
     make, shape = _NETWORKS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0, device):
         net = make().to(dtype).to(device)
         x = torch.randn(7, 10, *shape, dtype=dtype).to(device).requires_grad_()
     y = (torch.arange(70, device=device) % 5).reshape(7, 10)
@@ -102,8 +102,7 @@ def _exactness(name: str, dtype: torch.dtype, device: torch.device, optimizer: O
 
 def _stacked_exactness(device: torch.device) -> tuple[str, bool]:
     _, x, y = _problem("ReLU MLP", torch.float32, device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0, device):
         nets = [_NETWORKS["ReLU MLP"][0]().to(device) for _ in range(30)]
     loss, params = stack_modules(nets, nn.functional.cross_entropy)
     lr = torch.full((EXACT_STEPS, 30), 0.02, device=device, requires_grad=True)

@@ -11,6 +11,7 @@ from revdistill.distill.data import Dataset
 from revdistill.distill.draws import Batches
 from revdistill.distill.evaluation import SEED_OFFSET, plain_optimizer, set_momentum
 from revdistill.distill.population import Population
+from revdistill.engine.randomness import seeded
 from revdistill.tune.schedule import Schedule
 from revdistill.tune.tuner import sample_scaled
 
@@ -39,8 +40,7 @@ def train(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, rest
     for name, p in params.items():
         groups[schedule.group_of(name)]["params"].append(p)
     optimizer = plain_optimizer(schedule.optimizer, groups)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         for k, (rates, momenta) in enumerate(zip(schedule.lr.tolist(), schedule.momentum.tolist(), strict=True)):
             for group, lr, momentum in zip(optimizer.param_groups, rates, momenta, strict=True):
                 group["lr"] = lr

@@ -238,6 +238,37 @@ def test_a_users_own_factory() -> None:
         distil(replace(SMALL, architectures=(f"{__name__}:no_network",)))
 
 
+def test_nothing_seeds_the_generators_of_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: torch.manual_seed within fork_rng(devices=[]) seeds every GPU, and leaves it so."""
+
+    def seed_all(seed: int) -> None:
+        raise AssertionError("the caller's generators on GPUs are lost")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+    state = torch.get_rng_state()
+    distiller = distil(replace(SMALL, architectures=("NonLinearNet", f"{__name__}:own_network")), steps=2)
+    distiller.validation_accuracy()
+    evaluate(distiller.artifact(), load("moons"), "NonLinearNet", restarts=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_outer_steps_are_made_with_an_unrolls_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic kernels, and on a GPU no TensorFloat-32, for the outer loss too: a run that is resumed has the same bits."""
+    seen = []
+    evaluated = Population.mean_loss
+
+    def watched(self: Population, *args: Any) -> torch.Tensor:
+        seen.append(torch.get_deterministic_debug_mode())
+        value = evaluated(self, *args)
+        value.register_hook(lambda _: seen.append(torch.get_deterministic_debug_mode()))
+        return value
+
+    monkeypatch.setattr(Population, "mean_loss", watched)
+    distil(SMALL, steps=1)
+    assert seen == [2, 2]  # errors where there is no deterministic kernel; forward, and back
+    assert torch.get_deterministic_debug_mode() == 0
+
+
 def test_lenet_fits_what_it_fits() -> None:
     for shape in ((1, 28, 28), (3, 32, 32), (1, 12, 12), (1, 13, 15)):
         assert models.build("LeNet", shape, 7)(torch.zeros(2, *shape)).shape == (2, 7)

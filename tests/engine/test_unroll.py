@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine import ambient
 from revdistill.engine.adjoints import default_adjoint
 from revdistill.engine.ambient import Ambient
 from tests.engine.small import CE, data, mlp, total
@@ -225,19 +223,35 @@ def test_settings_of_torch_are_restored() -> None:
     assert settings() == before
 
 
-def test_cuda_settings_are_made_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The switches can be thrown without a GPU."""
-    for workspace in (None, ":16:8", "something else"):
-        if workspace is None:
-            monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-        else:
-            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
-        before = [getattr(owner, name) for owner, name, _ in ambient._cuda_settings()]
-        with ambient._repeatable_cuda():
-            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
-            assert all(getattr(owner, name) == value for owner, name, value in ambient._cuda_settings())
-        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace
-        assert [getattr(owner, name) for owner, name, _ in ambient._cuda_settings()] == before
+ADJOINTS: list[Any] = [rd.Reversible(), rd.Checkpoint(), rd.StoreAll(), rd.Backprop()]
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_a_batch_computed_from_what_wants_a_gradient_is_refused(adjoint: Any) -> None:
+    """Regression: passes are made without gradients, so that such a batch showed none, and x had no gradient in silence."""
+    x, w = torch.randn(4, 2, requires_grad=True), torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"batches\(0\) returned a tensor of shape \[2\] that requires grad"):
+        rd.unroll(lambda p, b: (p["w"] * b[0]).sum() ** 2, {"w": w}, lambda k: (x[k] * 2,), rd.SGD(0.01), steps=4, adjoint=adjoint)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_callbacks_have_the_callers_grad_mode(adjoint: Any) -> None:
+    loss, params = rd.from_module(mlp(), CE)
+    x, y = (t.detach() for t in data(5))
+    seen = []
+
+    def batch(k: int) -> tuple[Tensor, ...]:
+        seen.append(torch.is_grad_enabled())
+        return x[k], y[k]
+
+    def on_step(*_: Any) -> None:
+        seen.append(torch.is_grad_enabled())
+
+    for mode in (True, False):
+        seen.clear()
+        with torch.set_grad_enabled(mode):
+            rd.unroll(loss, params, batch, rd.SGD(0.1), steps=2, adjoint=adjoint, on_step=on_step)
+        assert seen == [mode] * 4
 
 
 def test_step_seeds_differ() -> None:

@@ -269,6 +269,17 @@ def test_a_network_of_other_layers_is_refused() -> None:
         ScheduleLR(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0), a_schedule())
 
 
+def test_the_comparison_does_not_seed_the_generators_of_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seed_all(seed: int) -> None:
+        raise AssertionError("the caller's generators on GPUs are lost")
+
+    found = tuner()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+    state = torch.get_rng_state()
+    train(found.schedule(), found.data, found.config.arch, batch_size=16, restarts=2, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_comparison_is_a_plain_loop() -> None:
     """One network, by hand with torch.optim, on the batches that the comparison uses."""
     data, config = load("moons"), QUICK

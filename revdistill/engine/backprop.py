@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.gradient import Loss, check_loss, named_errors
+from revdistill.engine.guard import FiniteWatch
 from revdistill.engine.moves import GRADIENT, THETA, Add, Factor
 from revdistill.engine.schedules import Table
 from revdistill.engine.trajectory import Problem
@@ -27,6 +27,7 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
     values = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in update.slots}
     keep_graph = torch.is_grad_enabled()
     saved: dict[int, Tensor] = {}
+    watch = FiniteWatch(layout, problem.check_interval, _not_finite)
     for k in range(problem.steps):
         if k and k == problem.first:
             values = {name: value.detach() for name, value in values.items()}
@@ -48,7 +49,7 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
             if k == 0:
                 check_loss(value)
             (gradient,) = torch.autograd.grad(value, at, create_graph=keep_graph and k >= problem.first)
-        _check_finite(problem, k, value, gradient)
+        watch.look(k, gradient.detach(), value.detach())
         if problem.on_step is not None:
             with problem.ambient.watching():
                 problem.on_step(k, layout.views(start.detach()), value.detach())
@@ -68,6 +69,7 @@ def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
                 values[add.target] = values[add.target] + source * _factor(add, k, theta.dtype)
             for peak in stage.peaks:
                 values[peak.slot] = peak.value(values)
+    watch.flush()
     if problem.save_at is None:
         return values[THETA]
     saved[problem.steps] = values[THETA]
@@ -92,10 +94,6 @@ def _factor(add: Add, k: int, dtype: torch.dtype) -> float | Tensor:
     return value
 
 
-def _check_finite(problem: Problem, k: int, value: Tensor, gradient: Tensor) -> None:
-    if (k + 1) % problem.check_interval and k + 1 < problem.steps:
-        return
-    name = problem.update.layout.first_nonfinite(gradient.detach())
-    if name is not None or not math.isfinite(float(value.detach())):
-        what = f"the gradient of params[{name!r}]" if name else "the loss"
-        raise NonFiniteError(f"{what} is not finite at step {k}", parameter=name, step=k)
+def _not_finite(k: int, name: str | None) -> NoReturn:
+    what = f"the gradient of params[{name!r}]" if name else "the loss"
+    raise NonFiniteError(f"{what} is not finite at step {k}", parameter=name, step=k)

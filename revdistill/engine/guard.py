@@ -10,12 +10,15 @@ entries are noted there and read every `interval` steps; what was wrong is then 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from revdistill.engine.errors import NonFiniteError, RangeError
 from revdistill.engine.fixedpoint import FixedPoint
+from revdistill.engine.layout import Layout
 from revdistill.engine.moves import GRADIENT, THETA, Add, State, Update
 from revdistill.engine.scans import largest, largest_on_device
 from revdistill.engine.wide import Wide
@@ -62,19 +65,20 @@ class Guard:
             self._raise_nonfinite(k, value, gradient)
         if self._advance(k, entry):
             return True
-        self._tighten(state)
+        self._tighten(state, self._largest(state).tolist())
         return self._advance(k, entry)
 
     def flush(self, state: State) -> None:
         """Read the notes, all of steps that `state` has behind it. Raises SuspicionError."""
         if not self._notes:
             return
-        for offset, (entry, value) in enumerate(torch.stack(self._notes).tolist()):
+        *notes, reached = _read([*self._notes, self._largest(state)])
+        for offset, (entry, value) in enumerate(notes):
             if not (math.isfinite(entry) and math.isfinite(value)) or not self._advance(self._first_note + offset, entry):
                 raise SuspicionError
         self._first_note += len(self._notes)
         self._notes = []
-        self._tighten(state)
+        self._tighten(state, reached)
 
     def before_add(self, k: int, add: Add, state: State, values: dict[str, Tensor]) -> None:
         """Raise RangeError if this move would leave the range. values: of the sources that are no part of the state."""
@@ -105,8 +109,12 @@ class Guard:
         self._bounds = {name: bounds[name] for name in self._bounds}
         return True
 
-    def _tighten(self, state: State) -> None:
-        self._bounds = {name: float(largest_on_device(self._floats(name, state))) * _SLACK for name in state.fixed}
+    def _largest(self, state: State) -> Tensor:
+        """Of theta and of each slot, float64."""
+        return torch.stack([largest_on_device(self._floats(name, state)) for name in state.fixed])
+
+    def _tighten(self, state: State, reached: list[float]) -> None:
+        self._bounds = {name: value * _SLACK for name, value in zip(state.fixed, reached, strict=True)}
 
     def _floats(self, name: str, state: State) -> Tensor:
         q = state.fixed[name]
@@ -143,37 +151,42 @@ class Guard:
         )
 
 
+def _read(vectors: list[Tensor]) -> list[list[float]]:
+    """Float64 vectors as lists, in one wait for the device."""
+    numbers = iter(torch.cat(vectors).tolist())
+    return [[next(numbers) for _ in v] for v in vectors]
+
+
 class FiniteWatch:
-    """Notices, on the way back, a hypergradient that is no longer finite, without waiting for a GPU at each step."""
+    """Notices a vector, or a loss, that is no longer finite, without waiting for a GPU at each step.
 
-    def __init__(self, update: Update, interval: int) -> None:
-        self._update, self._interval = update, interval
-        self._notes: list[tuple[int, Tensor]] = []
+    interval: steps between looks at the device; fail: raises, called with the first such step and the name of the first parameter
+    with an entry that is not finite there (None where only the loss is not).
+    """
 
-    def after_step(self, k: int, theta_bar: Tensor) -> None:
+    def __init__(self, layout: Layout, interval: int, fail: Callable[[int, str | None], NoReturn]) -> None:
+        self._layout, self._interval, self._fail = layout, interval, fail
+        self._notes: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    def look(self, k: int, x: Tensor, loss: Tensor | None = None) -> None:
+        """x: float [numel], not empty; loss: 0-dim. Neither requires grad."""
         if self._interval == 1:
-            self._check(k, largest(theta_bar), theta_bar)
+            fine = math.isfinite(largest(x))
+            if not fine or not (loss is None or math.isfinite(float(loss))):
+                self._fail(k, None if fine else self._layout.first_nonfinite(x))
             return
-        self._notes.append((k, largest_on_device(theta_bar)))
+        bad, where = torch.max(x - x, 0)  # 0 for what is finite, else NaN, which is the largest; of these the first
+        self._notes.append((k, bad, where, bad if loss is None else loss))
         if len(self._notes) >= self._interval:
-            self.flush(theta_bar)
+            self.flush()
 
-    def flush(self, theta_bar: Tensor) -> None:
+    def flush(self) -> None:
+        """Read the notes."""
         if not self._notes:
             return
-        values = torch.stack([note for _, note in self._notes]).tolist()
-        for (k, _), value in zip(self._notes, values, strict=True):
-            self._check(k, value, theta_bar)
+        steps, *columns = zip(*self._notes, strict=True)
         self._notes = []
-
-    def _check(self, k: int, value: float, theta_bar: Tensor) -> None:
-        if math.isfinite(value):
-            return
-        name = self._update.layout.first_nonfinite(theta_bar)
-        raise NonFiniteError(
-            f"the hypergradient of params[{name!r}] stopped being finite at step {k} on the way back, though loss and "
-            "gradient are finite there: the product of the loss's Hessian with it is infinite or NaN (a second derivative "
-            "such as sqrt's at 0), or it exploded; a smoother loss, a smaller lr, a window or clip_back avoid it",
-            parameter=name,
-            step=k,
-        )
+        rows = torch.stack([torch.stack(column).double() for column in columns], dim=1).tolist()  # float64 holds the positions
+        for k, (bad, where, loss) in zip(steps, rows, strict=True):
+            if not (math.isfinite(bad) and math.isfinite(loss)):
+                self._fail(k, None if math.isfinite(bad) else self._layout.name_at(int(where)))

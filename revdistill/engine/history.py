@@ -53,22 +53,46 @@ class DeviceHistory:
         self.nbytes = 0
 
 
-class HostHistory(DeviceHistory):
-    """Words go to host memory, pinned when they come from a CUDA device."""
+class HostHistory:
+    """Words go to host memory, pinned when they come from a CUDA device.
+
+    It is taken in blocks with room for several pushes: to pin memory takes longer than to copy into it, and waits for the device.
+    """
+
+    PUSHES = 8  # that a block has room for
+    LARGEST = 2**28  # bytes of a block, where one push fits
+    _ALIGNED = 8  # bytes: of the widest words
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
         self._device = device
+        self._blocks: list[Tensor] = []
+        self._filled = 0  # bytes of the last block
+        self._stack: list[tuple[Tensor, int, int]] = []  # the words, their block's number, and where in it they begin
+        self.nbytes = 0
 
     def push(self, words: Tensor) -> None:
-        if self._device.type == "cuda":
-            pinned = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
-            # Stream order makes this safe: pop copies back on the same stream, after this copy.
-            words = pinned.copy_(words, non_blocking=True)
-        super().push(words.to("cpu"))
+        size = -(-words.nbytes // self._ALIGNED) * self._ALIGNED
+        if not self._blocks or self._filled + size > len(self._blocks[-1]):
+            room = max(size, min(self.PUSHES * size, self.LARGEST))
+            room = 1 << (room - 1).bit_length()  # as much as torch's allocator of pinned memory takes anyway
+            self._blocks.append(torch.empty(room, dtype=torch.uint8, pin_memory=self._device.type == "cuda"))
+            self._filled = 0
+        kept = self._blocks[-1][self._filled : self._filled + words.nbytes].view(words.dtype).view(words.shape)
+        # Stream order makes this safe: pop copies back on the same stream, after this copy.
+        self._stack.append((kept.copy_(words, non_blocking=True), len(self._blocks) - 1, self._filled))
+        self._filled += size
+        self.nbytes += words.nbytes
 
     def pop(self) -> Tensor:
-        return super().pop().to(self._device, non_blocking=True)
+        words, block, self._filled = self._stack.pop()
+        del self._blocks[block + 1 :]
+        self.nbytes -= words.nbytes
+        return words.to(self._device, non_blocking=True, copy=True)
+
+    def clear(self) -> None:
+        self._stack.clear()
+        self._blocks.clear()
+        self._filled = self.nbytes = 0
 
 
 class FileHistory:

@@ -221,22 +221,21 @@ class _Same:
 
     def __init__(self, problem: Problem) -> None:
         self._fingerprints = problem.gradient.fingerprints
-        self._notes: list[tuple[int, Tensor]] = []
+        self._first: Tensor | None = None  # of the steps checked, the first that was not the same; -1: none. One for all steps
 
     def check(self, k: int, gradient: Tensor) -> None:
         """At once on the CPU; elsewhere noted, so that nothing waits for the device."""
         matches = self._fingerprints.matches(k, gradient)
         if isinstance(matches, Tensor):
-            self._notes.append((k, matches))
+            first = torch.full((), -1, device=matches.device) if self._first is None else self._first
+            self._first = torch.where(matches | (first >= 0), first, k)
         elif not matches:
             self._raise(k)
 
     def finish(self) -> None:
-        """Read the notes."""
-        matches = torch.stack([note for _, note in self._notes]).tolist() if self._notes else []
-        for (k, _), good in zip(self._notes, matches, strict=True):
-            if not good:
-                self._raise(k)
+        """Read what was noted."""
+        if self._first is not None and int(self._first) >= 0:
+            self._raise(int(self._first))
 
     def _raise(self, k: int) -> None:
         raise ReversalError(

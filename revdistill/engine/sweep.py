@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.gradient import Linearization
 from revdistill.engine.guard import FiniteWatch
 from revdistill.engine.moves import GRADIENT, THETA, Bars, Stage
@@ -44,7 +46,7 @@ class Sweep:
         self.bars = Bars(flat, tables)
         self._batches = [torch.zeros_like(t) if t.requires_grad else None for t in data.tensors]
         self._hypers = [torch.zeros_like(t) if t.requires_grad else None for t in data.hypers]
-        self._watch = FiniteWatch(update, problem.check_interval)
+        self._watch = FiniteWatch(update.layout, problem.check_interval, _stopped_being_finite)
         moves = (*update.kicks, *update.drifts)
         multiplied = any(a.source == GRADIENT and tables.keys() & set(a.factor.names) for a in moves)
         self._wants_gradient = multiplied or any(GRADIENT in d.inputs for d in update.derived)
@@ -86,7 +88,7 @@ class Sweep:
                 bar.add_(product)
         if k in self._entering:
             bars.flat[THETA].add_(self._entering.pop(k))
-        self._watch.after_step(k, bars.flat[THETA])
+        self._watch.look(k, bars.flat[THETA])
         if self.problem.looks_back:
             with self.problem.ambient.watching():
                 bars.flat[THETA] = self.problem.look_back(k, bars.flat[THETA])
@@ -104,8 +106,18 @@ class Sweep:
             derived.adjoint(k, values, self.bars)
 
     def finish(self) -> Hypergradients:
-        self._watch.flush(self.bars.flat[THETA])
+        self._watch.flush()
         return Hypergradients(None if self.problem.first else self.bars.flat[THETA], self.bars.tables, self._batches, self._hypers)
+
+
+def _stopped_being_finite(k: int, name: str | None) -> NoReturn:
+    raise NonFiniteError(
+        f"the hypergradient of params[{name!r}] stopped being finite at step {k} on the way back, though loss and "
+        "gradient are finite there: the product of the loss's Hessian with it is infinite or NaN (a second derivative "
+        "such as sqrt's at 0), or it exploded; a smoother loss, a smaller lr, a window or clip_back avoid it",
+        parameter=name,
+        step=k,
+    )
 
 
 def wants_slots(problem: Problem) -> bool:

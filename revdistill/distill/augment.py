@@ -53,12 +53,31 @@ def _rotate(random: list[float]) -> Transform:
 
 
 def _affine(matrix: list[list[float]]) -> Transform:
+    """Each pixel from the four around the point that the matrix takes it to, weighted by how near they are; the border repeats.
+
+    As torch's grid_sample (bilinear, padding_mode="border", align_corners=False), whose derivative adds up by atomics on CUDA, in
+    any order, so that no run could be repeated there. All images are sampled at the same points: each pixel is a bag of four.
+    """
+
     def apply(images: Tensor) -> Tensor:
-        theta = torch.tensor(matrix, dtype=images.dtype, device=images.device).expand(len(images), 2, 3)
-        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        number, channels, height, width = images.shape
+        theta = torch.tensor(matrix, dtype=torch.float64)
+        points = F.affine_grid(theta[None], [1, 1, height, width], align_corners=False).reshape(-1, 2)  # in -1 to 1
+        (left, right, x), (top, bottom, y) = _between(points[:, 0], width), _between(points[:, 1], height)
+        four = torch.stack([row * width + column for row in (top, bottom) for column in (left, right)], dim=1)
+        weights = torch.stack([v * u for v in (1 - y, y) for u in (1 - x, x)], dim=1)
+        pixels = images.permute(2, 3, 0, 1).reshape(height * width, number * channels)
+        found = F.embedding_bag(four.to(pixels.device), pixels, per_sample_weights=weights.to(pixels), mode="sum")
+        return found.reshape(height, width, number, channels).permute(2, 3, 0, 1)
 
     return apply
+
+
+def _between(places: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places in -1 to 1 along a side of so many pixels: the pixel before each, the one after, and how far it is from the first."""
+    exact = ((places + 1) * side / 2 - 0.5).clamp(0, side - 1)
+    before = exact.floor()
+    return before.long(), (before.long() + 1).clamp(max=side - 1), exact - before
 
 
 def _flip(random: list[float]) -> Transform:

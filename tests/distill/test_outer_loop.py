@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from revdistill.distill import augment
 from revdistill.distill.config import Config
 from revdistill.distill.data import load
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.presets import PRESETS
+from revdistill.engine.gradient import graph_nodes
 
 SMALL = Config(
     dataset="moons", architectures=("NonLinearNet",), steps=5, epochs=4, per_class=2, outer_steps=10, batch_size=64, lr=0.1
@@ -109,6 +111,29 @@ def test_augmentations_are_siamese_and_differentiable(name: str) -> None:
         assert images.grad.abs().sum() > 0
         again = augment.draw([name], torch.Generator().manual_seed(seed))(images)
         assert torch.equal(again, changed)
+
+
+@pytest.mark.parametrize("name", ["crop", "scale", "rotate"])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 14), (5, 1, 8, 8), (1, 2, 1, 6)])
+def test_shifts_scales_and_turns_sample_as_torch_does(monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]) -> None:
+    """As grid_sample, images and gradients; but by operators whose derivatives have one order on a GPU, where its have none."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(shape, dtype=torch.float64, generator=draw).requires_grad_()
+    weights = torch.randn(shape, dtype=torch.float64, generator=draw)
+    matrices = []
+    for seed in range(5):
+        affine = augment._affine
+        monkeypatch.setattr(augment, "_affine", lambda matrix: matrices.append(matrix) or affine(matrix))  # noqa: B023
+        found = augment.draw([name], torch.Generator().manual_seed(seed))(images)
+        monkeypatch.undo()
+        theta = torch.tensor(matrices[-1], dtype=torch.float64).expand(len(images), 2, 3)
+        grid = F.affine_grid(theta, list(shape), align_corners=False)
+        expected = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        mine, theirs = (torch.autograd.grad((y * weights).sum(), images)[0] for y in (found, expected))
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+        assert any("GridSampler" in node.name() for node in graph_nodes(expected.sum()))
+        assert not any("GridSampler" in node.name() for node in graph_nodes(found.sum()))
 
 
 def test_augmentations_do_what_they_say() -> None:

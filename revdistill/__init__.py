@@ -1,8 +1,8 @@
 """Differentiate through a whole training run, exactly, in the memory of one step."""
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from revdistill._checkout import find_the_command
 from revdistill.engine import (
     SGD,
     Adam,
@@ -28,7 +28,10 @@ from revdistill.engine import (
 if TYPE_CHECKING:
     from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
 
-__version__ = version("revdistill")
+__version__ = "0.1.0"  # setup.cfg reads it here
+
+find_the_command()
+
 __all__ = [
     "SGD",
     "Adam",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,28 @@ def test_a_whole_session_as_a_user_types_it(tmp_path: Path) -> None:
     assert (tmp_path / "runs/moons-2/distilled.h5").exists()
     with h5py.File(tmp_path / "runs/moons/distilled.h5") as a, h5py.File(tmp_path / "runs/moons-2/distilled.h5") as b:
         assert np.array_equal(a["x"][()], b["x"][()])  # the same seed, the same bits, in another process
+
+
+_NOT_INSTALLED = """
+import runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+sys.path[:] = [sys.argv[1], *(p for p in sys.path if "editable" not in p)]
+module, sys.argv = sys.argv[2], sys.argv[2:]
+runpy.run_module(module, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["revdistill.cli", "cli"])
+def test_a_checkout_that_is_not_installed_runs(tmp_path: Path, module: str) -> None:
+    """Regression: revdistill.cli was found where it is installed only, and so was the version."""
+    root = Path(__file__).parents[2]
+    for name in ("revdistill", "cli"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "setup.cfg", tmp_path)
+    command = [sys.executable, "-c", _NOT_INSTALLED, str(tmp_path), module, "--version"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == f"revdistill, version {revdistill.__version__}\n"
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from statistics import geometric_mean
 from typing import Any
 
 import matplotlib as mpl
+import report_cuda
 import report_images
 import report_study
 import report_tuning
@@ -298,6 +299,9 @@ def main() -> None:
     if bits:
         draw_bits(bits, RESULTS / "bits.png")
         parts += ["## Bits", "![Bits per parameter and step](results/bits.png)", bits_section(bits)]
+    gpu = report_cuda.load(RESULTS / "cuda.jsonl")
+    if gpu:
+        parts += ["## On a GPU", report_cuda.section(gpu)]
     (HERE / "README.md").write_text("\n\n".join(parts) + "\n")
     headline, speed, memory = load("headline"), load("speed"), load("memory")
     if headline:
@@ -312,6 +316,8 @@ def main() -> None:
         fill(MAIN_README, "adam", report_tuning.adam_summary(adam, where(adam)))
     if schedules:
         fill(MAIN_README, "schedules", report_tuning.schedules_table(schedules))
+    if gpu and "<!-- cuda:" in MAIN_README.read_text():
+        fill(MAIN_README, "cuda", report_cuda.summary(gpu))
     if study:
         fill(MAIN_README, "study", report_study.beside_the_talk(study, ("ours",)) + "\n\n" + report_study.best_for_all(study))
 

@@ -62,7 +62,7 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
     codes = {line["part"]: line["exit"] for line in lines_of(tmp_path / "out")}
     assert codes == {name: 3 if name in ("verify", "speed") else 0 for name in PARTS}
     log = (tmp_path / "out/log.txt").read_text()
-    assert log == done.stdout
+    assert sorted(log.splitlines()) == sorted(done.stdout.splitlines())  # parts that run at once may be shown in another order
     assert "[speed] broken" in log
     assert "[memory] ran -m gpu.memory --device cpu --quick" in log
 

@@ -1,7 +1,8 @@
 """Adam in reverse beside plain autograd through Adam: time, memory, bits, and how far the hypergradients are apart.
 
-Time: per inner step at T = 100, the methods taking turns in processes of their own, as ratios of each round. Memory: the rise of
-one hypergradient's peak above what was there before, each in a fresh process. Bits: T = 10,000 steps there and back.
+Time: per inner step at T = 100, the methods taking turns in processes of their own, as ratios of each round. Memory:
+the rise of one hypergradient's peak above what was there before, each in a fresh process. Bits: T = 10,000 steps there
+and back.
 
     python benchmarks/adam.py     about eight minutes on a CPU
 
@@ -27,7 +28,11 @@ import revdistill as rd
 BASE = "adam-autograd"
 TASKS = ("tiny", "mlp", "lenet")
 STEPS, CHECK_STEPS, BIT_STEPS = 100, 20, 10_000
-MEMORY_STEPS = {"adam-autograd": (10, 100, 1_000), "adam-reversible": (10, 100, 1_000, 10_000), "adam-storeall": (10, 100, 1_000)}
+MEMORY_STEPS = {
+    "adam-autograd": (10, 100, 1_000),
+    "adam-reversible": (10, 100, 1_000, 10_000),
+    "adam-storeall": (10, 100, 1_000),
+}
 WARM_UP = 3
 
 
@@ -52,9 +57,16 @@ def speed(task: str, rounds: int, device: str) -> dict[str, Any]:
     for name, seconds in times.items():
         ratio = median(mine / base for mine, base in zip(seconds, times[BASE], strict=True))
         rows.append(
-            {"method": name, "ms_per_step": 1e3 * median(seconds) / STEPS, "ratio_to_autograd": ratio, "disagreement": apart[name]}
+            {
+                "method": name,
+                "ms_per_step": 1e3 * median(seconds) / STEPS,
+                "ratio_to_autograd": ratio,
+                "disagreement": apart[name],
+            }
         )
-        print(f"{task} {name}: {rows[-1]['ms_per_step']:.3f} ms/step, {ratio:.2f}, off by {apart[name]:.0e}", flush=True)
+        print(
+            f"{task} {name}: {rows[-1]['ms_per_step']:.3f} ms/step, {ratio:.2f}, off by {apart[name]:.0e}", flush=True
+        )
     return {"task": task, "title": KINDS[task].title, "steps": STEPS, "rounds": rounds, "methods": rows}
 
 

@@ -1,7 +1,8 @@
 """How many bits per parameter and step does the bit store keep, against the entropy bound log2(1 / momentum)?
 
-For each momentum, velocities are decayed and kicked for so many steps that 2,000 bits per parameter are lost (at least 10,000
-steps), then walked back: every bit must return. The words spilled are counted; the head of 52 bits per parameter is state.
+For each momentum, velocities are decayed and kicked for so many steps that 2,000 bits per parameter are lost (at least
+10,000 steps), then walked back: every bit must return. The words spilled are counted; the head of 52 bits per parameter
+is state.
 
     python benchmarks/bits.py     about a minute
 
@@ -45,15 +46,29 @@ def measure(momentum: float, device: str) -> dict[str, Any]:
         store.undecay_(v, n)
     if v.any() or not store.is_empty():
         raise SystemExit(f"momentum {momentum}: the way back did not end at the start")
-    print(f"momentum {momentum}: {steps} steps, bound {ideal:.5f}, kept {kept:.5f}, ratio {kept / ideal:.4f}", flush=True)
-    return {"momentum": momentum, "steps": steps, "ideal": ideal, "kept": kept, "seconds": time.perf_counter() - started}
+    print(
+        f"momentum {momentum}: {steps} steps, bound {ideal:.5f}, kept {kept:.5f}, ratio {kept / ideal:.4f}", flush=True
+    )
+    return {
+        "momentum": momentum,
+        "steps": steps,
+        "ideal": ideal,
+        "kept": kept,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def main() -> None:
     """The command."""
     options = arguments_of(__doc__).parse_args()
     rows = [measure(momentum, options.device) for momentum in MOMENTA]
-    results = {"machine": machine(options.device), "versions": versions(), "parameters": PARAMETERS, "head_bits": 52, "rows": rows}
+    results = {
+        "machine": machine(options.device),
+        "versions": versions(),
+        "parameters": PARAMETERS,
+        "head_bits": 52,
+        "rows": rows,
+    }
     save("bits", results, options.device)
 
 

@@ -1,4 +1,5 @@
-"""What does a user get in the first ten minutes: is the engine exact on this machine, and what does the default run give?
+"""What does a user get in the first ten minutes: is the engine exact on this machine, and what does the default run
+give?
 
     python benchmarks/headline.py     about three minutes
 

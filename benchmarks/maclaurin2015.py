@@ -3,14 +3,17 @@
     python benchmarks/maclaurin2015.py --data-dir DIR                  about half an hour on a CPU
     python benchmarks/maclaurin2015.py --data-dir DIR --only images    one experiment
 
-schedule: rates per layer and step, momentum per step, an initial scale per layer, for 784-50-50-50-10 trained for 100 steps.
-penalties: an L2 penalty for each of the 7,840 weights of a logistic regression. images: ten training images, one per class.
-long: one rate per step over 2,000 steps; and how long dL/dtheta_k is on the way back, at rates that are fine and that are not.
+schedule: rates per layer and step, momentum per step, an initial scale per layer, for 784-50-50-50-10 trained for 100
+steps.
+penalties: an L2 penalty for each of the 7,840 weights of a logistic regression. images: ten training images, one per
+class.
+long: one rate per step over 2,000 steps; and how long dL/dtheta_k is on the way back, at rates that are fine and that
+are not.
 
-Each is compared with its start, and with a random search (a constant rate and momentum, one penalty for all weights, real images)
-that is given the same time; all choose by the same held-out data, and are measured with fresh networks on test data that chose
-nothing. Each experiment runs in a process of its own. Writes results/maclaurin2015.json and pictures; `python benchmarks/report.py`
-makes tables.
+Each is compared with its start, and with a random search (a constant rate and momentum, one penalty for all weights,
+real images) that is given the same time; all choose by the same held-out data, and are measured with fresh networks on
+test data that chose nothing. Each experiment runs in a process of its own. Writes results/maclaurin2015.json and
+pictures; `python benchmarks/report.py` makes tables.
 """
 
 from __future__ import annotations
@@ -50,7 +53,11 @@ SMALL = 1_000  # training samples of the penalties: few enough that a penalty ma
 def schedule(mnist: Mnist, quick: bool) -> dict[str, Any]:
     """The paper's section 3.1 and 3.2."""
     layers = 4
-    start = {"lr": torch.full((STEPS, layers), math.log(0.1)), "momentum": torch.zeros(STEPS), "scale": torch.zeros(layers)}
+    start = {
+        "lr": torch.full((STEPS, layers), math.log(0.1)),
+        "momentum": torch.zeros(STEPS),
+        "scale": torch.zeros(layers),
+    }
     leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
     drawn = mnist.batch(0)
     table = [drawn(k) for k in range(STEPS)]  # one order of the data, as in the paper; each training starts elsewhere
@@ -254,7 +261,8 @@ def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
         print(f"  T = {horizon}: {peak.nbytes / MIB:.1f} MiB", flush=True)
     raw.grad = None
     norms = [
-        norms_at(rate, clip, held_out_loss, steps) for rate, clip in ((0.01, None), (0.05, None), (0.5, None), (0.5, LONG_CLIP))
+        norms_at(rate, clip, held_out_loss, steps)
+        for rate, clip in ((0.01, None), (0.05, None), (0.5, None), (0.5, LONG_CLIP))
     ]
     learned = descend(
         {"raw": raw},
@@ -264,7 +272,9 @@ def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
     )
 
     def train_with(rates: Tensor, momentum: float = 0.9) -> Train:
-        return lambda seed: plain_training(network(seed), mnist.batch(seed), rates[:, None], torch.full((steps,), momentum))
+        return lambda seed: plain_training(
+            network(seed), mnist.batch(seed), rates[:, None], torch.full((steps,), momentum)
+        )
 
     def draw(generator: torch.Generator) -> tuple[Any, Train]:
         lr, rest = torch.rand(2, generator=generator).tolist()

@@ -49,7 +49,13 @@ def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    vectors = "AVX-512" if any("avx512f" in line for line in lines) else "AVX2" if any("avx2" in line for line in lines) else ""
+    vectors = (
+        "AVX-512"
+        if any("avx512f" in line for line in lines)
+        else "AVX2"
+        if any("avx2" in line for line in lines)
+        else ""
+    )
     return f"{name}, {vectors}" if vectors else name
 
 
@@ -79,7 +85,9 @@ def _memory(field: str) -> int:
 
 
 def give_back() -> None:
-    """Return what is free to the system: it would hide a later rise, and many workers' leftovers would fill the machine."""
+    """Return what is free to the system: it would hide a later rise, and many workers' leftovers would fill the
+    machine.
+    """
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -113,7 +121,18 @@ class Worker:
 
     def __init__(self, task: str, method: str, device: str, threads: int) -> None:
         self.method = method
-        command = [sys.executable, __file__, "--task", task, "--method", method, "--device", device, "--threads", str(threads)]
+        command = [
+            sys.executable,
+            __file__,
+            "--task",
+            task,
+            "--method",
+            method,
+            "--device",
+            device,
+            "--threads",
+            str(threads),
+        ]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -161,7 +180,10 @@ def _answer(request: dict[str, Any], method: Any, task: Any, device: str) -> dic
     steps = request["steps"]
     if request["do"] == "check":
         x, lr = method.run(task, steps)
-        np.save(request["path"], torch.cat([t.detach().reshape(-1).double().cpu() for t in (x, lr) if t is not None]).numpy())
+        np.save(
+            request["path"],
+            torch.cat([t.detach().reshape(-1).double().cpu() for t in (x, lr) if t is not None]).numpy(),
+        )
         return {"entries": sum(t.numel() for t in (x, lr) if t is not None)}
     if request["do"] == "time":
         method.run(task, max(1, steps // 5))  # the caches and the clock were another method's
@@ -200,8 +222,12 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
 def task_arguments_of(description: str | None) -> argparse.ArgumentParser:
     """Those of a benchmark over tasks and methods."""
     parser = arguments_of(description)
-    parser.add_argument("--tasks", nargs="+", choices=list(KINDS), help="default: the small ones on a CPU, all on a GPU")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all; memory.py: the main ones but on the MLP")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(KINDS), help="default: the small ones on a CPU, all on a GPU"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), help="default: all; memory.py: the main ones but on the MLP"
+    )
     parser.add_argument("--threads", type=int, default=1)
     return parser
 

@@ -1,15 +1,16 @@
 """The study "Investigating the data distillation method" (D. Medvedev, 2020), reproduced and beaten.
 
-Two moons, 1005 training points distilled into 320, for three architectures and for all at once; ten restarts, all of them in one
-batched unroll. Setting "faithful" follows the talk; "ours" distils better from the same 320 points and as many passes over the
-real data.
+Two moons, 1005 training points distilled into 320, for three architectures and for all at once; ten restarts, all of
+them in one batched unroll. Setting "faithful" follows the talk; "ours" distils better from the same 320 points and as
+many passes over the real data.
 
-    python benchmarks/medvedev2020.py                  the talk's tables and figures, both settings: about ten minutes on two cores
-    python benchmarks/medvedev2020.py --only datasets  the same study on circles, blobs and digits
+    python benchmarks/medvedev2020.py                  the talk's tables and figures, both settings: about ten minutes
+    on two cores python benchmarks/medvedev2020.py --only datasets  the same study on circles, blobs and digits
     python benchmarks/medvedev2020.py --only momentum  what momentum changes
     python benchmarks/medvedev2020.py --quick          two restarts and few outer steps: whether it runs
 
-Writes results/medvedev2020.json, keeping the parts that were not run; `python benchmarks/report.py` makes tables and pictures.
+Writes results/medvedev2020.json, keeping the parts that were not run; `python benchmarks/report.py` makes tables and
+pictures.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def training_data(name: str) -> Dataset:
 
 def jobs_of(setting: str, data: Dataset, restarts: int) -> dict[str, list[Job]]:
     """By what they are distilled for: each architecture, and all."""
-    found = {name: [Job(data, (name,) * COPIES, seed=i, pace=PACE[setting]) for i in range(restarts)] for name in STUDIED}
+    found = {
+        name: [Job(data, (name,) * COPIES, seed=i, pace=PACE[setting]) for i in range(restarts)] for name in STUDIED
+    }
     return found | {"all": [Job(data, ALL[setting], seed=i) for i in range(restarts)]}
 
 
@@ -75,7 +78,15 @@ def cell(setting: str, data: str, schedule: str, test: str, accuracies: torch.Te
     values = [round(float(a), 5) for a in accuracies]
     mean = sum(values) / len(values)
     std = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5
-    return {"setting": setting, "data": data, "schedule": schedule, "test": test, "mean": mean, "std": std, "accuracies": values}
+    return {
+        "setting": setting,
+        "data": data,
+        "schedule": schedule,
+        "test": test,
+        "mean": mean,
+        "std": std,
+        "accuracies": values,
+    }
 
 
 def study(setting: str, data: Dataset, protocol: Protocol, restarts: int, tests: tuple[str, ...]) -> dict[str, Any]:
@@ -87,7 +98,10 @@ def study(setting: str, data: Dataset, protocol: Protocol, restarts: int, tests:
     def progress(step: int, total: int, losses: torch.Tensor) -> None:
         if step % 50 == 0 or step == total:
             left = (time.perf_counter() - started) / step * (total - step)
-            print(f"{setting} {data.name}: {step}/{total}, outer loss {float(losses.mean()):.4f}, {left:.0f} s left", flush=True)
+            print(
+                f"{setting} {data.name}: {step}/{total}, outer loss {float(losses.mean()):.4f}, {left:.0f} s left",
+                flush=True,
+            )
 
     distilled = distil(jobs, protocol, progress=progress)
     seconds = time.perf_counter() - started
@@ -100,7 +114,9 @@ def study(setting: str, data: Dataset, protocol: Protocol, restarts: int, tests:
 
 
 def figures(groups: dict[str, list[Job]], distilled: Distilled, protocol: Protocol) -> dict[str, Any]:
-    """What the talk's figures show: the first restart's points and boundaries (of points in the plane), and the mean rates."""
+    """What the talk's figures show: the first restart's points and boundaries (of points in the plane), and the mean
+    rates.
+    """
     found: dict[str, Any] = {"rates": {}, "points": {}, "boundaries": {}}
     restarts = len(groups["all"])
     for i, (name, group) in enumerate(groups.items()):
@@ -128,7 +144,12 @@ def original(restarts: int) -> dict[str, Any]:
     started = time.perf_counter()
     cells = [cell("faithful", "original", "raw", test, train_on_real(jobs, test)) for test in (*STUDIED, *UNSEEN)]
     grids = {test: rounded(boundary(jobs[:1], None, test, 0.0, GRID), 2) for test in STUDIED}
-    real = {"x": rounded(data.x, 3), "y": data.y.tolist(), "x_test": rounded(data.x_test, 3), "y_test": data.y_test.tolist()}
+    real = {
+        "x": rounded(data.x, 3),
+        "y": data.y.tolist(),
+        "x_test": rounded(data.x_test, 3),
+        "y_test": data.y_test.tolist(),
+    }
     return {"cells": cells, "seconds": time.perf_counter() - started, "figures": {"boundaries": grids, "real": real}}
 
 

@@ -1,8 +1,9 @@
 """How much memory does one hypergradient need above what was there before, against the number of steps T?
 
-Each figure is measured in a fresh process: warmed up with three steps, what is free given back, then the peak of the whole run.
-A run is left out where a straight line through the shorter runs says that it would pass --most-bytes or --most-seconds; the
-longest unroll that fits in 1, 4 and 16 GB is found on that line too, and for 1 GB run where the time allows.
+Each figure is measured in a fresh process: warmed up with three steps, what is free given back, then the peak of the
+whole run. A run is left out where a straight line through the shorter runs says that it would pass --most-bytes or
+--most-seconds; the longest unroll that fits in 1, 4 and 16 GB is found on that line too, and for 1 GB run where the
+time allows.
 
     python benchmarks/memory.py                the small tasks on a CPU: about 30 minutes
     python benchmarks/memory.py --tasks mlp    one of them
@@ -89,7 +90,12 @@ def longest(task: str, method: str, runs: list[dict[str, Any]], options: Any) ->
     for gigabytes in BUDGETS:
         steps = int((gigabytes * 1e9 - offset) / slope) if slope else None
         measured = None
-        if steps and gigabytes * 1e9 <= options.most_bytes and steps * per_step < options.most_seconds and gigabytes == 1:
+        if (
+            steps
+            and gigabytes * 1e9 <= options.most_bytes
+            and steps * per_step < options.most_seconds
+            and gigabytes == 1
+        ):
             steps = int(0.98 * steps)
             answer = measure(task, method, steps, options.device, options.threads)
             measured = answer.get("bytes")
@@ -108,7 +114,11 @@ def main() -> None:
     for task in chosen_tasks(options):
         everything = [name for name in METHODS if name not in SKIPPED]
         methods = options.methods or (everything if task == "mlp" else EVERYWHERE)
-        kept[task] = {"task": task, "title": KINDS[task].title, "methods": [rise(task, name, options) for name in methods]}
+        kept[task] = {
+            "task": task,
+            "title": KINDS[task].title,
+            "methods": [rise(task, name, options) for name in methods],
+        }
         results = {
             "machine": machine(options.device, options.threads),
             "versions": versions(),

@@ -1,7 +1,8 @@
-"""Every way to a hypergradient that the benchmarks compare: ours, plain autograd, its checkpointed forms, and public libraries.
+"""Every way to a hypergradient that the benchmarks compare: ours, plain autograd, its checkpointed forms, and public
+libraries.
 
-Each is a function (task, steps) -> (dL/dx [s, B, ...], dL/drates [T] or None where the library has no rate per step). The loops
-written here are what a user would write by hand: dicts of tensors, momentum as in torch.optim.SGD.
+Each is a function (task, steps) -> (dL/dx [s, B, ...], dL/drates [T] or None where the library has no rate per step).
+The loops written here are what a user would write by hand: dicts of tensors, momentum as in torch.optim.SGD.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def outer_loss(task: Task, state: State) -> Tensor:
     return task.outer({name: state[name] for name in task.params})
 
 
-def sgd_step(task: Task, state: State, batch: tuple[Tensor, Tensor], rate: Tensor, *, differentiable: bool = True) -> State:
+def sgd_step(
+    task: Task, state: State, batch: tuple[Tensor, Tensor], rate: Tensor, *, differentiable: bool = True
+) -> State:
     """One step of SGD with momentum; differentiable through everything."""
     params = {name: state[name] for name in task.params}
     if not differentiable:
@@ -122,7 +125,9 @@ def torch_checkpoint(every: Callable[[int], int]) -> Callable[[Task, int], Gradi
 
 
 def replay_tree(arity: int) -> Callable[[Task, int], Gradients]:
-    """A lazy k-ary tree of re-runs, as in REPLAY (Engstrom et al. 2025): k log_k T states, each step run log_k T times more."""
+    """A lazy k-ary tree of re-runs, as in REPLAY (Engstrom et al. 2025): k log_k T states, each step run log_k T times
+    more.
+    """
 
     def run(task: Task, steps: int) -> Gradients:
         rates = task.rates(steps)
@@ -245,7 +250,9 @@ METHODS = {
     "checkpoint": Method("Checkpoint", ours(rd.Checkpoint())),
     "backprop": Method("Backprop (autograd, flat buffer)", ours(rd.Backprop())),
     "torch-checkpoint-1": Method("torch checkpoint, each step", torch_checkpoint(lambda _: 1)),
-    "torch-checkpoint-sqrt": Method("torch checkpoint, sqrt(T) steps", torch_checkpoint(lambda t: max(1, round(t**0.5)))),
+    "torch-checkpoint-sqrt": Method(
+        "torch checkpoint, sqrt(T) steps", torch_checkpoint(lambda t: max(1, round(t**0.5)))
+    ),
     "replay": Method("4-ary re-run tree (REPLAY)", replay_tree(4)),
     "higher": Method("higher", higher_library, needs="higher"),
     "torchopt": Method("TorchOpt", torchopt_library, needs="torchopt"),

@@ -1,4 +1,5 @@
-"""Tables and pictures from the JSON in results/: benchmarks/README.md, results/*.png, and the figures of the main README.
+"""Tables and pictures from the JSON in results/: benchmarks/README.md, results/*.png, and the figures of the main
+README.
 
 python benchmarks/report.py
 """
@@ -22,7 +23,13 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 MAIN_README = HERE.parent / "README.md"
-OURS = {"reversible": "C0", "reversible-graphs": "C9", "reversible-compiled": "C4", "checkpoint": "C2", "storeall": "C1"}
+OURS = {
+    "reversible": "C0",
+    "reversible-graphs": "C9",
+    "reversible-compiled": "C4",
+    "checkpoint": "C2",
+    "storeall": "C1",
+}
 # columns of the main README's table of speed
 COLUMNS = ("reversible", "reversible-graphs", "reversible-compiled", "storeall", "higher", "torchopt")
 TARGETED = ("tiny", "mlp", "lenet", "convnet")
@@ -106,7 +113,9 @@ def speed_summary(results: dict[str, Any]) -> str:
     means = []
     for column in columns:
         found = ratios(results, column)
-        means.append(f"{geometric_mean([found[t] for t in TARGETED]):.2f}" if all(t in found for t in TARGETED) else "-")
+        means.append(
+            f"{geometric_mean([found[t] for t in TARGETED]):.2f}" if all(t in found for t in TARGETED) else "-"
+        )
     rows.append(["geometric mean of the first four", *means])
     return table(["one hypergradient, plain autograd = 1", *map(title, columns)], rows)
 
@@ -156,7 +165,8 @@ def memory_section(results: dict[str, Any]) -> str:
         header = ["method", *(f"T = {s:,}" for s in steps), "1 GB", "4 GB", "16 GB", "stopped because"]
         parts.append(f"### {entry['title']}\n\n" + table(header, rows))
     parts.append(
-        "The columns 1, 4 and 16 GB: the longest unroll that fits, extrapolated on a straight line through the two longest runs; "
+        "The columns 1, 4 and 16 GB: the longest unroll that fits, extrapolated on a straight line through the two "
+        "longest runs; "
         "*measured* where it was run."
     )
     return "\n\n".join(parts)
@@ -182,7 +192,9 @@ def memory_summary(results: dict[str, Any]) -> str:
             cells = [f"{found[s] / MIB:,.0f} MiB" if s in found else "-" for s in (10, 100, 1_000, 10_000)]
             m = next(m for m in entry["methods"] if m["method"] == method)
             rows.append([entry["title"] if method == "reversible" else "", title(method), *cells, fits(m, 1)])
-    return table(["extra peak memory", "", "T = 10", "T = 100", "T = 1,000", "T = 10,000", "longest in 4 GB, extrapolated"], rows)
+    return table(
+        ["extra peak memory", "", "T = 10", "T = 100", "T = 1,000", "T = 10,000", "longest in 4 GB, extrapolated"], rows
+    )
 
 
 def draw_memory(results: dict[str, Any], path: Path) -> None:
@@ -198,7 +210,9 @@ def draw_memory(results: dict[str, Any], path: Path) -> None:
                 continue
             color = OURS.get(m["method"], "k" if m["method"] == "autograd" else "0.75")
             label = title(m["method"]) if m["method"] in OURS or m["method"] == "autograd" else None
-            ax.loglog(list(found), [max(b / MIB, 0.05) for b in found.values()], marker="o", ms=3, color=color, label=label)
+            ax.loglog(
+                list(found), [max(b / MIB, 0.05) for b in found.values()], marker="o", ms=3, color=color, label=label
+            )
         ax.set_title(entry["title"], fontsize=8)
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("extra peak memory, MiB")
@@ -216,10 +230,17 @@ def bits_section(results: dict[str, Any]) -> str:
     rows = []
     for r in results["rows"]:
         rows.append(
-            [f"{r['momentum']:g}", f"{r['steps']:,}", f"{r['ideal']:.5f}", f"{r['kept']:.5f}", f"{r['kept'] / r['ideal']:.3f}"]
+            [
+                f"{r['momentum']:g}",
+                f"{r['steps']:,}",
+                f"{r['ideal']:.5f}",
+                f"{r['kept']:.5f}",
+                f"{r['kept'] / r['ideal']:.3f}",
+            ]
         )
     return (
-        f"Measured on {where(results)}: bits spilled per parameter and step, over {results['parameters']:,} parameters; every bit "
+        f"Measured on {where(results)}: bits spilled per parameter and step, over {results['parameters']:,} "
+        "parameters; every bit "
         f"came back. The last {results['head_bits']} bits or fewer stay in the head, which counts as state.\n\n"
         + table(["momentum", "steps", "log2(1 / momentum)", "kept", "ratio"], rows)
     )
@@ -294,7 +315,10 @@ def main() -> None:
     if adam:
         parts += ["## Adam", report_tuning.adam_section(adam, where(adam))]
     if schedules:
-        parts += ["## Training schedules (Maclaurin et al. 2015)", report_tuning.schedules_section(schedules, where(schedules))]
+        parts += [
+            "## Training schedules (Maclaurin et al. 2015)",
+            report_tuning.schedules_section(schedules, where(schedules)),
+        ]
     bits = load("bits")
     if bits:
         draw_bits(bits, RESULTS / "bits.png")
@@ -319,7 +343,11 @@ def main() -> None:
     if gpu and "<!-- cuda:" in MAIN_README.read_text():
         fill(MAIN_README, "cuda", report_cuda.summary(gpu))
     if study:
-        fill(MAIN_README, "study", report_study.beside_the_talk(study, ("ours",)) + "\n\n" + report_study.best_for_all(study))
+        fill(
+            MAIN_README,
+            "study",
+            report_study.beside_the_talk(study, ("ours",)) + "\n\n" + report_study.best_for_all(study),
+        )
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ def where(lines: list[Line]) -> str:
     place = f"{machine['machine']['cores']} cores ({machine['machine']['processor']})"
     if cards:
         card = cards[0]["card"]
-        place = (
-            f"{card['name']} ({card['bytes'] / 1e9:.0f} GB, driver {cards[0]['driver']}, CUDA {card['cuda']}), host with {place}"
-        )
+        versions = f"driver {cards[0]['driver']}, CUDA {card['cuda']}"
+        place = f"{card['name']} ({card['bytes'] / 1e9:.0f} GB, {versions}), host with {place}"
     return f"{place}, Python {machine['versions']['python']}, torch {machine['versions']['torch']}"
 
 
@@ -58,7 +57,9 @@ def section(lines: list[Line]) -> str:
 
 def summary(lines: list[Line]) -> str:
     """The block of the main README."""
-    return "\n\n".join(part for part in (right(lines), speed_summary(lines), memory(lines), f"On {where(lines)}.") if part)
+    return "\n\n".join(
+        part for part in (right(lines), speed_summary(lines), memory(lines), f"On {where(lines)}.") if part
+    )
 
 
 def right(lines: list[Line]) -> str:
@@ -67,7 +68,8 @@ def right(lines: list[Line]) -> str:
     ran = [line for line in tests if line["outcome"] != "skipped"]
     passed = sum(line["outcome"] == "passed" for line in ran)
     good = sum(line["passed"] for line in checks)
-    return f"Tests on the device: {passed} of {len(ran)} passed. Checks of `revdistill verify`: {good} of {len(checks)} passed."
+    tests = f"Tests on the device: {passed} of {len(ran)} passed"
+    return f"{tests}. Checks of `revdistill verify`: {good} of {len(checks)} passed."
 
 
 def failures(lines: list[Line]) -> str:
@@ -150,7 +152,9 @@ def capture(lines: list[Line]) -> str:
         else:
             cells = [f"not captured: {line['reason']}".replace("|", "\\|"), "-", "-"]
         rows.append([line["title"], line["what"], *cells[:1], f"{line['eager_ms']:.3f}", *cells[1:]])
-    return table(["captured", "", "replay equals eager", "eager, ms", "replay, ms", "times faster"], rows) if rows else ""
+    return (
+        table(["captured", "", "replay equals eager", "eager, ms", "replay, ms", "times faster"], rows) if rows else ""
+    )
 
 
 def compiled(lines: list[Line]) -> str:
@@ -158,10 +162,16 @@ def compiled(lines: list[Line]) -> str:
     parts = []
     for line in of(lines, "compile", "first_call_seconds"):
         back = "came back bit for bit" if line["way_back_exact"] else f"did not come back ({line['reversal_error']})"
-        parts.append(f"{line['title']}, T = {line['steps']}: the first call took {line['first_call_seconds']:.0f} s and {back}.")
+        parts.append(
+            f"{line['title']}, T = {line['steps']}: the first call took {line['first_call_seconds']:.0f} s and {back}."
+        )
         parts += [f"Warning: {text}" for text in line["warnings"]]
     for line in of(lines, "compile", "theta_equal"):
-        off = "eager's bits" if line["theta_equal"] else f"other bits than eager's, by {line['theta_differs_by']:.0e} of its norm"
+        off = (
+            "eager's bits"
+            if line["theta_equal"]
+            else f"other bits than eager's, by {line['theta_differs_by']:.0e} of its norm"
+        )
         parts.append(f"theta at the end has {off}.")
     for line in of(lines, "compile", "ms_per_step"):
         rows = [[METHODS[name].title, f"{ms:.2f}"] for name, ms in line["ms_per_step"].items()]

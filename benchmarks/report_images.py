@@ -66,8 +66,10 @@ def race_in_words(results: dict[str, Any]) -> str:
     return (
         f"100 images in 10 steps x 3 epochs on one core (momentum {config['momentum']}, soft labels, from "
         f"{STARTS[config['start']]}): {how}, "
-        f"{end['mean']:.1%} +- {end['std']:.1%} after {end['seconds']:.0f} s, 20 fresh networks each time. The public reference "
-        f"code (gradient descent, hard labels, from noise) took {reference:,} s to {WANTED:.1%} on a core of such a machine; that "
+        f"{end['mean']:.1%} +- {end['std']:.1%} after {end['seconds']:.0f} s, 20 fresh networks each time. The "
+        "public reference "
+        f"code (gradient descent, hard labels, from noise) took {reference:,} s to {WANTED:.1%} on a core of such a "
+        "machine; that "
         "was measured outside this repository."
     )
 
@@ -80,10 +82,13 @@ def starts_and_windows(results: dict[str, Any]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for one in found:
         back = "all steps" if one["window"] is None else f"the last {one['window']} of a random number"
-        cells.setdefault(f"from {STARTS[one['start']]}", {})[back] = f"{in_words(one)} ({one['outer_steps']} outer steps)"
+        cells.setdefault(f"from {STARTS[one['start']]}", {})[back] = (
+            f"{in_words(one)} ({one['outer_steps']} outer steps)"
+        )
     backs = list(dict.fromkeys(back for row in cells.values() for back in row))
     return (
-        f"LeNet, 100 MNIST images, T = {steps}, after {found[0]['seconds']:.0f} s of distilling on one core, Adam's rate constant; "
+        f"LeNet, 100 MNIST images, T = {steps}, after {found[0]['seconds']:.0f} s of distilling on one core, Adam's "
+        "rate constant; "
         "the way back is through\n\n"
         + table(["", *backs], [[start, *(row[back] for back in backs)] for start, row in cells.items()])
     )
@@ -93,7 +98,12 @@ def draw_race(results: dict[str, Any], path: Path) -> None:
     """Accuracy against the time that distilling took."""
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     curve = results["race"]["curve"]
-    ax.errorbar(*zip(*((p["seconds"], p["mean"], p["std"]) for p in curve), strict=True), label="revdistill", marker=".", capsize=2)
+    ax.errorbar(
+        *zip(*((p["seconds"], p["mean"], p["std"]) for p in curve), strict=True),
+        label="revdistill",
+        marker=".",
+        capsize=2,
+    )
     for name, points in REFERENCE_CODE.items():
         ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"reference code, {name} an outer step")
     ax.axhline(WANTED, color="grey", linewidth=0.8, linestyle=":")
@@ -111,8 +121,10 @@ def section(results: dict[str, Any]) -> str:
     """The images in benchmarks/README.md."""
     machine = next(iter(results["rows"].values()))["machine"] if results["rows"] else results["race"]["machine"]
     parts = [
-        f"`python benchmarks/wang2018.py --data-dir DIR`, on {machine['cores']} cores ({machine['processor']}). Test accuracy of "
-        "ten fresh networks (one for a fixed initialisation) trained by torch.optim.SGD on the artifact of the same name in "
+        f"`python benchmarks/wang2018.py --data-dir DIR`, on {machine['cores']} cores ({machine['processor']}). Test "
+        "accuracy of "
+        "ten fresh networks (one for a fixed initialisation) trained by torch.optim.SGD on the artifact of the same "
+        "name in "
         "results/. Each row's settings are in results/wang2018.json and in its artifact.",
         settings_table(results),
         _ABOUT_TIMES,
@@ -140,4 +152,6 @@ def summary(results: dict[str, Any]) -> str:
 def _about_cifar10(results: dict[str, Any]) -> list[str]:
     if not any(row["config"]["dataset"] == "cifar10" for row in results["rows"].values()):
         return []
-    return ["The CIFAR-10 images used here had been stored as JPEG: their rows compare with published ones only roughly."]
+    return [
+        "The CIFAR-10 images used here had been stored as JPEG: their rows compare with published ones only roughly."
+    ]

@@ -106,7 +106,9 @@ def described(protocol: dict[str, Any]) -> str:
 def every_schedule(results: dict[str, Any], setting: str) -> str:
     """Rows: data and schedule; columns: all architectures."""
     cells = by_place(results["cells"])
-    rows = [[data, SCHEDULES[s], *grid(cells, setting, data, s, (*STUDIED, *UNSEEN))] for data in DATA for s in SCHEDULES]
+    rows = [
+        [data, SCHEDULES[s], *grid(cells, setting, data, s, (*STUDIED, *UNSEEN))] for data in DATA for s in SCHEDULES
+    ]
     return table(["distilled for", "", *STUDIED, *UNSEEN], rows)
 
 
@@ -137,16 +139,21 @@ def momentum_table(results: dict[str, Any]) -> str:
     header = ["momentum", *(f"{name}, own data" for name in STUDIED), *(f"{name}, data for all" for name in STUDIED)]
     text = table([*header, "bits per parameter and step", "time"], rows)
     text += (
-        "\n\nMomentum by itself does not distil better under the talk's protocol: 0.9 is within the spread of 0, and 0.99 is worse "
-        "where one set has to serve all three. Bits: those spilled; up to 52 per parameter stay in the head, so 0.9 and 0.99 spill "
+        "\n\nMomentum by itself does not distil better under the talk's protocol: 0.9 is within the spread of 0, and "
+        "0.99 is worse "
+        "where one set has to serve all three. Bits: those spilled; up to 52 per parameter stay in the head, so 0.9 "
+        "and 0.99 spill "
         "none in 200 steps."
     )
-    return f"### What momentum changes (raw steps, else faithful)\n\n{text}\n\n![momentum](results/medvedev2020-momentum.png)"
+    picture = "![momentum](results/medvedev2020-momentum.png)"
+    return f"### What momentum changes (raw steps, else faithful)\n\n{text}\n\n{picture}"
 
 
 def momentum_parts(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(momentum in words, part), ascending."""
-    named = {name.removeprefix("momentum-"): part for name, part in results["parts"].items() if name.startswith("momentum-")}
+    named = {
+        name.removeprefix("momentum-"): part for name, part in results["parts"].items() if name.startswith("momentum-")
+    }
     faithful = [("0", results["parts"]["faithful"])] if "faithful" in results["parts"] else []
     return faithful + sorted(named.items(), key=lambda entry: float(entry[0]))
 
@@ -156,7 +163,12 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     parts = results["parts"]
     if not {"ours", "faithful", "original"} <= set(parts):
         return
-    for name, function in {"data": draw_data, "points": draw_points, "boundaries": draw_boundaries, "rates": draw_rates}.items():
+    for name, function in {
+        "data": draw_data,
+        "points": draw_points,
+        "boundaries": draw_boundaries,
+        "rates": draw_rates,
+    }.items():
         figure = function(parts)
         figure.savefig(folder / f"medvedev2020-{name}.png", dpi=110)
         plt.close(figure)
@@ -169,7 +181,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
 PICTURES = {
     "data": "Train and test data",
     "points": "Synthetic points of steps 1, 14, 27 and 40 over the real data",
-    "boundaries": "Decision boundaries, first restart: trained on original data, and on distilled data along the learned steps",
+    "boundaries": "Decision boundaries, first restart: trained on original data, on distilled data along its own steps",
     "rates": "Learned step sizes, mean over restarts, beside strategy 1",
 }
 
@@ -195,7 +207,9 @@ def draw_points(parts: dict[str, Any]) -> plt.Figure:
         for ax, step in zip(row, (1, 14, 27, 40), strict=True):
             ax.scatter(x[:, 0], x[:, 1], c=real["y"], s=2, cmap="coolwarm", alpha=0.12)
             labels = np.arange(2).repeat(points.shape[1] // 2)
-            ax.scatter(points[step - 1, :, 0], points[step - 1, :, 1], c=labels, s=28, cmap="coolwarm", edgecolor="k", lw=0.6)
+            ax.scatter(
+                points[step - 1, :, 0], points[step - 1, :, 1], c=labels, s=28, cmap="coolwarm", edgecolor="k", lw=0.6
+            )
             ax.set_title(f"{name}, step {step}", fontsize=8)
     return figure
 
@@ -244,7 +258,9 @@ def draw_momentum(results: dict[str, Any]) -> plt.Figure:
         for ax, source in ((axes[0], name), (axes[1], "all")):
             found = [by_place(p["cells"])[p["cells"][0]["setting"], source, "raw", name] for _, p in parts]
             means, stds = [c["mean"] for c in found], [c["std"] for c in found]
-            ax.errorbar([label for label, _ in parts], means, stds, color=COLOURS[name], marker="o", capsize=3, label=name)
+            ax.errorbar(
+                [label for label, _ in parts], means, stds, color=COLOURS[name], marker="o", capsize=3, label=name
+            )
     axes[0].set_title("distilled for the network's own architecture", fontsize=9)
     axes[1].set_title("distilled for all three", fontsize=9)
     axes[0].set_ylabel("test accuracy")

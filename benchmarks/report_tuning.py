@@ -1,4 +1,6 @@
-"""Tables of Adam in reverse and of learned training schedules, from results/adam.json and results/maclaurin2015.json."""
+"""Tables of Adam in reverse and of learned training schedules, from results/adam.json and
+results/maclaurin2015.json.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def adam_summary(results: dict[str, Any], where: str) -> str:
     worst = max(m["disagreement"] for entry in results["speed"] for m in entry["methods"])
     return "\n\n".join(
         [
-            adam_bits(results) + f" Hypergradients differ from float64 autograd's by {worst:.0e} of their norm at most.",
+            adam_bits(results)
+            + f" Hypergradients differ from float64 autograd's by {worst:.0e} of their norm at most.",
             adam_memory(results),
             adam_speed(results),
             f"On {where}.",
@@ -46,7 +49,8 @@ def adam_bits(results: dict[str, Any]) -> str:
     """In a sentence."""
     bits = results["bits"]
     return (
-        f"{bits['steps']:,} steps came back bit for bit, in {bits['kept']:.4f} bits per parameter and step (entropy bound "
+        f"{bits['steps']:,} steps came back bit for bit, in {bits['kept']:.4f} bits per parameter and step (entropy "
+        "bound "
         f"{bits['ideal']:.4f})."
     )
 
@@ -107,7 +111,13 @@ def norms_table(results: dict[str, Any]) -> str:
         for n in long["norms"]
     ]
     memory = ", ".join(f"{m['bytes'] / MIB:.0f} MiB at T = {m['steps']:,}" for m in long["memory"])
-    header = ["constant rate", "clip_back", "largest norm of dL/dtheta_k", "a thousandfold from (going back)", "the way back was"]
+    header = [
+        "constant rate",
+        "clip_back",
+        "largest norm of dL/dtheta_k",
+        "a thousandfold from (going back)",
+        "the way back was",
+    ]
     return table(header, rows) + f"\n\nExtra memory of one hypergradient: {memory}."
 
 
@@ -115,8 +125,10 @@ def schedules_section(results: dict[str, Any], where: str) -> str:
     """Everything about schedules in benchmarks/README.md."""
     found = results["experiments"]
     parts = [
-        f"`python benchmarks/maclaurin2015.py --data-dir DIR`, on {where}. Means over fresh networks; held-out data choose, test "
-        "data chose nothing. The random search draws constant rates and momenta, one penalty for all weights, or real images; it "
+        f"`python benchmarks/maclaurin2015.py --data-dir DIR`, on {where}. Means over fresh networks; held-out data "
+        "choose, test "
+        "data chose nothing. The random search draws constant rates and momenta, one penalty for all weights, or "
+        "real images; it "
         "is given the time that learning took, and measures its best candidates again before it chooses.",
         schedules_table(results),
     ]

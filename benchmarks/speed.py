@@ -1,7 +1,8 @@
 """How long does one hypergradient take, per inner step, and how many plain training steps is that?
 
-Every method runs in a process of its own, warmed up; the methods take turns, and each round gives a ratio to plain autograd.
-Before anything is timed, each method's hypergradient is compared with plain autograd's (float64; compiled methods float32).
+Every method runs in a process of its own, warmed up; the methods take turns, and each round gives a ratio to plain
+autograd. Before anything is timed, each method's hypergradient is compared with plain autograd's (float64; compiled
+methods float32).
 
     python benchmarks/speed.py                    the small tasks on one core, T = 100: about 25 minutes
     python benchmarks/speed.py --tasks tiny mlp   some of them
@@ -33,7 +34,9 @@ TARGETS = {"tiny": (1.2, 0.35), "mlp": (1.2, 0.8), "lenet": (1.15, 1.05), "convn
 def compare(task: str, steps: int, rounds: int, device: str, threads: int, only: list[str] | None) -> dict[str, Any]:
     """All methods on one task."""
     reasons = {name: method.missing() for name, method in METHODS.items()}
-    chosen = [name for name, reason in reasons.items() if not reason and (not only or name in only or name == "autograd")]
+    chosen = [
+        name for name, reason in reasons.items() if not reason and (not only or name in only or name == "autograd")
+    ]
     skipped: dict[str, str] = {name: reason for name, reason in reasons.items() if reason}
     workers = {name: Worker(task, name, device, threads) for name in chosen}
     agreement = check(task, min(CHECK_STEPS, steps), workers, skipped)
@@ -51,7 +54,9 @@ def compare(task: str, steps: int, rounds: int, device: str, threads: int, only:
     rows = []
     for name, seconds in times.items():
         ratios = [mine / base for mine, base in zip(seconds, times["autograd"], strict=True)]
-        training = [mine / base for mine, base in zip(seconds, times["training"], strict=True)] if "training" in times else []
+        training = (
+            [mine / base for mine, base in zip(seconds, times["training"], strict=True)] if "training" in times else []
+        )
         rows.append(
             {
                 "method": name,
@@ -65,7 +70,14 @@ def compare(task: str, steps: int, rounds: int, device: str, threads: int, only:
         print(f"{task} {name}: {rows[-1]['ms_per_step']:.3f} ms/step, {rows[-1]['ratio_to_autograd']:.2f}", flush=True)
     for name, reason in skipped.items():
         print(f"{task} {name}: skipped, {reason}", flush=True)
-    return {"task": task, "title": KINDS[task].title, "steps": steps, "rounds": rounds, "methods": rows, "skipped": skipped}
+    return {
+        "task": task,
+        "title": KINDS[task].title,
+        "steps": steps,
+        "rounds": rounds,
+        "methods": rows,
+        "skipped": skipped,
+    }
 
 
 def check(task: str, steps: int, workers: dict[str, Worker], skipped: dict[str, str]) -> dict[str, float]:
@@ -91,7 +103,9 @@ def check(task: str, steps: int, workers: dict[str, Worker], skipped: dict[str, 
 
 
 def integer_work(parameters: int = 100_000, rounds: int = 50) -> dict[str, Any]:
-    """ns per parameter of one step's fixed-point work, forward and back: decay, kick, drift, float, and their inverses."""
+    """ns per parameter of one step's fixed-point work, forward and back: decay, kick, drift, float, and their
+    inverses.
+    """
     from revdistill.engine.fixedpoint import FixedPoint, add_rounded_
     from revdistill.engine.scaling import COARSE
 
@@ -122,7 +136,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     on_cpu = options.device == "cpu"
-    kept = {entry["task"]: entry for entry in (load("speed", options.device) or {"tasks": []})["tasks"] if options.tasks}
+    kept = {
+        entry["task"]: entry for entry in (load("speed", options.device) or {"tasks": []})["tasks"] if options.tasks
+    }
     for task in chosen_tasks(options):
         steps = options.steps or (FEWER_STEPS.get(task, 100) if on_cpu else 100)
         rounds = min(options.rounds, 2) if task in ("convnet", *FEWER_STEPS) else options.rounds

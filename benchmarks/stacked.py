@@ -1,7 +1,9 @@
-"""Many dataset distillations as one batched unroll: every restart with its own data and step sizes, all networks side by side.
+"""Many dataset distillations as one batched unroll: every restart with its own data and step sizes, all networks side
+by side.
 
-A *job* is one distillation from scratch: a dataset, the architectures it is distilled for, and a restart. All jobs of one input
-shape are distilled together, so an inner step costs a few batched matrix products however many jobs there are.
+A *job* is one distillation from scratch: a dataset, the architectures it is distilled for, and a restart. All jobs of
+one input shape are distilled together, so an inner step costs a few batched matrix products however many jobs there
+are.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ STUDIED, UNSEEN = ("LinearNet", "NonLinearNet", "MoreNonLinearNet"), ("TanhNet",
 
 @dataclass(frozen=True)
 class Job:
-    """data: what is distilled; architectures: one entry per network that an outer step averages over; seed: of the restart.
+    """data: what is distilled; architectures: one entry per network that an outer step averages over; seed: of the
+    restart.
 
     pace: a factor on the outer steps of the points; points that move less serve other architectures better.
     """
@@ -57,7 +60,8 @@ class Job:
 
 
 class Stack:
-    """Networks of several architectures, each bound to a job; parameters are named ARCHITECTURE.LAYER.weight or .bias, [E, ...].
+    """Networks of several architectures, each bound to a job; parameters are named ARCHITECTURE.LAYER.weight or .bias,
+    [E, ...].
 
     owners: architecture -> the job of each of its networks.
     """
@@ -126,7 +130,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the jobs are distilled. Batches s, points of each class in a batch, epochs over them; the rest as its name says."""
+    """How the jobs are distilled. Batches s, points of each class in a batch, epochs over them; the rest as its name
+    says.
+    """
 
     batches: int = 40
     per_class: int = 4
@@ -162,7 +168,9 @@ class Distilled:
 Progress = Callable[[int, int, Tensor], None]
 
 
-def distil(jobs: Sequence[Job], protocol: Protocol, *, compile: bool = True, progress: Progress | None = None) -> Distilled:
+def distil(
+    jobs: Sequence[Job], protocol: Protocol, *, compile: bool = True, progress: Progress | None = None
+) -> Distilled:
     """All jobs at once. progress(outer step, of, each job's outer loss [J])."""
     inputs, classes = jobs[0].data.x[0].numel(), jobs[0].data.classes
     generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
@@ -173,7 +181,9 @@ def distil(jobs: Sequence[Job], protocol: Protocol, *, compile: bool = True, pro
     x = torch.stack([_start(job, protocol, g) for job, g in zip(jobs, generators, strict=True)], 1).requires_grad_()
     raw = torch.full((protocol.steps, len(jobs)), math.log(math.expm1(protocol.rate))).requires_grad_()
     shares = (1.0, protocol.rates_share)
-    groups = [{"params": [leaf], "lr": protocol.outer_rate * share} for leaf, share in zip((x, raw), shares, strict=True)]
+    groups = [
+        {"params": [leaf], "lr": protocol.outer_rate * share} for leaf, share in zip((x, raw), shares, strict=True)
+    ]
     optimizer = torch.optim.Adam(groups, betas=protocol.betas)
     adjoint: rd.Adjoint = rd.Reversible() if protocol.momentum else rd.StoreAll()
     pace = torch.tensor([job.pace for job in jobs])[:, None, None]
@@ -181,7 +191,11 @@ def distil(jobs: Sequence[Job], protocol: Protocol, *, compile: bool = True, pro
     per_epoch = math.ceil(len(jobs[0].data.x) / protocol.outer_batch)
     total = protocol.outer_epochs * per_epoch
     loss = stack.loss  # one object, so that it is compiled once
-    first_averaged, averages, bits = total - int(protocol.average * total), [torch.zeros_like(x), torch.zeros_like(raw)], None
+    first_averaged, averages, bits = (
+        total - int(protocol.average * total),
+        [torch.zeros_like(x), torch.zeros_like(raw)],
+        None,
+    )
     for step in range(total):
         if step % per_epoch == 0:
             orders = [torch.randperm(len(job.data.x), generator=g) for job, g in zip(jobs, generators, strict=True)]
@@ -243,12 +257,16 @@ def _clip(x: Tensor, raw: Tensor, largest: float) -> None:
 
 
 def evaluate(jobs: Sequence[Job], distilled: Distilled, schedule: str, test: str, momentum: float) -> Tensor:
-    """[J]: test accuracy of one fresh network per job, trained on its distilled batches by plain SGD along the schedule."""
+    """[J]: test accuracy of one fresh network per job, trained on its distilled batches by plain SGD along the
+    schedule.
+    """
     stack, params = _train(jobs, distilled, schedule, test, momentum)
     return _test_accuracies(stack, params, jobs, test)
 
 
-def _train(jobs: Sequence[Job], distilled: Distilled, schedule: str, test: str, momentum: float) -> tuple[Stack, Params]:
+def _train(
+    jobs: Sequence[Job], distilled: Distilled, schedule: str, test: str, momentum: float
+) -> tuple[Stack, Params]:
     stack = Stack({test: range(len(jobs))}, distilled.x.shape[-1], jobs[0].data.classes)
     plans = [plan(schedule, rates, [momentum] * len(rates), len(distilled.x)) for rates in distilled.rates.t().tolist()]
     rates = torch.tensor([rates for rates, _ in plans]).t()
@@ -277,7 +295,9 @@ def _train_on_real(jobs: Sequence[Job], test: str) -> tuple[Stack, Params]:
     optimizer = torch.optim.Adam(params.values(), lr=1e-3, betas=(0.5, 0.999))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 40, 0.5)
     for _ in range(200):
-        orders = torch.stack([torch.randperm(len(job.data.x), generator=g) for job, g in zip(jobs, generators, strict=True)])
+        orders = torch.stack(
+            [torch.randperm(len(job.data.x), generator=g) for job, g in zip(jobs, generators, strict=True)]
+        )
         for chosen in orders.split(64, dim=1):
             x = torch.stack([job.data.x[c].flatten(1) for job, c in zip(jobs, chosen, strict=True)])
             y = torch.stack([job.data.y[c] for job, c in zip(jobs, chosen, strict=True)])
@@ -289,7 +309,9 @@ def _train_on_real(jobs: Sequence[Job], test: str) -> tuple[Stack, Params]:
 
 
 def boundary(jobs: Sequence[Job], distilled: Distilled | None, test: str, momentum: float, size: int) -> Tensor:
-    """[size, size]: the probability of class 1 over `frame`, of a network trained on the distilled data, or on the real."""
+    """[size, size]: the probability of class 1 over `frame`, of a network trained on the distilled data, or on the
+    real.
+    """
     stack, params = _train_on_real(jobs, test) if distilled is None else _train(jobs, distilled, "raw", test, momentum)
     left, right, bottom, top = frame(jobs[0].data.x)
     rows, columns = torch.meshgrid(torch.linspace(bottom, top, size), torch.linspace(left, right, size), indexing="ij")

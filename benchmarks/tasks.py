@@ -1,4 +1,6 @@
-"""The training problems that speed and memory are measured on: the shapes of dataset distillation and its neighbours."""
+"""The training problems that speed and memory are measured on: the shapes of dataset distillation and its
+neighbours.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ MOMENTUM = 58982 / 2**16  # what revdistill makes of 0.9; all methods train alik
 class Task:
     """One training run to differentiate: with respect to its data and its step sizes, as distillation does.
 
-    loss(params, batch) -> scalar; params: name -> tensor; batches: (x [s, B, ...] requiring grad, y [s, B]); outer: the loss
-    of the parameters at the end; rate: the step size.
+    loss(params, batch) -> scalar; params: name -> tensor; batches: (x [s, B, ...] requiring grad, y [s, B]); outer: the
+    loss of the parameters at the end; rate: the step size.
     """
 
     loss: Callable[[dict[str, Tensor], Any], Tensor]
@@ -41,7 +43,9 @@ class Task:
         return rd.SGD(lr=rates, momentum=MOMENTUM)
 
 
-def tiny_networks(networks: int = 30, batch: int = 8) -> tuple[Callable[..., Tensor], dict[str, Tensor], tuple[Tensor, Tensor]]:
+def tiny_networks(
+    networks: int = 30, batch: int = 8
+) -> tuple[Callable[..., Tensor], dict[str, Tensor], tuple[Tensor, Tensor]]:
     """Networks 2-10-10-10-1 side by side, as one batched matrix product per layer."""
     widths = (2, 10, 10, 10, 1)
     params = {}
@@ -66,7 +70,12 @@ def convnet(width: int = 64) -> nn.Module:
     """The field's ConvNet-3 on 32 x 32: three of convolution, instance norm, ReLU, average pooling."""
     layers: list[nn.Module] = []
     for i in range(3):
-        layers += [nn.Conv2d(width if i else 3, width, 3, padding=1), nn.GroupNorm(width, width), nn.ReLU(), nn.AvgPool2d(2)]
+        layers += [
+            nn.Conv2d(width if i else 3, width, 3, padding=1),
+            nn.GroupNorm(width, width),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+        ]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * 16, 10))
 
 

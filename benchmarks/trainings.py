@@ -1,4 +1,6 @@
-"""What the experiments on hyperparameters share: networks on MNIST, plain training, outer Adam steps, and a random search."""
+"""What the experiments on hyperparameters share: networks on MNIST, plain training, outer Adam steps, and a random
+search.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def regression(seed: int) -> nn.Module:
         return net
 
 
-def descend(leaves: dict[str, Tensor], outer_loss: Callable[[int], Tensor], *, rate: float, steps: int) -> dict[str, Any]:
+def descend(
+    leaves: dict[str, Tensor], outer_loss: Callable[[int], Tensor], *, rate: float, steps: int
+) -> dict[str, Any]:
     """Adam steps on the leaves; the curve of outer losses, and the seconds."""
     optimizer = torch.optim.Adam(list(leaves.values()), lr=rate, betas=(0.9, 0.99))
     curve, started = [], time.perf_counter()
@@ -104,8 +108,12 @@ def descend(leaves: dict[str, Tensor], outer_loss: Callable[[int], Tensor], *, r
     return {"curve": curve, "seconds": time.perf_counter() - started}
 
 
-def random_search(mnist: Mnist, draw: Callable[[torch.Generator], tuple[Any, Train]], seconds: float) -> tuple[Any, Train, int]:
-    """The best of as many random candidates as fit in four fifths of the time; the rest measures the finalists again."""
+def random_search(
+    mnist: Mnist, draw: Callable[[torch.Generator], tuple[Any, Train]], seconds: float
+) -> tuple[Any, Train, int]:
+    """The best of as many random candidates as fit in four fifths of the time; the rest measures the finalists
+    again.
+    """
     generator, started = torch.Generator().manual_seed(0), time.perf_counter()
     found: list[tuple[float, Any, Train]] = []
     while time.perf_counter() - started < 0.8 * seconds or not found:
@@ -124,7 +132,11 @@ def random_search(mnist: Mnist, draw: Callable[[torch.Generator], tuple[Any, Tra
 
 
 def plain_training(
-    net: nn.Module, batch: Callable[[int], tuple[Tensor, Tensor]], lr: Tensor, momentum: Tensor, penalty: Tensor | float = 0.0
+    net: nn.Module,
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    lr: Tensor,
+    momentum: Tensor,
+    penalty: Tensor | float = 0.0,
 ) -> Callable[[Tensor], Tensor]:
     """torch.optim.SGD along rates [T, layers] and momenta [T]; penalty: of each weight of the last layer."""
     layers = [module for module in net.modules() if isinstance(module, nn.Linear)]

@@ -5,8 +5,8 @@
     python benchmarks/wang2018.py --data-dir DIR --quick    three outer steps of each row: whether it runs
     python benchmarks/wang2018.py --data-dir DIR --measure  the artifacts in results/ measured again, nothing distilled
 
-Each row is a run in runs/wang2018/ROW that goes on where it was stopped. Writes results/wang2018.json, keeping the rows that were
-not run, and each row's artifact and picture; `python benchmarks/report.py` makes the tables.
+Each row is a run in runs/wang2018/ROW that goes on where it was stopped. Writes results/wang2018.json, keeping the rows
+that were not run, and each row's artifact and picture; `python benchmarks/report.py` makes the tables.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ CHOICE_SECONDS = 60.0
 class Row:
     """reference, target: of the table. tests: architectures trained on the result, besides those it was distilled for.
 
-    schedule: how fresh networks are trained on it; where any will do, the learned steps and then the last epoch's again and again.
+    schedule: how fresh networks are trained on it; where any will do, the learned steps and then the last epoch's again
+    and again.
     """
 
     title: str
@@ -57,7 +58,9 @@ class Row:
     schedule: str = "raw"
 
 
-def _row(title: str, reference: str, target: str, tests: tuple[str, ...] = (), schedule: str = "raw", **changes: Any) -> Row:
+def _row(
+    title: str, reference: str, target: str, tests: tuple[str, ...] = (), schedule: str = "raw", **changes: Any
+) -> Row:
     settings = {"dataset": "mnist", "architectures": ("LeNet",)} | PRESETS["best"] | changes
     return Row(title, Config(**settings), reference, target, tests, schedule)
 
@@ -114,7 +117,8 @@ ROWS = {
         ">= 85",
         steps=1,
         epochs=100,
-        weight_decay=0.04,  # without it networks keep their random start, and the same ten images do not suit every one of them
+        # without it networks keep their random start, and the same ten images do not suit every one of them
+        weight_decay=0.04,
         lr=0.017,
         window=40,
         outer_lr=0.03,
@@ -195,10 +199,13 @@ def run_row(name: str, row: Row, data: Dataset, quick: bool) -> dict[str, Any]:
     }
 
 
-def measure(artifact: Artifact, row: Row, data: Dataset, networks: int, known: dict[str, Any] | None = None) -> dict[str, Any]:
+def measure(
+    artifact: Artifact, row: Row, data: Dataset, networks: int, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Test accuracy of fresh networks of every architecture of the row; a fixed initialisation has but one.
 
-    known: evaluations that the run has just made, which are not made again where they are of as many networks and this schedule.
+    known: evaluations that the run has just made, which are not made again where they are of as many networks and this
+    schedule.
     """
     found: dict[str, Any] = {}
     for name in (*artifact.architectures, *row.tests):
@@ -217,8 +224,11 @@ def measured_again(name: str, row: Row, data: Dataset) -> dict[str, Any]:
     return before | {"evaluation": measure(read(RESULTS / f"{name}.h5"), row, data, NETWORKS)}
 
 
-def distilling(config: Config, data: Dataset, every: float, seconds: float = math.inf) -> Iterator[tuple[float, Distiller]]:
-    """Distil on one core until all is done or the seconds are over; a look each `every` seconds and at the end, not counted.
+def distilling(
+    config: Config, data: Dataset, every: float, seconds: float = math.inf
+) -> Iterator[tuple[float, Distiller]]:
+    """Distil on one core until all is done or the seconds are over; a look each `every` seconds and at the end, not
+    counted.
 
     The start counts: centroids take some seconds. One outer step is taken in any case.
     """
@@ -255,7 +265,10 @@ def starts_and_windows(data: Dataset, quick: bool) -> dict[str, Any]:
             reached = evaluate(distiller.artifact(), data, "LeNet", restarts=2 if quick else NETWORKS)
             found.append({"start": start, "window": window, "seconds": seconds, "outer_steps": distiller.outer_step})
             found[-1] |= {"mean": reached.mean, "std": reached.std, "restarts": reached.restarts}
-            print(f"{start}, window {window}: {distiller.outer_step} steps, {reached.mean:.1%} +- {reached.std:.1%}", flush=True)
+            print(
+                f"{start}, window {window}: {distiller.outer_step} steps, {reached.mean:.1%} +- {reached.std:.1%}",
+                flush=True,
+            )
     return {"config": CHOICE.to_dict(), "found": found, "machine": machine("cpu", 1), "versions": versions()}
 
 
@@ -290,7 +303,11 @@ def main() -> None:
         if options.measure:
             found = measured_again(name, ROWS[name], data)
         else:
-            found = BESIDES[name](data, options.quick) if name in BESIDES else run_row(name, ROWS[name], data, options.quick)
+            found = (
+                BESIDES[name](data, options.quick)
+                if name in BESIDES
+                else run_row(name, ROWS[name], data, options.quick)
+            )
         if not options.quick:  # after each: what is stopped has not been for nothing
             keep(name, found)
 

@@ -39,9 +39,12 @@ def read_run(run: Path) -> tuple[Path, Artifact]:
     path = run / FILE_NAME if run.is_dir() else run
     with user_input():
         if not run.exists():
-            raise ValueError(f"RUN is {str(run)!r}, which does not exist; accepted is a directory made by revdistill train")
+            raise ValueError(
+                f"RUN is {str(run)!r}, which does not exist; accepted is a directory made by revdistill train"
+            )
         if not path.exists():
             raise ValueError(
-                f"RUN is {str(run)!r}, which holds no {FILE_NAME}; accepted is a directory of a finished revdistill train"
+                f"RUN is {str(run)!r}, which holds no {FILE_NAME}; accepted is a directory of a finished revdistill "
+                "train"
             )
         return path.parent, read(path)

@@ -26,8 +26,8 @@ from .table import evaluation_table
     type=click.Choice(list(SCHEDULES)),
     default="raw",
     show_default=True,
-    help="raw: the learned step sizes; the strategies train for 50 epochs (1: rates of its own, 2: the learned epochs repeated "
-    "with decay, 3: the last epoch repeated with decay).",
+    help="raw: the learned step sizes; the strategies train for 50 epochs (1: rates of its own, "
+    "2: the learned epochs repeated with decay, 3: the last epoch repeated with decay).",
 )
 @options.dataset
 @options.data_dir
@@ -58,7 +58,9 @@ def evaluate(
 
 
 def _own(names: list[str]) -> list[str]:
-    """The artifact's architectures. A file does not get to say which code is imported: that must be asked for by name."""
+    """The artifact's architectures. A file does not get to say which code is imported: that must be asked for
+    by name.
+    """
     own = [name for name in names if ":" in name]
     if own:
         raise ValueError(f"the data were distilled for {own[0]}; give --arch {own[0]} to import it from your own code")

@@ -47,7 +47,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # --arch package.module:function is looked for here too
     try:
-        code = cli.main(args=None if arguments is None else list(arguments), prog_name="revdistill", standalone_mode=False)
+        code = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="revdistill", standalone_mode=False
+        )
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)

@@ -76,12 +76,13 @@ data_dir = click.option(
     show_default=True,
     envvar="REVDISTILL_DATA_DIR",
     show_envvar=True,
-    help=f"Where the files of {', '.join(FROM_FILES)} are: the folder itself, or one that holds folders of these names.",
+    help=f"Where the files of {', '.join(FROM_FILES)} are: the folder itself, or one that holds folders of "
+    "these names.",
 )
 dataset = click.option(
     "--dataset",
-    help="Real data instead of those that RUN names: a name, or a .npz file. Needed where RUN was distilled from a .npz file: "
-    "which file is read is yours to say.",
+    help="Real data instead of those that RUN names: a name, or a .npz file. Needed where RUN was distilled from a "
+    ".npz file: which file is read is yours to say.",
 )
 device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 
@@ -90,11 +91,17 @@ def kept(noun: str, default: str) -> Callable[[FC], FC]:
     """--out, --resume and --save-every, of a run (or tuning: `noun`) that is kept in a directory."""
     options: tuple[Callable[[FC], FC], ...] = (
         click.option(
-            "--out", type=click.Path(path_type=Path, file_okay=False), help=f"The {noun}'s directory.  [default: {default}]"
+            "--out",
+            type=click.Path(path_type=Path, file_okay=False),
+            help=f"The {noun}'s directory.  [default: {default}]",
         ),
         click.option("--resume", is_flag=True, help=f"Go on with the {noun} in --out, to the same result bit for bit."),
         click.option(
-            "--save-every", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds between checkpoints."
+            "--save-every",
+            type=click.FloatRange(min=0),
+            default=60.0,
+            show_default=True,
+            help="Seconds between checkpoints.",
         ),
     )
 

@@ -30,13 +30,16 @@ def check_agrees(ctx: click.Context, noun: str, out: Path, saved: Any, values: d
         if given(ctx, name) and value != before:
             flag = "--arch" if name == "architectures" else "--" + name.replace("_", "-")
             raise ValueError(
-                f"{flag} is {_plain(value)}, but the {noun} in {out} has {_plain(before)}; resume without it, or start a new {noun}"
+                f"{flag} is {_plain(value)}, but the {noun} in {out} has {_plain(before)}; resume without it, or "
+                f"start a new {noun}"
             )
 
 
 @contextmanager
 def stopping(ctx: click.Context, config: Any, out: Path, data_dir: Path) -> Iterator[None]:
-    """Around the work: one that is told to stop says how to go on with the command, and exits as the signal asks for."""
+    """Around the work: one that is told to stop says how to go on with the command, and exits as the signal
+    asks for.
+    """
     try:
         yield
     except DirectoryInUseError as error:

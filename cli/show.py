@@ -34,7 +34,9 @@ def show(run: Path, dataset: str | None) -> None:
         try:
             click.echo(evaluation_table(artifact.evaluation))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{directory}: attribute 'evaluation' of the artifact is not one of this release ({error})") from error
+            raise UserError(
+                f"{directory}: attribute 'evaluation' of the artifact is not one of this release ({error})"
+            ) from error
     click.echo("pictures: " + ", ".join(str(p) for p in pictures))
 
 

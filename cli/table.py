@@ -7,10 +7,15 @@ from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest entry. What a terminal would act on (a file may hold such texts) is a question mark."""
+    """Columns padded to their widest entry. What a terminal would act on (a file may hold such texts) is a question
+    mark.
+    """
     header, *rows = ([_plain(cell) for cell in row] for row in (header, *rows))
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
     return "\n".join("  " + line for line in lines)
 
 
@@ -20,5 +25,8 @@ def _plain(cell: str) -> str:
 
 def evaluation_table(evaluation: dict[str, Any]) -> str:
     """architecture -> what `Evaluation.to_dict` gives."""
-    rows = [(name, e["schedule"], str(e["restarts"]), f"{e['mean']:.2%} +- {e['std']:.2%}") for name, e in evaluation.items()]
+    rows = [
+        (name, e["schedule"], str(e["restarts"]), f"{e['mean']:.2%} +- {e['std']:.2%}")
+        for name, e in evaluation.items()
+    ]
     return table(("architecture", "schedule", "restarts", "test accuracy"), rows)

@@ -33,7 +33,9 @@ _option = options.Fields(_DEFAULT)
 
 @click.command(short_help="Distil a dataset.")
 @click.option(
-    "--preset", type=click.Choice(list(PRESETS)), help="Settings that belong together; what else is given goes before them."
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="Settings that belong together; what else is given goes before them.",
 )
 @_option("--dataset", f"{', '.join(NAMES)}, or a .npz file with x and y.")
 @options.data_dir
@@ -41,13 +43,17 @@ _option = options.Fields(_DEFAULT)
 @_option("--steps", "Synthetic batches.", type=COUNT)
 @_option("--epochs", "How often they are gone through: steps x epochs inner steps.", type=COUNT)
 @_option("--per-class", "Synthetic samples per class in a batch.", type=COUNT)
-@_option("--optimizer", "Of the inner training. Adam wants a smaller --lr, such as 0.005.", type=click.Choice(OPTIMIZERS))
+@_option(
+    "--optimizer", "Of the inner training. Adam wants a smaller --lr, such as 0.005.", type=click.Choice(OPTIMIZERS)
+)
 @_option("--momentum", "Of the inner SGD, or Adam's beta1.", type=click.FloatRange(0, 1))
 @_option("--learn-momentum", "Learn a momentum per inner step, from --momentum.", is_flag=True)
 @_option("--weight-decay", "Of the inner training, kept in the result.", type=click.FloatRange(min=0))
 @_option("--learn-labels", "Learn soft labels.", is_flag=True)
 @_option("--lr", "Inner step sizes at the start; one is learned per inner step.", type=RATE)
-@_option("--init", "Distil for new random networks at every outer step, or for one fixed network.", type=click.Choice(INITS))
+@_option(
+    "--init", "Distil for new random networks at every outer step, or for one fixed network.", type=click.Choice(INITS)
+)
 @_option("--inits", "Networks per outer step (and architecture), trained side by side.", type=COUNT)
 @_option(
     "--start",
@@ -56,7 +62,9 @@ _option = options.Fields(_DEFAULT)
 )
 @_option("--outer-steps", "Adam steps on data and step sizes.", type=COUNT)
 @_option("--outer-lr", "Adam's rate.", type=RATE)
-@_option("--outer-lr-rates", "Adam's rate for step sizes and momenta.  [default: --outer-lr]", type=click.FloatRange(min=0))
+@_option(
+    "--outer-lr-rates", "Adam's rate for step sizes and momenta.  [default: --outer-lr]", type=click.FloatRange(min=0)
+)
 @_option("--outer-decay", "How Adam's rate falls: to 0, halved ten times, or not.", type=click.Choice(OUTER_DECAYS))
 @_option("--outer-beta1", "Adam's beta1.", type=click.FloatRange(0, 1, max_open=True))
 @_option("--average", "Share of the last outer steps whose iterates are averaged.", type=click.FloatRange(0, 1))
@@ -79,15 +87,25 @@ _option = options.Fields(_DEFAULT)
     type=click.FloatRange(min=0),
 )
 @_option("--clip", "Largest norm of a hypergradient; 0 for no clipping.", type=click.FloatRange(min=0))
-@click.option("--adjoint", type=click.Choice(list(ADJOINTS)), help="How the way back is done.  [default: the engine chooses]")
+@click.option(
+    "--adjoint", type=click.Choice(list(ADJOINTS)), help="How the way back is done.  [default: the engine chooses]"
+)
 @options.device
 @_option("--seed", "Of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("run", "runs/DATASET, or the next free runs/DATASET-N")
 @click.pass_context
 def train(
-    ctx: click.Context, /, preset: str | None, data_dir: Path, out: Path | None, resume: bool, save_every: float, **values: Any
+    ctx: click.Context,
+    /,
+    preset: str | None,
+    data_dir: Path,
+    out: Path | None,
+    resume: bool,
+    save_every: float,
+    **values: Any,
 ) -> None:
-    """Learn a small synthetic dataset with its step sizes, such that a fresh network trained on it does well on the real one.
+    """Learn a small synthetic dataset with its step sizes, such that a fresh network trained on it does well on the
+    real one.
 
     The result is OUT/distilled.h5; beside it metrics.jsonl, pictures in plots/, and checkpoint.h5 for --resume.
     """
@@ -140,7 +158,9 @@ def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> Config:
     check_agrees(ctx, "run", out, saved, values)
     version = written_by(path)
     if version != revdistill.__version__:
-        click.echo(f"note: the checkpoint was written by revdistill {version}, this is {revdistill.__version__}", err=True)
+        click.echo(
+            f"note: the checkpoint was written by revdistill {version}, this is {revdistill.__version__}", err=True
+        )
     return saved
 
 
@@ -153,6 +173,7 @@ def _headline(distiller: Distiller) -> str:
     c, data = distiller.config, distiller.data
     synthetic = distiller.synthetic.x.shape[:2].numel()
     return (
-        f"{Path(data.name).name}: {len(data.x)} training samples into {synthetic} ({c.steps} batches of {synthetic // c.steps}), "
+        f"{Path(data.name).name}: {len(data.x)} training samples into {synthetic} ({c.steps} batches of "
+        f"{synthetic // c.steps}), "
         f"{c.inner_steps} inner steps, {', '.join(c.architectures)}, {c.outer_steps} outer steps on {c.device}"
     )

@@ -29,7 +29,11 @@ _option = options.Fields(_DEFAULT)
 @_option("--dataset", f"{', '.join(NAMES)}, or a .npz file with x and y.")
 @options.data_dir
 @click.option(
-    "--arch", type=options.ARCHITECTURE, default=_DEFAULT.arch, show_default=True, help="Network; names and factories as for train."
+    "--arch",
+    type=options.ARCHITECTURE,
+    default=_DEFAULT.arch,
+    show_default=True,
+    help="Network; names and factories as for train.",
 )
 @_option("--steps", "Training steps, each on a minibatch of the real data.", type=COUNT)
 @click.option(
@@ -37,7 +41,8 @@ _option = options.Fields(_DEFAULT)
     default=",".join(_DEFAULT.learn),
     show_default=True,
     metavar="LIST",
-    help=f"What is learned, out of {','.join(LEARNABLE)}: rates and momenta per step, a weight decay, an initial scale.",
+    help=f"What is learned, out of {','.join(LEARNABLE)}: rates and momenta per step, a weight decay, an initial "
+    "scale.",
 )
 @_option("--per-layer", "Learn each of them for each layer.", is_flag=True)
 @_option("--optimizer", "Of the training.", type=click.Choice(OPTIMIZERS))
@@ -61,8 +66,8 @@ def tune(
 ) -> None:
     """Learn a training schedule: differentiate the held-out loss through whole trainings of fresh networks.
 
-    The result is OUT/schedule.h5 and OUT/schedule.json, with a picture, OUT/schedule.png; at the end, fresh networks are trained
-    along the starting and the learned schedule and compared on test data that neither had seen.
+    The result is OUT/schedule.h5 and OUT/schedule.json, with a picture, OUT/schedule.png; at the end, fresh networks
+    are trained along the starting and the learned schedule and compared on test data that neither had seen.
     """
     values["learn"] = tuple(name.strip() for name in learn.split(",") if name.strip())
     out = out or Path("runs") / f"tune-{Path(values['dataset']).stem}"
@@ -75,7 +80,8 @@ def tune(
     with user_input("--out"):
         tuning = Tuning(out, tuner, resume=resume, save_every=save_every)
     click.echo(
-        f"{Path(data.name).name}: {config.arch}, {config.steps} steps of {config.optimizer}; learning {', '.join(config.learn)}"
+        f"{Path(data.name).name}: {config.arch}, {config.steps} steps of {config.optimizer}; learning "
+        f"{', '.join(config.learn)}"
         f"{' per layer' if config.per_layer else ''} in {config.outer_steps} outer steps on {config.device}"
     )
     started = time.monotonic()

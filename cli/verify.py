@@ -14,11 +14,14 @@ from . import options
 @options.device
 @click.pass_context
 def verify(ctx: click.Context, /, device: str) -> None:
-    """Check the engine on this machine: exactness over 1,000 steps, hypergradients against autograd, bits against their bound.
+    """Check the engine on this machine: exactness over 1,000 steps, hypergradients against autograd, bits against their
+    bound.
 
     Exits with 1 if any check fails.
     """
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
+    )
     click.echo(f"torch {torch.__version__} on {name}")
     failed = 0
     for check in checks(torch.device(device)):

@@ -1,7 +1,7 @@
 """Fixtures for tests on the stand-in device.
 
-They have the marker `standin` and a process of their own (python -m pytest -m "standin and not slow"): autograd has threads for the
-devices that it knew of when something first ran backward, and a process that has any cannot be forked.
+They have the marker `standin` and a process of their own (python -m pytest -m "standin and not slow"): autograd has
+threads for the devices that it knew of when something first ran backward, and a process that has any cannot be forked.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A tensor on it wraps one on the CPU, and every operator runs there. What a GPU d
 
 - autograd has a thread of its own for the device, and runs backward on it;
 - a root is correctly rounded, as the CPU's (of Intel's MKL) is not always;
-- a division by a number of the host is a multiplication by its rounded reciprocal (ATen/native/cuda/BinaryDivTrueKernel.cu);
+- a division by a number of the host is a multiplication by its rounded reciprocal
+(ATen/native/cuda/BinaryDivTrueKernel.cu);
 - a tensor of the host with dimensions is no operand: RuntimeError, as on CUDA;
 - whatever makes the host wait for the device is counted, with the line of the library that asked for it.
 
@@ -83,7 +84,8 @@ class OnDevice(Tensor):
 class Counts:
     """Since counting began.
 
-    operators: those that a GPU would launch a kernel for, by name; waits: by what was asked for, and where in the library.
+    operators: those that a GPU would launch a kernel for, by name; waits: by what was asked for, and where in the
+    library.
     """
 
     operators: Counter[str] = field(default_factory=Counter)
@@ -134,7 +136,8 @@ class _Mode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and to keep the compiler away from each operator takes longer than the operator
+        # nothing is compiled here, and to keep the compiler away from each operator takes longer than the operator
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -197,7 +200,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = kwargs | {"device": _CPU}
     if here or result_here:
         _count(kind, args, kwargs, here, result_here)
-    if kind.divides and here and not isinstance(args[1], OnDevice) and not (isinstance(args[1], Tensor) and args[1].ndim):
+    if (
+        kind.divides
+        and here
+        and not isinstance(args[1], OnDevice)
+        and not (isinstance(args[1], Tensor) and args[1].ndim)
+    ):
         return _divided_as_cuda_does(kind, *args)
     if kind.name == "aten::_efficientzerotensor":
         return OnDevice(torch.zeros(*args, **kwargs))  # torch's own has no memory, and its key does not come this far

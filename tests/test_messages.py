@@ -1,4 +1,6 @@
-"""Every error of the project through its public path: its text says what, where and what to do, and the README lists it."""
+"""Every error of the project through its public path: its text says what, where and what to do, and the README lists
+it.
+"""
 
 from __future__ import annotations
 
@@ -125,9 +127,15 @@ def interrupted(folder: Path) -> None:
 # error -> how it comes about; what its text must say: what, where, what to do
 CASES: dict[type[BaseException], tuple[Callable[[Path], None], tuple[str, ...]]] = {
     rd.ReversalError: (reversal, ("gradient", "step 29", "deterministic", "rd.Backprop()")),
-    rd.RangeError: (out_of_range, ("fixed-point range", "params['w']", "at step", "a smaller lr or fewer fractional_bits")),
+    rd.RangeError: (
+        out_of_range,
+        ("fixed-point range", "params['w']", "at step", "a smaller lr or fewer fractional_bits"),
+    ),
     rd.NonFiniteError: (not_finite, ("not finite", "params['w']", "step 17", "a smaller lr")),
-    rd.UnsupportedError: (unsupported, ("already gone back through", "this unroll", "add the losses before one backward()")),
+    rd.UnsupportedError: (
+        unsupported,
+        ("already gone back through", "this unroll", "add the losses before one backward()"),
+    ),
     rd.ArtifactError: (artifact, ("damaged or not an HDF5 file", "distilled.h5")),
     rd.CompileWarning: (compiled, ("compile=True", "no C++ compiler", "running it without torch.compile")),
     DirectoryInUseError: (in_use, ("in use by another run", "run", "process")),

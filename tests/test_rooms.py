@@ -35,7 +35,9 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 or room_of(path) == "cli", f"{path}: relative imports are for cli only, which has two names"
+            assert node.level == 0 or room_of(path) == "cli", (
+                f"{path}: relative imports are for cli only, which has two names"
+            )
             if node.level:
                 continue
             assert node.module

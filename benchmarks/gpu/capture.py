@@ -2,7 +2,8 @@
 
     python -m gpu.capture
 
-Static inputs, a warm-up on a side stream, then a capture; are replays with new numbers in those inputs bit-equal to eager?
+Static inputs, a warm-up on a side stream, then a capture; are replays with new numbers in those inputs bit-equal to
+eager?
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""compile=True on the MLP: does it hold, what does the first call cost, and what does a step cost then?  python -m gpu.compile"""
+"""compile=True on the MLP: does it hold, what does the first call cost, and what does a step cost then?  python -m
+gpu.compile
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ NAMES = ("autograd", "reversible", "reversible-compiled")
 def theta_of(task: Task, steps: int, compile: bool) -> Tensor:
     """theta at the end, flat."""
     with torch.no_grad():
-        theta = rd.unroll(task.loss, task.params, task.batches, task.optimizer(task.rates(steps)), steps=steps, compile=compile)
+        theta = rd.unroll(
+            task.loss, task.params, task.batches, task.optimizer(task.rates(steps)), steps=steps, compile=compile
+        )
     return torch.cat([p.reshape(-1) for p in theta.values()])
 
 
@@ -39,7 +43,11 @@ def measure(name: str, steps: int, rounds: int, device: torch.device) -> None:
         synchronise(device)
     told = [str(w.message) for w in caught if issubclass(w.category, rd.CompileWarning)]
     others = sorted(
-        {f"{w.category.__name__}: {str(w.message)[:200]}" for w in caught if not issubclass(w.category, rd.CompileWarning)}
+        {
+            f"{w.category.__name__}: {str(w.message)[:200]}"
+            for w in caught
+            if not issubclass(w.category, rd.CompileWarning)
+        }
     )
     first = time.perf_counter() - started
     write(
@@ -62,7 +70,9 @@ def measure(name: str, steps: int, rounds: int, device: torch.device) -> None:
             taken = milliseconds(lambda method=method: METHODS[method].run(task, steps), device)  # type: ignore[misc]
             if turn:
                 times[method].append(taken / steps)
-    write("compile", task=name, steps=steps, rounds=rounds, ms_per_step={m: median(taken) for m, taken in times.items()})
+    write(
+        "compile", task=name, steps=steps, rounds=rounds, ms_per_step={m: median(taken) for m, taken in times.items()}
+    )
 
 
 def main() -> None:

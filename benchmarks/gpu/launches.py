@@ -1,7 +1,8 @@
-"""How many kernels does a step launch, and how often does the host wait for the device?  python -m gpu.launches --device cuda
+"""How many kernels does a step launch, and how often does the host wait for the device?  python -m gpu.launches
+--device cuda
 
-From the difference of two lengths that are 32 steps apart, as the engine looks at the device every 32 steps; forward and back
-separately, on the MLP, for SGD and Adam. On the stand-in, its own counts of operators and waits.
+From the difference of two lengths that are 32 steps apart, as the engine looks at the device every 32 steps; forward
+and back separately, on the MLP, for SGD and Adam. On the stand-in, its own counts of operators and waits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from revdistill.engine.gradient import graph_nodes
 from revdistill.engine.sweep import Sweep
 
 SHORT, LONG = 32, 64  # neither spills: at a momentum of 0.9 the first words leave after some 200 steps
-OPTIMIZERS: dict[str, Callable[[Tensor], Any]] = {"sgd": lambda lr: rd.SGD(lr, MOMENTUM), "adam": lambda lr: rd.Adam(lr / 10)}
+OPTIMIZERS: dict[str, Callable[[Tensor], Any]] = {
+    "sgd": lambda lr: rd.SGD(lr, MOMENTUM),
+    "adam": lambda lr: rd.Adam(lr / 10),
+}
 
 Pass = Callable[[], Any]
 
@@ -33,7 +37,9 @@ def passes(task: Task, optimizer: str, steps: int) -> tuple[Callable[[], Tensor]
     rates = task.rates(steps)
 
     def forward() -> Tensor:
-        theta = rd.unroll(task.loss, task.params, task.batches, OPTIMIZERS[optimizer](rates), steps=steps, adjoint=rd.Reversible())
+        theta = rd.unroll(
+            task.loss, task.params, task.batches, OPTIMIZERS[optimizer](rates), steps=steps, adjoint=rd.Reversible()
+        )
         return task.outer(theta)
 
     return forward, lambda value: torch.autograd.grad(value, [task.batches[0], rates])
@@ -79,7 +85,9 @@ def waits(run: Pass) -> Counter[str]:
 
 
 def sweep_alone(value: Tensor) -> None:
-    """The way back called directly: autograd keeps its nodes' warnings to its end, where nobody knows their line any more."""
+    """The way back called directly: autograd keeps its nodes' warnings to its end, where nobody knows their line any
+    more.
+    """
     (node,) = (n for n in graph_nodes(value) if hasattr(n, "run"))  # the unroll's own
     run = node.run
     recording, run.recording = run.recording, None

@@ -27,7 +27,9 @@ def write(part: str, **values: Any) -> None:
 
 @contextmanager
 def attempt(part: str, **what: Any) -> Iterator[None]:
-    """An error inside is written as a line {"part": part, **what, "error": "Type: text"}, and the next measurement goes on."""
+    """An error inside is written as a line {"part": part, **what, "error": "Type: text"}, and the next measurement goes
+    on.
+    """
     try:
         yield
     except Exception as error:  # whatever fails on a machine that is lent for minutes must not cost the rest

@@ -1,6 +1,7 @@
 """How much memory does one hypergradient need above what was there, against the number of steps?  python -m gpu.memory
 
-Each method and task in a process of its own, all at once; lengths one after the other. Running out of memory is a result.
+Each method and task in a process of its own, all at once; lengths one after the other. Running out of memory is a
+result.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def missing(name: str) -> str | None:
 
 @contextmanager
 def here(name: str) -> Iterator[torch.device]:
-    """The device, while this lasts; in each thread of its own, since the stand-in makes tensors in the thread that entered."""
+    """The device, while this lasts; in each thread of its own, since the stand-in makes tensors in the thread that
+    entered.
+    """
     if name != "standin":
         yield torch.device(name)
         return

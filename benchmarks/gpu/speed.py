@@ -1,7 +1,7 @@
 """How long does one hypergradient take per step, against plain autograd?  python -m gpu.speed --device cuda
 
-One process; the methods take turns, each round gives a ratio; medians are told. First each method's hypergradient over a few
-steps is compared with plain autograd's, in float64.
+One process; the methods take turns, each round gives a ratio; medians are told. First each method's hypergradient over
+a few steps is compared with plain autograd's, in float64.
 """
 
 from __future__ import annotations

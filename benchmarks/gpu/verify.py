@@ -18,7 +18,9 @@ QUICK = 1  # checks
 
 def by_command(device: str, quick: bool) -> int:
     """Each line as the command prints it; the command's exit code."""
-    process = subprocess.Popen([sys.executable, "-m", "cli", "verify", "--device", device], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", "verify", "--device", device], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     checks = 0
     for text in process.stdout:
@@ -45,7 +47,14 @@ def in_process(device: str, quick: bool) -> int:
     failed = 0
     with here(device) as place:
         for i, check in enumerate(selfcheck.checks(place)):
-            write("verify", kind=check.kind, name=check.name, found=check.found, seconds=check.seconds, passed=check.passed)
+            write(
+                "verify",
+                kind=check.kind,
+                name=check.name,
+                found=check.found,
+                seconds=check.seconds,
+                passed=check.passed,
+            )
             failed += not check.passed
             if quick and i + 1 == QUICK:
                 break

@@ -24,9 +24,9 @@ FILE_NAME = "distilled.h5"
 class Artifact:
     """x: float32 [s, B, ...]; y: int64 [s, B] or float32 [s, B, C]; lr, momentum: float32 [T], T = s x epochs.
 
-    Use without this project: for k in range(T), one torch.optim.SGD step on (x[k % s], y[k % s]) with lr[k], momentum[k]
-    and weight_decay. Where optimizer is "adam": torch.optim.Adam with lr[k], betas (momentum[k], ADAM_BETA2), eps ADAM_EPS and
-    weight_decay.
+    Use without this project: for k in range(T), one torch.optim.SGD step on (x[k % s], y[k % s]) with lr[k],
+    momentum[k] and weight_decay. Where optimizer is "adam": torch.optim.Adam with lr[k], betas (momentum[k],
+    ADAM_BETA2), eps ADAM_EPS and weight_decay.
     """
 
     x: np.ndarray
@@ -120,7 +120,8 @@ def _check(file: Reader, a: Artifact) -> None:
         raise file.fail(f"'y' has shape {list(a.y.shape)}, which does not go with x of shape {list(a.x.shape)}")
     if not 1 <= a.epochs <= 10**6 or a.steps != a.batches * a.epochs or a.momentum.shape != a.lr.shape:
         raise file.fail(
-            f"'lr' has shape {list(a.lr.shape)} and 'momentum' {list(a.momentum.shape)}; expected [{a.batches * a.epochs}], "
+            f"'lr' has shape {list(a.lr.shape)} and 'momentum' {list(a.momentum.shape)}; expected "
+            f"[{a.batches * a.epochs}], "
             f"{a.batches} batches x {a.epochs} epochs"
         )
     if (a.lr < 0).any() or (a.momentum < 0).any() or (a.momentum > 1).any():

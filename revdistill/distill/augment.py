@@ -1,4 +1,6 @@
-"""Differentiable siamese augmentation (Zhao & Bilen, ICML 2021): one random transformation of synthetic and real images alike."""
+"""Differentiable siamese augmentation (Zhao & Bilen, ICML 2021): one random transformation of synthetic and real images
+alike.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ SCALE, ROTATE = 1.2, 15.0  # a factor; degrees
 
 
 def draw(names: Sequence[str], generator: torch.Generator) -> Transform:
-    """One of the transformations by name with random strength: images [N, C, H, W] -> [N, C, H, W], the same for all of them."""
+    """One of the transformations by name with random strength: images [N, C, H, W] -> [N, C, H, W], the same for all of
+    them.
+    """
     chosen = names[int(torch.randint(len(names), (), generator=generator))]
     return AUGMENTATIONS[chosen](torch.rand(3, generator=generator).tolist())
 
@@ -53,10 +57,12 @@ def _rotate(random: list[float]) -> Transform:
 
 
 def _affine(matrix: list[list[float]]) -> Transform:
-    """Each pixel from the four around the point that the matrix takes it to, weighted by how near they are; the border repeats.
+    """Each pixel from the four around the point that the matrix takes it to, weighted by how near they are; the border
+    repeats.
 
-    As torch's grid_sample (bilinear, padding_mode="border", align_corners=False), whose derivative adds up by atomics on CUDA, in
-    any order, so that no run could be repeated there. All images are sampled at the same points: each pixel is a bag of four.
+    As torch's grid_sample (bilinear, padding_mode="border", align_corners=False), whose derivative adds up by atomics
+    on CUDA, in any order, so that no run could be repeated there. All images are sampled at the same points: each pixel
+    is a bag of four.
     """
 
     def apply(images: Tensor) -> Tensor:
@@ -74,7 +80,9 @@ def _affine(matrix: list[list[float]]) -> Transform:
 
 
 def _between(places: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Places in -1 to 1 along a side of so many pixels: the pixel before each, the one after, and how far it is from the first."""
+    """Places in -1 to 1 along a side of so many pixels: the pixel before each, the one after, and how far it is from
+    the first.
+    """
     exact = ((places + 1) * side / 2 - 0.5).clamp(0, side - 1)
     before = exact.floor()
     return before.long(), (before.long() + 1).clamp(max=side - 1), exact - before

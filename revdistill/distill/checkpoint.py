@@ -57,7 +57,9 @@ def read_tensors(file: Reader, leaves: dict[str, Tensor], parts: Sequence[str] =
     return tensors
 
 
-def restore_adam(leaves: dict[str, Tensor], optimizer: torch.optim.Adam, tensors: dict[str, Tensor], adam_step: int) -> None:
+def restore_adam(
+    leaves: dict[str, Tensor], optimizer: torch.optim.Adam, tensors: dict[str, Tensor], adam_step: int
+) -> None:
     """Put leaves and Adam's state where `write_adam` found them; tensors: of `read_tensors`."""
     for name, leaf in leaves.items():
         with torch.no_grad():

@@ -19,7 +19,9 @@ ADJOINTS: dict[str, type[Adjoint]] = {
     "store-all": StoreAll,
     "backprop": Backprop,
 }
-GRAPH_BYTES = 256 * 2**20  # for the unroll of one architecture: memory that any machine has, and a short unroll gains by
+GRAPH_BYTES = (
+    256 * 2**20
+)  # for the unroll of one architecture: memory that any machine has, and a short unroll gains by
 OUTER_DECAYS = ("cosine", "halving", "none")
 INITS = ("random", "fixed")
 OPTIMIZERS = ("sgd", "adam")  # of the inner training
@@ -30,21 +32,24 @@ _TUPLES = ("architectures", "augment")
 class Config:
     """dataset: a name or a .npz file. architectures: distilled for all of them at once.
 
-    steps: s, the number of synthetic batches; epochs: how often they are gone through, T = s x epochs inner steps; per_class:
-    images of each class in one batch. optimizer: of the inner training; momentum: SGD's, or Adam's beta1; weight_decay: as
-    torch.optim has it, part of the result, not learned; lr: its learned step sizes at the start.
-    init: "random" draws new networks at every outer step, "fixed" distils for one network; inits: networks per outer step
-    and architecture. start: a name of STARTS, what the synthetic data are at first. learn_labels, learn_momentum: learn them too.
-    outer_steps, outer_lr, batch_size: Adam steps, their rate, real samples in each. outer_lr_rates: Adam's rate for step sizes and
-    momenta, None for outer_lr. outer_decay: "cosine" takes these rates to 0, "halving" halves them ten times, as Wang et al.,
-    "none" keeps them. outer_beta1: Adam's. average: the share of the last outer steps whose iterates are averaged for the result.
-    window: each outer step makes a random number of inner steps, from `window` to T, and goes back over the last `window` only
-    (Feng et al. 2023); None, or T and more, goes back over all T. grow: the share of the outer steps over which T grows, from a
-    tenth.
+    steps: s, the number of synthetic batches; epochs: how often they are gone through, T = s x epochs inner steps;
+    per_class: images of each class in one batch. optimizer: of the inner training; momentum: SGD's, or Adam's beta1;
+    weight_decay: as torch.optim has it, part of the result, not learned; lr: its learned step sizes at the start.
+    init: "random" draws new networks at every outer step, "fixed" distils for one network; inits: networks per outer
+    step and architecture. start: a name of STARTS, what the synthetic data are at first. learn_labels, learn_momentum:
+    learn them too.
+    outer_steps, outer_lr, batch_size: Adam steps, their rate, real samples in each. outer_lr_rates: Adam's rate for
+    step sizes and momenta, None for outer_lr. outer_decay: "cosine" takes these rates to 0, "halving" halves them ten
+    times, as Wang et al., "none" keeps them. outer_beta1: Adam's. average: the share of the last outer steps whose
+    iterates are averaged for the result.
+    window: each outer step makes a random number of inner steps, from `window` to T, and goes back over the last
+    `window` only (Feng et al. 2023); None, or T and more, goes back over all T. grow: the share of the outer steps over
+    which T grows, from a tenth.
     augment: names of AUGMENTATIONS; one at each outer step for real and synthetic images alike (Zhao & Bilen 2021).
-    noise: standard deviation of Gaussian noise on the real samples, which keeps a small training set from being learned by
-    heart; None for 0.5 on images and 0 otherwise. clip: the largest norm of a hypergradient, 0 for none.
-    adjoint: a name of ADJOINTS; None for the engine's choice, with the graphs of the last steps kept in up to GRAPH_BYTES.
+    noise: standard deviation of Gaussian noise on the real samples, which keeps a small training set from being learned
+    by heart; None for 0.5 on images and 0 otherwise. clip: the largest norm of a hypergradient, 0 for none.
+    adjoint: a name of ADJOINTS; None for the engine's choice, with the graphs of the last steps kept in up to
+    GRAPH_BYTES.
 
     Errors: ValueError that names the field, what came and what is accepted.
     """

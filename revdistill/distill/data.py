@@ -1,7 +1,7 @@
 """Real datasets with fixed splits: the built-in ones, the standard image sets, and any .npz with x and y.
 
-Each comes normalised per feature (vectors) or per channel (images) by the training set's mean and standard deviation, except
-the two-dimensional ones of the study, which are used as they are.
+Each comes normalised per feature (vectors) or per channel (images) by the training set's mean and standard deviation,
+except the two-dimensional ones of the study, which are used as they are.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def load(name: str, data_dir: str | Path = DATA_DIR) -> Dataset:
     if name in BUILT_IN:
         x, y = BUILT_IN[name]()
         test = MOONS_TEST if name == "moons" else TEST
-        return _split(name, np.asarray(x, np.float32), np.asarray(y, np.int64), test, normalise=name not in _AS_THEY_ARE)
+        return _split(
+            name, np.asarray(x, np.float32), np.asarray(y, np.int64), test, normalise=name not in _AS_THEY_ARE
+        )
     if name in FROM_FILES:
         (x, y), (x_test, y_test) = FROM_FILES[name](Path(data_dir))
         return _assemble(name, _unit(x), y, _unit(x_test), y_test, normalise=True)
@@ -119,11 +121,15 @@ def _split(name: str, x: np.ndarray, y: np.ndarray, test: float, *, normalise: b
     try:
         x, x_test, y, y_test = train_test_split(x, y, test_size=test, random_state=SPLIT_SEED, stratify=stratify)
     except ValueError as error:
-        raise ArtifactError(f"{name}: too few samples per class to split into training and test data ({error})") from error
+        raise ArtifactError(
+            f"{name}: too few samples per class to split into training and test data ({error})"
+        ) from error
     return _assemble(name, x, y, x_test, y_test, normalise=normalise)
 
 
-def _assemble(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, *, normalise: bool) -> Dataset:
+def _assemble(
+    name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, *, normalise: bool
+) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     classes = int(max(y.max(), y_test.max())) + 1

@@ -17,7 +17,9 @@ MAX_FAILURES = 10
 
 @dataclass(frozen=True)
 class Outcome:
-    """norm: of the hypergradient before clipping; diverged: why the step changed nothing, or None. NaN where there is none."""
+    """norm: of the hypergradient before clipping; diverged: why the step changed nothing, or None. NaN where there is
+    none.
+    """
 
     loss: float
     norm: float
@@ -25,9 +27,11 @@ class Outcome:
 
 
 class Descent:
-    """leaves: what is learned, in `optimizer`; clip: the largest norm of a hypergradient, 0 for none; advice: what avoids failures.
+    """leaves: what is learned, in `optimizer`; clip: the largest norm of a hypergradient, 0 for none; advice: what
+    avoids failures.
 
-    A step whose inner training left the range or was not finite changes nothing. Errors: that of the tenth such step in a row.
+    A step whose inner training left the range or was not finite changes nothing. Errors: that of the tenth such step in
+    a row.
     """
 
     def __init__(self, leaves: list[Tensor], optimizer: torch.optim.Optimizer, clip: float, advice: str) -> None:
@@ -35,7 +39,9 @@ class Descent:
         self._failures = 0
 
     def step(self, outer_loss: Callable[[], Tensor]) -> Outcome:
-        """Evaluate, differentiate, and step; with torch's settings of an unroll, so that on a GPU too a run repeats itself."""
+        """Evaluate, differentiate, and step; with torch's settings of an unroll, so that on a GPU too a run repeats
+        itself.
+        """
         with repeatable(self._leaves[0].device):
             return self._step(outer_loss)
 
@@ -51,7 +57,8 @@ class Descent:
             self._failures += 1
             if self._failures >= MAX_FAILURES:
                 raise type(error)(
-                    f"{MAX_FAILURES} outer steps in a row diverged; {self._advice} avoids it. The last: {error}", **error.__dict__
+                    f"{MAX_FAILURES} outer steps in a row diverged; {self._advice} avoids it. The last: {error}",
+                    **error.__dict__,
                 ) from error
             return Outcome(math.nan, math.nan, str(error))
         if self._clip:

@@ -21,9 +21,11 @@ class DirectoryInUseError(Exception):
 
 
 class Claim:
-    """The directory as this process's own, from `with` on. Made where it does not exist; made again where it is removed meanwhile.
+    """The directory as this process's own, from `with` on. Made where it does not exist; made again where it is removed
+    meanwhile.
 
-    Errors: DirectoryInUseError, which names the other process; OSError where the directory cannot be written to. A process
+    Errors: DirectoryInUseError, which names the other process; OSError where the directory cannot be written to. A
+    process
     that is gone has no claim: the system lets go of its lock.
     """
 
@@ -38,7 +40,9 @@ class Claim:
     def __exit__(self, *_: object) -> None:
         try:
             if self._is_held():
-                self._path.unlink(missing_ok=True)  # before it is let go of: whoever opened it meanwhile sees that it is gone
+                self._path.unlink(
+                    missing_ok=True
+                )  # before it is let go of: whoever opened it meanwhile sees that it is gone
         except OSError:
             pass  # a file without a lock on it claims nothing
         finally:
@@ -91,14 +95,19 @@ class Claim:
 
 
 class Log:
-    """A file of JSON lines. A line that could not be written whole does not spoil the next. JSON has no NaN: it is null."""
+    """A file of JSON lines. A line that could not be written whole does not spoil the next. JSON has no NaN: it is
+    null.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._torn = path, False
 
     def append(self, entry: dict[str, Any]) -> None:
         """Errors: OSError; the log is as it was, but for a line cut short, which `read_metrics` leaves out."""
-        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()}
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in entry.items()
+        }
         torn, self._torn = self._torn, True
         with self._path.open("a") as file:
             file.write("\n" * torn + json.dumps(line) + "\n")
@@ -106,7 +115,9 @@ class Log:
 
 
 def resumed_log(path: Path, outer_step: int) -> tuple[Log, float]:
-    """The log, without the lines of steps that a checkpoint of this outer step does not have behind it; and the seconds taken."""
+    """The log, without the lines of steps that a checkpoint of this outer step does not have behind it; and the seconds
+    taken.
+    """
     kept = [line for line in read_metrics(path) if line["step"] < outer_step]
     taken = [line.get("seconds") for line in kept]
     with replacing(path) as temporary:

@@ -41,7 +41,9 @@ class OuterStep:
 
 
 class Distiller:
-    """One distillation. Every random draw is a function of (seed, outer step), so a resumed run draws the same numbers."""
+    """One distillation. Every random draw is a function of (seed, outer step), so a resumed run draws the same
+    numbers.
+    """
 
     def __init__(self, config: Config, data: Dataset) -> None:
         self.config = config
@@ -52,13 +54,17 @@ class Distiller:
         self.synthetic = Synthetic(config, self.data)
         self._batches = Batches(self.data, config.batch_size, config.seed, 1)
         size = 1 if config.init == "fixed" else config.inits
-        self.populations = [Population(name, size, data.input_shape, data.classes, self.device) for name in config.architectures]
+        self.populations = [
+            Population(name, size, data.input_shape, data.classes, self.device) for name in config.architectures
+        ]
         self.optimizer = torch.optim.Adam(
             [{"params": [leaf], "outer_lr": self._outer_lr(name)} for name, leaf in self.synthetic.leaves.items()],
             betas=(config.outer_beta1, BETA2),
         )
         self.outer_step = 0
-        self.averages = {name: torch.zeros_like(leaf) for name, leaf in self.synthetic.leaves.items()} if config.average else {}
+        self.averages = (
+            {name: torch.zeros_like(leaf) for name, leaf in self.synthetic.leaves.items()} if config.average else {}
+        )
         self.averaged = 0  # iterates in them
         self._descent = Descent(
             list(self.synthetic.leaves.values()), self.optimizer, config.clip, "a smaller lr, momentum or outer_lr"

@@ -1,4 +1,6 @@
-"""Random draws as functions of numbers: the same whatever was drawn before, so that a run that is resumed draws them again."""
+"""Random draws as functions of numbers: the same whatever was drawn before, so that a run that is resumed draws them
+again.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 class Batches:
-    """k -> (x, y): batch k of the shuffled epochs of the training data, a function of (*numbers, k); an epoch is shuffled once."""
+    """k -> (x, y): batch k of the shuffled epochs of the training data, a function of (*numbers, k); an epoch is
+    shuffled once.
+    """
 
     def __init__(self, data: Dataset, size: int, *numbers: int) -> None:
         self._data, self._numbers = data, numbers

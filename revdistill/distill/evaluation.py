@@ -1,4 +1,6 @@
-"""What distilled data are worth: train fresh networks on them with plain torch.optim.SGD (or Adam), measure test accuracy."""
+"""What distilled data are worth: train fresh networks on them with plain torch.optim.SGD (or Adam), measure test
+accuracy.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,18 @@ class Evaluation:
 
 
 def evaluate(
-    artifact: Artifact, data: Dataset, architecture: str, *, restarts: int = 10, schedule: str = "raw", device: str = "cpu"
+    artifact: Artifact,
+    data: Dataset,
+    architecture: str,
+    *,
+    restarts: int = 10,
+    schedule: str = "raw",
+    device: str = "cpu",
 ) -> Evaluation:
     """Train `restarts` fresh networks on the artifact's batches and measure them on the test data.
 
-    A network distilled with init="fixed" is evaluated from that initialisation. Errors: ValueError where the data or the
-    architecture do not go with the artifact.
+    A network distilled with init="fixed" is evaluated from that initialisation. Errors: ValueError where the data or
+    the architecture do not go with the artifact.
     """
     check_compatible(artifact, data)
     if schedule == "strategy1" and artifact.optimizer == "adam":
@@ -72,15 +80,19 @@ def train_plainly(
     momenta: Sequence[float],
     first: int = 0,
 ) -> None:
-    """One step of torch.optim's SGD or Adam per rate and momentum, on the artifact's batches in turn; changes params in place.
+    """One step of torch.optim's SGD or Adam per rate and momentum, on the artifact's batches in turn; changes params in
+    place.
 
-    first: the number of the first of these networks, where they are some of many: each part has random numbers of its own.
+    first: the number of the first of these networks, where they are some of many: each part has random numbers of its
+    own.
     """
     device = next(iter(params.values())).device
     x, y = torch.from_numpy(artifact.x).to(device), torch.from_numpy(artifact.y).to(device)
     for p in params.values():
         p.requires_grad_()
-    optimizer = plain_optimizer(artifact.optimizer, [{"params": list(params.values()), "weight_decay": artifact.weight_decay}])
+    optimizer = plain_optimizer(
+        artifact.optimizer, [{"params": list(params.values()), "weight_decay": artifact.weight_decay}]
+    )
     with seeded(_seed(artifact) + first, device):
         for k, (lr, momentum) in enumerate(zip(rates, momenta, strict=True)):
             for group in optimizer.param_groups:
@@ -121,5 +133,7 @@ def _fixed_start(
     artifact: Artifact, data: Dataset, architecture: str, restarts: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     index = artifact.architectures.index(architecture) if architecture in artifact.architectures else 0
-    one = Population(architecture, 1, data.input_shape, data.classes, device).sample(fixed_network_seed(artifact.seed, index))
+    one = Population(architecture, 1, data.input_shape, data.classes, device).sample(
+        fixed_network_seed(artifact.seed, index)
+    )
     return {name: p.expand(restarts, *p.shape[1:]).clone() for name, p in one.items()}

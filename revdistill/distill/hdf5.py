@@ -1,5 +1,5 @@
-"""HDF5 files, written whole or not at all, and read as if they came from strangers: every object is looked at before anything is
-allocated or followed.
+"""HDF5 files, written whole or not at all, and read as if they came from strangers: every object is looked at before
+anything is allocated or followed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from revdistill.distill.files import replacing
 from revdistill.engine import ArtifactError
 
 MAX_TEXT = 4 * 1024 * 1024  # bytes of one attribute
-# The oldest format whose own structures have checksums: HDF5 refuses what was damaged, instead of following it. In its default
-# format, a file in 300 with a few flipped bits made it loop or crash (2.0.0); in this one a file in 4,000: texts have none.
+# The oldest format whose own structures have checksums: HDF5 refuses what was damaged, instead of following it. In its
+# default format, a file in 300 with a few flipped bits made it loop or crash (2.0.0); in this one a file in 4,000:
+# texts have none.
 _CHECKED = ("v108", "v108")
 
 
@@ -40,11 +41,15 @@ class Reader:
         """The file's format version, one of those expected."""
         version = self.integer("format_version")
         if version not in expected:
-            raise self.fail(f"has format version {version}; this release reads version {' and '.join(map(str, expected))}")
+            raise self.fail(
+                f"has format version {version}; this release reads version {' and '.join(map(str, expected))}"
+            )
         return version
 
     def array(self, name: str, *dtypes: str, ndim: int | None = None) -> np.ndarray:
-        """A dataset of exactly one of these dtypes, whose values are in this very file, finite where they are floats."""
+        """A dataset of exactly one of these dtypes, whose values are in this very file, finite where they are
+        floats.
+        """
         link = self._file.get(name, getlink=True) if name in self.names() else None
         if link is None:
             raise self.fail(f"has no dataset {name!r}")
@@ -62,7 +67,9 @@ class Reader:
         declared = math.prod(node.shape) * node.dtype.itemsize
         # Stored without compression or in chunks that exist: a file cannot hold more values than it has bytes.
         if declared > self._size or node.compression is not None or node.scaleoffset is not None:
-            raise self.fail(f"{name!r} declares {declared} bytes of values, more than an honest file of {self._size} bytes holds")
+            raise self.fail(
+                f"{name!r} declares {declared} bytes of values, more than an honest file of {self._size} bytes holds"
+            )
         values: np.ndarray = node[()]
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise self.fail(f"{name!r} has entries that are not finite")
@@ -104,7 +111,9 @@ class Reader:
             raise self.fail(f"has no attribute {name!r}")
         space = attributes.get_id(name)
         if space.shape != () or space.get_storage_size() > MAX_TEXT:
-            raise self.fail(f"attribute {name!r} has shape {list(space.shape)} and {space.get_storage_size()} bytes; too large")
+            raise self.fail(
+                f"attribute {name!r} has shape {list(space.shape)} and {space.get_storage_size()} bytes; too large"
+            )
         value = attributes[name]
         if isinstance(value, (str, bytes)) and len(value) > MAX_TEXT:
             raise self.fail(f"attribute {name!r} is a text of {len(value)} characters; at most {MAX_TEXT} are accepted")
@@ -115,8 +124,8 @@ class Reader:
 def writing(path: Path) -> Iterator[h5py.File]:
     """A new file; on success it takes `path`'s place, on an error what was there stays. Errors: OSError.
 
-    It is made in memory and written in one go: where a disk is full, HDF5's own writing can end the process (a segmentation
-    fault while it closes the file, seen with h5py 3.16).
+    It is made in memory and written in one go: where a disk is full, HDF5's own writing can end the process (a
+    segmentation fault while it closes the file, seen with h5py 3.16).
     """
     image = io.BytesIO()
     with h5py.File(image, "w", libver=_CHECKED) as file:
@@ -137,6 +146,15 @@ def reading(path: str | Path) -> Iterator[Reader]:
         raise
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError, OverflowError, AttributeError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        MemoryError,
+        OverflowError,
+        AttributeError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtifactError(f"{path}: is damaged or not an HDF5 file ({reason})") from error

@@ -1,7 +1,7 @@
 """MNIST, Fashion-MNIST and CIFAR-10 in the files that their authors publish, checked before they are believed.
 
-MNIST and Fashion-MNIST: four idx files, gzipped or plain. CIFAR-10: the six .bin files of the binary version. They are looked for
-in the given folder, in one below it named like the dataset, and where torchvision puts them.
+MNIST and Fashion-MNIST: four idx files, gzipped or plain. CIFAR-10: the six .bin files of the binary version. They are
+looked for in the given folder, in one below it named like the dataset, and where torchvision puts them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         expected = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
         if header[:4] != expected:
             raise ArtifactError(
-                f"{path}: magic number is {int.from_bytes(header[:4], 'big')}; an idx file of bytes in {dimensions} dimensions "
+                f"{path}: magic number is {int.from_bytes(header[:4], 'big')}; an idx file of bytes in {dimensions} "
+                "dimensions "
                 f"has {int.from_bytes(expected, 'big')}"
             )
         shape = tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
         count = math.prod(shape)
         if not 0 < count < MAX_BYTES:
-            raise ArtifactError(f"{path}: declares an array of shape {list(shape)}; accepted are 1 to {MAX_BYTES} values")
+            raise ArtifactError(
+                f"{path}: declares an array of shape {list(shape)}; accepted are 1 to {MAX_BYTES} values"
+            )
         values = _exactly(path, file, count, f"array of shape {list(shape)}")
         if file.read(1):
             raise ArtifactError(f"{path}: goes on after its array of shape {list(shape)}")
@@ -61,20 +64,27 @@ def _idx_pair(images_path: Path, labels_path: Path) -> Arrays:
     if images.shape[1:] != (MNIST_SIDE, MNIST_SIDE):
         raise ArtifactError(f"{images_path}: has images of {images.shape[1]} x {images.shape[2]}; accepted is 28 x 28")
     if len(images) != len(labels):
-        raise ArtifactError(f"{labels_path}: has {len(labels)} labels for the {len(images)} images of {images_path.name}")
+        raise ArtifactError(
+            f"{labels_path}: has {len(labels)} labels for the {len(images)} images of {images_path.name}"
+        )
     return images[:, None], labels
 
 
 def _labels(path: Path, labels: np.ndarray) -> np.ndarray:
     if labels.max() >= CLASSES:
-        raise ArtifactError(f"{path}: has the label {int(labels.max())} at position {int(labels.argmax())}; accepted are 0 to 9")
+        raise ArtifactError(
+            f"{path}: has the label {int(labels.max())} at position {int(labels.argmax())}; accepted are 0 to 9"
+        )
     return labels.astype(np.int64)
 
 
 def _idx_dataset(name: str, folders: Sequence[str]) -> Callable[[Path], tuple[Arrays, Arrays]]:
     def load(data_dir: Path) -> tuple[Arrays, Arrays]:
         found = _find(
-            name, data_dir, folders, [_idx_names(part, kind) for part in ("train", "t10k") for kind in ("images", "labels")]
+            name,
+            data_dir,
+            folders,
+            [_idx_names(part, kind) for part in ("train", "t10k") for kind in ("images", "labels")],
         )
         return _idx_pair(found[0], found[1]), _idx_pair(found[2], found[3])
 
@@ -89,7 +99,9 @@ def _idx_names(part: str, kind: str) -> list[str]:
 
 def _cifar10(data_dir: Path) -> tuple[Arrays, Arrays]:
     names = [[f"data_batch_{i}.bin"] for i in range(1, 6)] + [["test_batch.bin"]]
-    *train, test = [read_cifar10(path) for path in _find("cifar10", data_dir, ("cifar10", "cifar-10-batches-bin"), names)]
+    *train, test = [
+        read_cifar10(path) for path in _find("cifar10", data_dir, ("cifar10", "cifar-10-batches-bin"), names)
+    ]
     return (np.concatenate([x for x, _ in train]), np.concatenate([y for _, y in train])), test
 
 
@@ -111,7 +123,8 @@ def _find(dataset: str, data_dir: Path, folders: Sequence[str], wanted: Sequence
     if count:
         raise ArtifactError(f"{place}: has {count} of the {len(wanted)} files of {dataset}, but no {missing[0]}")
     raise ArtifactError(
-        f"{dataset}: no {missing[0]} in {', '.join(str(p) for p in places)}; say with --data-dir where the dataset's files are"
+        f"{dataset}: no {missing[0]} in {', '.join(str(p) for p in places)}; say with --data-dir where the dataset's "
+        "files are"
     )
 
 

@@ -66,7 +66,9 @@ class LeNet(nn.Module):
 
 
 class AlexCifarNet(nn.Module):
-    """The AlexNet-like network of Wang et al. 2018 for 32 x 32 images: two 5 x 5 convolutions of 64, then 384, 192, classes."""
+    """The AlexNet-like network of Wang et al. 2018 for 32 x 32 images: two 5 x 5 convolutions of 64, then 384, 192,
+    classes.
+    """
 
     def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
@@ -85,7 +87,9 @@ class AlexCifarNet(nn.Module):
 
 
 class ConvNet3(nn.Module):
-    """The field's standard ConvNet: three blocks of 3 x 3 convolution (128), instance norm, ReLU and 2 x 2 average pooling."""
+    """The field's standard ConvNet: three blocks of 3 x 3 convolution (128), instance norm, ReLU and 2 x 2 average
+    pooling.
+    """
 
     WIDTH = 128
 
@@ -98,7 +102,9 @@ class ConvNet3(nn.Module):
         for _ in range(3):
             layers += [
                 nn.Conv2d(channels, self.WIDTH, 3, padding=padding),
-                nn.GroupNorm(self.WIDTH, self.WIDTH),  # a group for each channel: instance norm, with learned scale and shift
+                nn.GroupNorm(
+                    self.WIDTH, self.WIDTH
+                ),  # a group for each channel: instance norm, with learned scale and shift
                 nn.ReLU(),
                 nn.AvgPool2d(2),
             ]
@@ -142,7 +148,9 @@ def canonical(name: str) -> str:
     if ":" in name:
         _factory(name)
         return name
-    raise ValueError(f"unknown architecture {name!r}; accepted are {', '.join(ARCHITECTURES)} and package.module:function")
+    raise ValueError(
+        f"unknown architecture {name!r}; accepted are {', '.join(ARCHITECTURES)} and package.module:function"
+    )
 
 
 def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -151,7 +159,9 @@ def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     try:
         net = factory(input_shape, classes)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"architecture {name!r} does not fit inputs {list(input_shape)} and {classes} classes: {error}") from error
+        raise ValueError(
+            f"architecture {name!r} does not fit inputs {list(input_shape)} and {classes} classes: {error}"
+        ) from error
     if not isinstance(net, nn.Module):
         raise ValueError(f"architecture {name!r} returned {type(net).__name__}; it must return a torch.nn.Module")
     return net

@@ -21,7 +21,9 @@ def load_npz(path: Path) -> tuple[Arrays, Arrays | None]:
     arrays = read_npz(path)
     for key in ("x", "y"):
         if key not in arrays:
-            raise ArtifactError(f"{path}: has no array {key!r}; it holds {sorted(arrays) or 'nothing'}, and x and y are needed")
+            raise ArtifactError(
+                f"{path}: has no array {key!r}; it holds {sorted(arrays) or 'nothing'}, and x and y are needed"
+            )
     x, classes, y = _checked(path, "x", arrays["x"], "y", arrays["y"])
     if "x_test" not in arrays or "y_test" not in arrays:
         return (x, y), None
@@ -29,7 +31,9 @@ def load_npz(path: Path) -> tuple[Arrays, Arrays | None]:
     if x_test.shape[1:] != x.shape[1:]:
         raise ArtifactError(f"{path}: x_test has entries of shape {x_test.shape[1:]}, but x of {x.shape[1:]}")
     if not set(test_classes) <= set(classes):
-        raise ArtifactError(f"{path}: y_test has classes {sorted(set(test_classes) - set(classes))} that y does not have")
+        raise ArtifactError(
+            f"{path}: y_test has classes {sorted(set(test_classes) - set(classes))} that y does not have"
+        )
     return (x, y), (x_test, np.searchsorted(classes, test_classes[y_test]))
 
 
@@ -47,7 +51,9 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                         (2, 0): np.lib.format.read_array_header_2_0,
                     }.get(version)
                     if read_header is None:
-                        raise ArtifactError(f"{path}: array {key!r} is of .npy version {version}; accepted are 1.0 and 2.0")
+                        raise ArtifactError(
+                            f"{path}: array {key!r} is of .npy version {version}; accepted are 1.0 and 2.0"
+                        )
                     shape, _, dtype = read_header(member)
                 if dtype.hasobject:
                     raise ArtifactError(f"{path}: array {key!r} holds Python objects; only numbers are read")
@@ -66,14 +72,20 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise ArtifactError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
 
 
-def _checked(path: Path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _checked(
+    path: Path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x as float32 with a channel dimension, the classes, and y as indices into them."""
     if x.dtype.kind not in "fiub":
         raise ArtifactError(f"{path}: {x_name} has dtype {x.dtype}; accepted are numbers")
     if x.ndim not in (2, 3, 4) or 0 in x.shape:
-        raise ArtifactError(f"{path}: {x_name} has shape {x.shape}; accepted are (N, features), (N, H, W), (N, channels, H, W)")
+        raise ArtifactError(
+            f"{path}: {x_name} has shape {x.shape}; accepted are (N, features), (N, H, W), (N, channels, H, W)"
+        )
     if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-        raise ArtifactError(f"{path}: {y_name} is {y.dtype} of shape {y.shape}; accepted are integer classes of shape ({len(x)},)")
+        raise ArtifactError(
+            f"{path}: {y_name} is {y.dtype} of shape {y.shape}; accepted are integer classes of shape ({len(x)},)"
+        )
     x = x.astype(np.float32)
     if not np.isfinite(x).all():
         raise ArtifactError(f"{path}: {x_name} has entries that are not finite in float32")

@@ -26,7 +26,9 @@ _COLOURS = plt.get_cmap("tab10")
 
 
 def draw_all(directory: Path, artifact: Artifact, data: Dataset | None, metrics: list[dict[str, Any]]) -> list[Path]:
-    """Write every picture that fits the run to directory/plots and return the files. data: needed for points in the plane only."""
+    """Write every picture that fits the run to directory/plots and return the files. data: needed for points in the
+    plane only.
+    """
     figures: dict[str, Figure] = {"rates": rates(artifact)}
     if metrics:
         figures["outer"] = outer(metrics)
@@ -88,7 +90,9 @@ def images(artifact: Artifact) -> Figure:
             ax.annotate(text, (1.12, 0.5), xycoords="axes fraction", va="center", fontsize=8, annotation_clip=False)
     many = "epoch" if artifact.epochs == 1 else f"each of {artifact.epochs} epochs"
     shown, total = len(rows) * len(columns), artifact.x.shape[0] * artifact.x.shape[1]
-    figure.suptitle(f"{shown} of {total} distilled images; right: step size in {many}", fontsize=10, y=1 - 0.1 / height, va="top")
+    figure.suptitle(
+        f"{shown} of {total} distilled images; right: step size in {many}", fontsize=10, y=1 - 0.1 / height, va="top"
+    )
     return figure
 
 
@@ -105,7 +109,9 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def _column_class(artifact: Artifact, column: int, per_class: int) -> int:
-    """The class of a column's images: of their mean label, as a single soft label may have come to favour another class."""
+    """The class of a column's images: of their mean label, as a single soft label may have come to favour another
+    class.
+    """
     y = artifact.y[:, column * per_class : (column + 1) * per_class]
     votes = y.mean((0, 1)) if artifact.has_soft_labels else np.bincount(y.ravel())
     return int(votes.argmax())
@@ -134,7 +140,9 @@ def points(artifact: Artifact, data: Dataset) -> Figure:
 def decisions(artifact: Artifact, data: Dataset, architectures: list[str]) -> Figure:
     """What a fresh network of each architecture decides after training on the distilled data."""
     count = len(architectures)
-    figure, axes = plt.subplots(1, count, figsize=(3.8 * count, 3.6), squeeze=False, sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, count, figsize=(3.8 * count, 3.6), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
     low, high = data.x.amin(0) - 0.4, data.x.amax(0) + 0.4
     grid_x, grid_y = np.meshgrid(*(np.linspace(float(a), float(b), GRID) for a, b in zip(low, high, strict=True)))
     grid = torch.from_numpy(np.stack([grid_x, grid_y], -1).reshape(-1, 2).astype(np.float32))
@@ -146,7 +154,9 @@ def decisions(artifact: Artifact, data: Dataset, architectures: list[str]) -> Fi
             decided = predictions(population.logits(params, grid))[0].reshape(GRID, GRID).numpy()
             accuracy = float(population.accuracies(params, data.x_test, data.y_test)[0])
         levels = np.arange(data.classes + 1) - 0.5
-        ax.contourf(grid_x, grid_y, decided, levels=levels, colors=[_COLOURS(c) for c in range(data.classes)], alpha=0.25)
+        ax.contourf(
+            grid_x, grid_y, decided, levels=levels, colors=[_COLOURS(c) for c in range(data.classes)], alpha=0.25
+        )
         ax.scatter(*data.x_test.T, c=_COLOURS(data.y_test.numpy()), s=7, linewidths=0)
         ax.set_title(f"{name}: test accuracy {accuracy:.1%}", fontsize=10)
     figure.suptitle("one fresh network trained on the distilled data,\nits decisions over the test data", fontsize=11)
@@ -156,7 +166,9 @@ def decisions(artifact: Artifact, data: Dataset, architectures: list[str]) -> Fi
 def rates(artifact: Artifact) -> Figure:
     """Learned step sizes over the inner steps, and momenta where they vary."""
     varies = float(np.ptp(artifact.momentum)) > 0
-    figure, axes = plt.subplots(1 + varies, 1, figsize=(7, 3.2 + 1.8 * varies), squeeze=False, sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1 + varies, 1, figsize=(7, 3.2 + 1.8 * varies), squeeze=False, sharex=True, layout="constrained"
+    )
     for ax, values, name in zip(axes[:, 0], (artifact.lr, artifact.momentum), ("step size", "momentum"), strict=False):
         ax.plot(np.arange(1, artifact.steps + 1), values, marker=".", markersize=3, linewidth=1)
         for epoch in range(1, artifact.epochs):
@@ -171,7 +183,11 @@ def rates(artifact: Artifact) -> Figure:
 def _logged(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of the entries that have one that can be drawn."""
     found = [(m["step"] + 1, m.get(key)) for m in metrics]
-    return [(step, float(v)) for step, v in found if isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < LARGEST]
+    return [
+        (step, float(v))
+        for step, v in found
+        if isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < LARGEST
+    ]
 
 
 def outer(metrics: list[dict[str, Any]]) -> Figure:

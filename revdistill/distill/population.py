@@ -16,13 +16,15 @@ from revdistill.engine import stack_modules
 from revdistill.engine.randomness import seeded
 
 Params = dict[str, Tensor]
-# Samples evaluated at once, over all networks; and by convolutions on a CPU, few enough that activations stay in its caches: with
-# 2,048 images of CIFAR-10, ConvNet-3 takes twice as long.
+# Samples evaluated at once, over all networks; and by convolutions on a CPU, few enough that activations stay in its
+# caches: with 2,048 images of CIFAR-10, ConvNet-3 takes twice as long.
 AT_ONCE, CACHED = 2048, 64
 
 
 def classification_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B, C] with classes [B] or probabilities [B, C]; binary where there is one logit [B, 1]."""
+    """Mean cross-entropy of logits [B, C] with classes [B] or probabilities [B, C]; binary where there is one logit [B,
+    1].
+    """
     if logits.shape[-1] == 1:
         target = y[..., 1] if y.is_floating_point() else y
         return F.binary_cross_entropy_with_logits(logits[..., 0], target.to(logits.dtype))
@@ -37,8 +39,8 @@ def predictions(logits: Tensor) -> Tensor:
 class Population:
     """name: the architecture; size: E. `loss(params, (x, y))` sums the networks' losses on one shared batch.
 
-    P0 is Xavier-normal weights and zero biases (scales of normalization layers 1) for the registered architectures, as in the
-    study and in Wang et al. 2018; a user's own factory draws its parameters itself.
+    P0 is Xavier-normal weights and zero biases (scales of normalization layers 1) for the registered architectures, as
+    in the study and in Wang et al. 2018; a user's own factory draws its parameters itself.
     """
 
     def __init__(self, name: str, size: int, input_shape: tuple[int, ...], classes: int, device: torch.device) -> None:
@@ -52,7 +54,9 @@ class Population:
         self._batch_statistics = any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds)
         self._shapes = {n: p.shape for n, p in self._net.named_parameters() if p.requires_grad}
         self._check_output()
-        self._rest = {n: p for n, p in (*self._net.named_parameters(), *self._net.named_buffers()) if n not in self._shapes}
+        self._rest = {
+            n: p for n, p in (*self._net.named_parameters(), *self._net.named_buffers()) if n not in self._shapes
+        }
 
     def _check_output(self) -> None:
         accepted = {(2, self._classes)} | ({(2, 1)} if self._classes == 2 else set())
@@ -62,7 +66,9 @@ class Population:
                 shape = tuple(copy.deepcopy(self._net)(x).shape)
         except (RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"architecture {self.name!r} does not take inputs {list(self._input_shape)}: {reason}") from error
+            raise ValueError(
+                f"architecture {self.name!r} does not take inputs {list(self._input_shape)}: {reason}"
+            ) from error
         if shape not in accepted:
             raise ValueError(
                 f"architecture {self.name!r} gives outputs of shape {list(shape[1:])} for {self._classes} classes; "
@@ -80,8 +86,8 @@ class Population:
     def parts(self, params: Params) -> Iterator[tuple[int, Population, Params]]:
         """(number of its first network, population, parameters) of each part that is best evaluated side by side.
 
-        All of them, but one at a time where they have convolutions on a CPU: a stack's are grouped ones there, which for ConvNet-3
-        take twice as long.
+        All of them, but one at a time where they have convolutions on a CPU: a stack's are grouped ones there, which
+        for ConvNet-3 take twice as long.
         """
         if self.size == 1 or not self._convolves:
             yield 0, self, params

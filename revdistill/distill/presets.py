@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Wang et al. 2018: ten batches of one image per class, three times, plain gradient descent, four networks an outer step. (Their 400
-# epochs are some 23,000 outer steps.)
+# Wang et al. 2018: ten batches of one image per class, three times, plain gradient descent, four networks an outer
+# step. (Their 400 epochs are some 23,000 outer steps.)
 _WANG2018: dict[str, Any] = {
     "steps": 10,
     "epochs": 3,
@@ -21,10 +21,10 @@ _WANG2018: dict[str, Any] = {
     "noise": 0.0,
     "clip": 0.0,
 }
-# Ten batches that start from centroids, gone through twenty times with momentum; soft labels; one network an outer step. Weight
-# decay makes networks forget their random start, so that the same images suit more of them, and other architectures. Back through
-# the last 60 of a random number of steps: half the time of all of them. The rates are hardly learned: where they grow, trainings
-# turn chaotic, and what was learned is lost again.
+# Ten batches that start from centroids, gone through twenty times with momentum; soft labels; one network an outer
+# step. Weight decay makes networks forget their random start, so that the same images suit more of them, and other
+# architectures. Back through the last 60 of a random number of steps: half the time of all of them. The rates are
+# hardly learned: where they grow, trainings turn chaotic, and what was learned is lost again.
 _BEST: dict[str, Any] = {
     "steps": 10,
     "epochs": 20,
@@ -46,4 +46,8 @@ _BEST: dict[str, Any] = {
     "clip": 0.15,
 }
 PRESETS: dict[str, dict[str, Any]] = {"wang2018": _WANG2018, "best": _BEST}
-USUAL = {"mnist": "LeNet", "fashion-mnist": "LeNet", "cifar10": "AlexCifarNet"}  # architectures that a preset takes by default
+USUAL = {
+    "mnist": "LeNet",
+    "fashion-mnist": "LeNet",
+    "cifar10": "AlexCifarNet",
+}  # architectures that a preset takes by default

@@ -19,12 +19,14 @@ RESTARTS = 10
 class Run:
     """One distillation and the directory that it is kept in.
 
-    resume: go on with the run in the directory, which must have the distiller's configuration; otherwise the directory must not
-    hold a run. save_every: seconds between checkpoints. Errors: ValueError where the directory is not as it must be; nothing
-    is written before that is checked.
+    resume: go on with the run in the directory, which must have the distiller's configuration; otherwise the directory
+    must not hold a run. save_every: seconds between checkpoints. Errors: ValueError where the directory is not as it
+    must be; nothing is written before that is checked.
     """
 
-    def __init__(self, directory: Path, distiller: Distiller, *, resume: bool = False, save_every: float = 60.0) -> None:
+    def __init__(
+        self, directory: Path, distiller: Distiller, *, resume: bool = False, save_every: float = 60.0
+    ) -> None:
         self.directory, self.distiller, self.config = directory, distiller, distiller.config
         self._save_every = save_every
         if resume:
@@ -45,7 +47,9 @@ class Run:
 
         progress, errors: of `run_unattended`.
         """
-        return run_unattended(self.directory, _Distillation(self.distiller), save_every=self._save_every, progress=progress)
+        return run_unattended(
+            self.directory, _Distillation(self.distiller), save_every=self._save_every, progress=progress
+        )
 
 
 class _Distillation:
@@ -66,7 +70,9 @@ class _Distillation:
         if validated:
             self._accuracy = self._distiller.validation_accuracy()
         logged = validated or report.step % max(1, self.total // 100) == 0 or report.diverged
-        shown = f"loss {report.loss:.4f}" + ("" if math.isnan(self._accuracy) else f", held-out accuracy {self._accuracy:.1%}")
+        shown = f"loss {report.loss:.4f}" + (
+            "" if math.isnan(self._accuracy) else f", held-out accuracy {self._accuracy:.1%}"
+        )
         return _entry(report, self._accuracy if validated else None) if logged else None, shown
 
     def save(self, path: Path) -> None:

@@ -17,7 +17,8 @@ def raw(lr: Sequence[float], batches: int) -> Rates:
 
 
 def strategy1(lr: Sequence[float], batches: int) -> Rates:
-    """Ignore the learned rates: 0.3, then x 1.1 per epoch for 10 epochs (peak 0.778), then x 0.95 per epoch (end 0.100).
+    """Ignore the learned rates: 0.3, then x 1.1 per epoch for 10 epochs (peak 0.778), then x 0.95 per epoch (end
+    0.100).
 
     As in the study's own list the change comes one step late: step 0 has 0.3, steps 1 to s have 0.33, and so on.
     """
@@ -66,7 +67,8 @@ def momentum_for(rates: Rates, momentum: Sequence[float]) -> list[float]:
 def plan(schedule: str, lr: Sequence[float], momentum: Sequence[float], batches: int) -> tuple[Rates, list[float]]:
     """(rates, momenta) of every step of training along a schedule by name, from what was learned.
 
-    Strategy 1 has rates for plain gradient descent; with momentum they are scaled by 1 - momentum, to the same length of step.
+    Strategy 1 has rates for plain gradient descent; with momentum they are scaled by 1 - momentum, to the same length
+    of step.
     """
     rates = SCHEDULES[schedule](lr, batches)
     momenta = momentum_for(rates, momentum)

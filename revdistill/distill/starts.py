@@ -1,4 +1,6 @@
-"""What synthetic data start as. Each gives float32 [batches, classes x per_class, ...], ordered by class, on the data's device."""
+"""What synthetic data start as. Each gives float32 [batches, classes x per_class, ...], ordered by class, on the data's
+device.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def real(data: Dataset, batches: int, per_class: int, generator: torch.Generator
 
 
 def kmeans(data: Dataset, batches: int, per_class: int, generator: torch.Generator) -> Tensor:
-    """The centroids of each class's k-means clusters (one: its mean), in random order; again and again where samples are too few.
+    """The centroids of each class's k-means clusters (one: its mean), in random order; again and again where samples
+    are too few.
 
     They cover a class as no random choice of samples does, and average its noise away.
     """
@@ -53,8 +56,14 @@ def _by_class(data: Dataset) -> list[Tensor]:
     found = [(data.y.cpu() == c).nonzero()[:, 0] for c in range(data.classes)]
     for c, own in enumerate(found):
         if not len(own):
-            raise ValueError(f"start is made of real data, but the training data have no sample of class {c}; use noise")
+            raise ValueError(
+                f"start is made of real data, but the training data have no sample of class {c}; use noise"
+            )
     return found
 
 
-STARTS: dict[str, Callable[[Dataset, int, int, torch.Generator], Tensor]] = {"noise": noise, "real": real, "kmeans": kmeans}
+STARTS: dict[str, Callable[[Dataset, int, int, torch.Generator], Tensor]] = {
+    "noise": noise,
+    "real": real,
+    "kmeans": kmeans,
+}

@@ -27,7 +27,9 @@ class Synthetic:
         device = data.x.device
         generator = torch.Generator().manual_seed(config.seed)
         self._config = config
-        self.hard_labels = torch.arange(data.classes).repeat_interleave(config.per_class).expand(config.steps, -1).to(device)
+        self.hard_labels = (
+            torch.arange(data.classes).repeat_interleave(config.per_class).expand(config.steps, -1).to(device)
+        )
         t = config.inner_steps
         self.leaves: dict[str, Tensor] = {
             "x": STARTS[config.start](data, config.steps, config.per_class, generator),
@@ -39,7 +41,9 @@ class Synthetic:
             start = hot * (1 - LABEL_SMOOTHING) + LABEL_SMOOTHING / data.classes
             self.leaves["raw_labels"] = start.log()
         if config.learn_momentum:
-            self.leaves["raw_momentum"] = torch.full((t,), math.log(config.momentum / (1 - config.momentum)), device=device)
+            self.leaves["raw_momentum"] = torch.full(
+                (t,), math.log(config.momentum / (1 - config.momentum)), device=device
+            )
         for leaf in self.leaves.values():
             leaf.requires_grad_()
 

@@ -1,4 +1,6 @@
-"""A long loop in a directory that nobody watches: it logs, saves by time, stops when it is told to, and outlives a full disk."""
+"""A long loop in a directory that nobody watches: it logs, saves by time, stops when it is told to, and outlives a full
+disk.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ R = TypeVar("R")
 
 
 class Job(Protocol[R_co]):
-    """verb: beside the bar. total: how many outer steps there are. checkpoint, results: the names of the files that it writes."""
+    """verb: beside the bar. total: how many outer steps there are. checkpoint, results: the names of the files that it
+    writes.
+    """
 
     total: int
 
@@ -62,10 +66,10 @@ class NotSavedError(Exception):
 def run_unattended(directory: Path, job: Job[R], *, save_every: float = 60.0, progress: bool | None = None) -> R:
     """All outer steps that are left, then the job's results.
 
-    save_every: seconds between checkpoints. progress: a bar on standard error; by default only where that is a terminal. What
-    cannot be written (a full disk) is reported there, and a checkpoint tried again later. Errors: InterruptedRunError after
-    Ctrl-C and other signals to stop, DirectoryInUseError, NotSavedError, OSError where nothing can be written at the start or
-    the results cannot be at the end.
+    save_every: seconds between checkpoints. progress: a bar on standard error; by default only where that is a
+    terminal. What cannot be written (a full disk) is reported there, and a checkpoint tried again later. Errors:
+    InterruptedRunError after Ctrl-C and other signals to stop, DirectoryInUseError, NotSavedError, OSError where
+    nothing can be written at the start or the results cannot be at the end.
     """
     with Claim(directory) as claim, interruptible() as interrupted:
         for name in (job.checkpoint, METRICS, *job.results):
@@ -85,7 +89,9 @@ class _Loop:
         saved = started = time.monotonic()
         job.save(self._checkpoint)
         disable = None if progress is None else not progress
-        with tqdm(total=total, initial=job.outer_step, disable=disable, unit="step", desc=job.verb, smoothing=0.05) as bar:
+        with tqdm(
+            total=total, initial=job.outer_step, disable=disable, unit="step", desc=job.verb, smoothing=0.05
+        ) as bar:
             while job.outer_step < total:
                 entry, shown = job.step()
                 if entry is not None:
@@ -106,12 +112,17 @@ class _Loop:
         self._written(lambda: log.append(entry))
 
     def _written(self, write: Callable[[], None]) -> bool:
-        """Whether it could be: the run goes on all the same, so that hours are not lost to a disk that is full for a minute."""
+        """Whether it could be: the run goes on all the same, so that hours are not lost to a disk that is full for a
+        minute.
+        """
         try:
             self._claim.renew()
             write()
         except (OSError, DirectoryInUseError) as error:
-            tqdm.write(f"revdistill: {self._directory} took nothing ({error}); going on, and trying again later", file=sys.stderr)
+            tqdm.write(
+                f"revdistill: {self._directory} took nothing ({error}); going on, and trying again later",
+                file=sys.stderr,
+            )
             return False
         return True
 
@@ -129,7 +140,8 @@ class _Loop:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], int | None]]:
-    """Turn the first signal to stop into its number, so that a step is finished and saved; a second one interrupts at once.
+    """Turn the first signal to stop into its number, so that a step is finished and saved; a second one interrupts at
+    once.
 
     Signals that are ignored stay so: nohup has a run outlive its terminal that way.
     """

@@ -34,18 +34,20 @@ _SLACK = 1.0 + 1e-6  # bounds are floats, and so are the values that they bound
 class Adam(Optimizer):
     """torch.optim.Adam's update, with weight_decay as an L2 penalty: g <- gradient + weight_decay theta.
 
-    lr, betas (each of the two), eps, weight_decay: a float, a tensor of shape () or [T] (T steps), or a dict from each parameter's
-    name to one of these (parameter groups); lr also a tensor [T, E] for parameters stacked over E networks. Tensors may require
-    grad. lr and weight_decay at least 0, eps above 0, betas at least 0 and below 1; they act as the nearest n / 2^30.
+    lr, betas (each of the two), eps, weight_decay: a float, a tensor of shape () or [T] (T steps), or a dict from each
+    parameter's name to one of these (parameter groups); lr also a tensor [T, E] for parameters stacked over E networks.
+    Tensors may require grad. lr and weight_decay at least 0, eps above 0, betas at least 0 and below 1; they act as the
+    nearest n / 2^30.
 
-    As in torch the bias corrections of step k are 1 - beta^(k + 1) with the beta of that step. Where the second moment is 0, its
-    root has derivative 0 (autograd through torch's formula gives NaN).
+    As in torch the bias corrections of step k are 1 - beta^(k + 1) with the beta of that step. Where the second moment
+    is 0, its root has derivative 0 (autograd through torch's formula gives NaN).
 
-    amsgrad: u has the largest s so far in place of s (Reddi et al. 2018). The maximum forgets what it replaces, so `Reversible`
-    refuses it; the default is then `Checkpoint`.
+    amsgrad: u has the largest s so far in place of s (Reddi et al. 2018). The maximum forgets what it replaces, so
+    `Reversible` refuses it; the default is then `Checkpoint`.
 
-    Cost: `Reversible` keeps 56 bytes per parameter (theta, m and s in two words each, a head for either) and log2(1/beta1) +
-    log2(1/beta2) bits per parameter and step, 0.153 by default. |gradient| stays below 16,384 (RangeError).
+    Cost: `Reversible` keeps 56 bytes per parameter (theta, m and s in two words each, a head for either) and
+    log2(1/beta1) + log2(1/beta2) bits per parameter and step, 0.153 by default. |gradient| stays below 16,384
+    (RangeError).
 
     Errors (when unrolled): ValueError and TypeError name the argument, what came and what is accepted.
     """
@@ -107,9 +109,11 @@ class Adam(Optimizer):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """torch.optim.AdamW's update: Adam, and theta <- (1 - lr weight_decay) theta, a factor that acts as the nearest n / 2^30.
+    """torch.optim.AdamW's update: Adam, and theta <- (1 - lr weight_decay) theta, a factor that acts as the nearest n /
+    2^30.
 
-    Arguments, errors and cost as `Adam`; with weight_decay `Reversible` keeps 8 bytes per parameter more, for theta's own head.
+    Arguments, errors and cost as `Adam`; with weight_decay `Reversible` keeps 8 bytes per parameter more, for theta's
+    own head.
     """
 
     weight_decay: Schedule = 0.01
@@ -143,7 +147,9 @@ class _Square:
         return self._root(values, at).square()
 
     def adjoint(self, k: int, values: dict[str, Tensor], bars: Bars) -> None:
-        """g_bar += 2 g square_bar; theta_bar += weight_decay 2 g square_bar; weight_decay_bar += <2 g square_bar, theta>."""
+        """g_bar += 2 g square_bar; theta_bar += weight_decay 2 g square_bar; weight_decay_bar += <2 g square_bar,
+        theta>.
+        """
         bar = bars.flat[self.name]
         root_bar = self._root(values, lambda table: table.at(k)).to(bar.dtype).mul(bar).mul_(2)
         bars.flat[GRADIENT].add_(root_bar)
@@ -178,8 +184,8 @@ class _Direction:
 
     def value(self, values: dict[str, Tensor], at: Lookup) -> Tensor:
         m, s, c1, eps = values["m"], values[self.second], at(self.c1), at(self.eps)
-        # Multiplied by, never divided by: where it is a number CUDA would divide as it likes (see `scaling`), and its bits would be
-        # others than the CPU's.
+        # Multiplied by, never divided by: where it is a number CUDA would divide as it likes (see `scaling`), and its
+        # bits would be others than the CPU's.
         per_root_c2 = 1 / _sqrt(at(self.c2))
         alone = m.dtype == torch.float64 and m.device.type == "cpu" and not (m.requires_grad or s.requires_grad)
         if alone and isinstance(c1, float) and isinstance(per_root_c2, float) and isinstance(eps, float):
@@ -215,8 +221,9 @@ class _Direction:
     def _bounds(self) -> list[float]:
         """A bound on |u| at each step, whatever the gradients are: |m| <= ratio sqrt(s + lost) + error.
 
-        By the inequality of Cauchy and Schwarz m' = beta1 m + (1 - beta1) g and s' = beta2 s + (1 - beta2) g^2 make ratio'^2 =
-        ratio^2 beta1^2 / beta2 + (1 - beta1)^2 / (1 - beta2). error, lost: what rounding added to m and took from s.
+        By the inequality of Cauchy and Schwarz m' = beta1 m + (1 - beta1) g and s' = beta2 s + (1 - beta2) g^2 make
+        ratio'^2 = ratio^2 beta1^2 / beta2 + (1 - beta1)^2 / (1 - beta2). error, lost: what rounding added to m and took
+        from s.
         """
         found = []
         ratio = lost = error = 0.0
@@ -237,7 +244,9 @@ def _ends(row: list[float]) -> tuple[float, float]:
 
 
 def _root(s: Tensor) -> Tensor:
-    """sqrt(s), with derivative 0 where s is 0; correctly rounded, as in loops and on CUDA, and not always by torch on a CPU."""
+    """sqrt(s), with derivative 0 where s is 0; correctly rounded, as in loops and on CUDA, and not always by torch on a
+    CPU.
+    """
     if not s.requires_grad:
         return torch.from_numpy(np.sqrt(s.numpy())) if s.device.type == "cpu" else s.sqrt()
     positive = s > 0

@@ -1,7 +1,8 @@
 """How the backward pass gets theta_k back: four adjoints of the same unroll, with the same hypergradient.
 
-`Reversible`, `Checkpoint` and `StoreAll` train in the same fixed-point arithmetic, so their forward passes agree bit for bit
-and their hypergradients up to the rounding of the adjoint. `Backprop` is plain autograd through a floating-point loop.
+`Reversible`, `Checkpoint` and `StoreAll` train in the same fixed-point arithmetic, so their forward passes agree bit
+for bit and their hypergradients up to the rounding of the adjoint. `Backprop` is plain autograd through a
+floating-point loop.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from revdistill.engine.trajectory import Problem, Trajectory
 
 
 class FixedPointAdjoint(ABC):
-    """What the adjoints in fixed-point arithmetic share: the number format, see `revdistill.engine.fixedpoint.FixedPoint`."""
+    """What the adjoints in fixed-point arithmetic share: the number format, see
+    `revdistill.engine.fixedpoint.FixedPoint`.
+    """
 
     fractional_bits: int
 
@@ -44,15 +47,16 @@ class FixedPointAdjoint(ABC):
 class Reversible(FixedPointAdjoint):
     """Walk the trajectory back bit for bit; what momentum destroys is kept in a bit store (Maclaurin et al. 2015).
 
-    history: where the bits are kept: "device", "host" (pinned when the device is CUDA) or a path (a temporary file in that
-    folder, or beside that file name). fractional_bits: of theta and v; range |value| < 2^(62 - fractional_bits).
-    graph_bytes: memory for the graphs of the last steps, as many as fit: their gradients are not evaluated again on the way
-    back, which makes short unrolls faster. 0 keeps none. (Nothing is kept where `compile=True` compiles the product.)
+    history: where the bits are kept: "device", "host" (pinned when the device is CUDA) or a path (a temporary file in
+    that folder, or beside that file name). fractional_bits: of theta and v; range |value| < 2^(62 - fractional_bits).
+    graph_bytes: memory for the graphs of the last steps, as many as fit: their gradients are not evaluated again on the
+    way back, which makes short unrolls faster. 0 keeps none. (Nothing is kept where `compile=True` compiles the
+    product.)
 
-    Cost: one gradient per step forward; one gradient and one double-backward product per step back. 24 bytes per parameter
-    (theta, v, head) and log2(1/momentum) bits per parameter and step: 0.152 at 0.9. Use it for long unrolls with momentum.
-    Without momentum each step loses v whole, 64 bits: use Checkpoint. After the way back the start is compared bit for
-    bit, always; ReversalError where it differs.
+    Cost: one gradient per step forward; one gradient and one double-backward product per step back. 24 bytes per
+    parameter (theta, v, head) and log2(1/momentum) bits per parameter and step: 0.152 at 0.9. Use it for long unrolls
+    with momentum. Without momentum each step loses v whole, 64 bits: use Checkpoint. After the way back the start is
+    compared bit for bit, always; ReversalError where it differs.
     """
 
     history: str | os.PathLike[str] = "device"
@@ -80,9 +84,10 @@ class Reversible(FixedPointAdjoint):
 class Checkpoint(FixedPointAdjoint):
     """Keep a snapshot each `every` steps (default: about sqrt(T)), and run each stretch between two of them again.
 
-    Cost: two gradients per step and one double-backward product. T / every snapshots of 24 bytes per parameter (8 without
-    momentum), and every x 4 bytes per parameter (float32; 8 where lr or momentum want gradients) for one stretch. Use it
-    without momentum, with Nesterov momentum, or for short unrolls. Source: Griewank & Walther 2000, one level.
+    Cost: two gradients per step and one double-backward product. T / every snapshots of 24 bytes per parameter (8
+    without momentum), and every x 4 bytes per parameter (float32; 8 where lr or momentum want gradients) for one
+    stretch. Use it without momentum, with Nesterov momentum, or for short unrolls. Source: Griewank & Walther 2000, one
+    level.
     """
 
     every: int | None = None
@@ -103,8 +108,8 @@ class Checkpoint(FixedPointAdjoint):
 class StoreAll(FixedPointAdjoint):
     """Keep every theta_k as floats, and no graphs: the simplest way back, and the rival to beat.
 
-    Cost: the passes of Reversible without its inverse. 4 bytes per parameter and step in float32, 8 where lr or momentum
-    want gradients (v_k is kept too), besides 24 bytes per parameter. Use it for short unrolls.
+    Cost: the passes of Reversible without its inverse. 4 bytes per parameter and step in float32, 8 where lr or
+    momentum want gradients (v_k is kept too), besides 24 bytes per parameter. Use it for short unrolls.
     """
 
     fractional_bits: int = 44
@@ -120,9 +125,9 @@ class StoreAll(FixedPointAdjoint):
 class Backprop:
     """Plain autograd through the floating-point loop: the reference, and the baseline of the benchmarks.
 
-    Cost: the graphs of all steps are kept, so memory grows with T by the activations of a step and its backward. Use it for
-    short unrolls, for losses that are not deterministic, and where a second backward, or a derivative of the hypergradient,
-    is needed.
+    Cost: the graphs of all steps are kept, so memory grows with T by the activations of a step and its backward. Use it
+    for short unrolls, for losses that are not deterministic, and where a second backward, or a derivative of the
+    hypergradient, is needed.
     """
 
 

@@ -1,10 +1,10 @@
 """What surrounds every call of the loss, made the same on the way forward and on the way back.
 
-Random numbers (seeded from (seed, step)), autocast, the number of threads, deterministic kernels, TensorFloat-32 off, the
-attention kernel that has second derivatives, and autograd on the calling thread. All of it is restored afterwards.
+Random numbers (seeded from (seed, step)), autocast, the number of threads, deterministic kernels, TensorFloat-32 off,
+the attention kernel that has second derivatives, and autograd on the calling thread. All of it is restored afterwards.
 
-torch keeps most of this for the whole process, so the unrolls of several threads take turns (`_TURN`), and a setting that one of
-them made stays until the last of them has left (`_ProcessWide`).
+torch keeps most of this for the whole process, so the unrolls of several threads take turns (`_TURN`), and a setting
+that one of them made stays until the last of them has left (`_ProcessWide`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from revdistill.engine.precision import without_tf32
 from revdistill.engine.randomness import generators_of
 
 CUBLAS_VARIABLE, CUBLAS_SETTINGS = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
-# torch reads it once, at the process's first matrix product on a GPU, and refuses deterministic ones for good where it was not
-# set by then. So it is set as soon as this is imported, and stays.
+# torch reads it once, at the process's first matrix product on a GPU, and refuses deterministic ones for good where it
+# was not set by then. So it is set as soon as this is imported, and stays.
 os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_SETTINGS[0])
 # Held by the thread that is in a passage. Re-entrant: a loss may hold an unroll of its own.
 _TURN = threading.RLock()
@@ -101,7 +101,9 @@ class Ambient:
 
     @contextmanager
     def step(self, k: int) -> Iterator[None]:
-        """Around one evaluation of the loss and its derivatives, in a passage: the same random numbers in both directions."""
+        """Around one evaluation of the loss and its derivatives, in a passage: the same random numbers in both
+        directions.
+        """
         # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
         seed = (self.seed + k * 0x1E3779B97F4A7C15) % 2**63
         for generator in generators_of(self.device):
@@ -111,7 +113,8 @@ class Ambient:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Around a call of the user's for a batch, in a passage: with the random numbers and the grad mode that it has outside.
+        """Around a call of the user's for a batch, in a passage: with the random numbers and the grad mode that it has
+        outside.
 
         (A pass is made without gradients; a batch that was computed from a tensor that wants one would not tell.)
         Other threads may take their turn meanwhile, so that the user's code may wait for them.
@@ -121,7 +124,10 @@ class Ambient:
             generator.set_state(state)
         _TURN.release()
         try:
-            with torch.autograd.set_multithreading_enabled(self._callers.multithreading), torch.set_grad_enabled(self.grad):
+            with (
+                torch.autograd.set_multithreading_enabled(self._callers.multithreading),
+                torch.set_grad_enabled(self.grad),
+            ):
                 yield
         finally:
             _TURN.acquire()
@@ -129,7 +135,9 @@ class Ambient:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around a call of the user's that gives nothing back, in a passage: as `outside`, with torch's settings as they were."""
+        """Around a call of the user's that gives nothing back, in a passage: as `outside`, with torch's settings as
+        they were.
+        """
         with ExitStack() as stack:
             for setting in _process_wide(self.device):
                 stack.enter_context(setting.let_go())
@@ -150,7 +158,9 @@ class Ambient:
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """torch's settings of a pass (deterministic kernels, no TensorFloat-32), for what an outer loop does around its unrolls."""
+    """torch's settings of a pass (deterministic kernels, no TensorFloat-32), for what an outer loop does around its
+    unrolls.
+    """
     with ExitStack() as stack:
         for setting in _process_wide(device):
             stack.enter_context(setting.held())

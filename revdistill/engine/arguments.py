@@ -33,7 +33,9 @@ def check_arguments(
 ) -> None:
     """Raise ValueError or TypeError on the first argument that will not do."""
     if torch.is_inference_mode_enabled():
-        raise UnsupportedError("rd.unroll needs gradients inside and cannot run in torch.inference_mode(); use torch.no_grad()")
+        raise UnsupportedError(
+            "rd.unroll needs gradients inside and cannot run in torch.inference_mode(); use torch.no_grad()"
+        )
     check_arity(loss, hyper is not None)
     device = _check_params(params)
     _check_int("steps", steps, least=0)
@@ -79,7 +81,8 @@ def _check_params(params: Any) -> torch.device:
     for name, p in params.items():
         if (p.dtype, p.device) != (first.dtype, first.device):
             raise ValueError(
-                f"params[{name!r}] is {p.dtype} on {p.device}, but params[{first_name!r}] is {first.dtype} on {first.device}; all "
+                f"params[{name!r}] is {p.dtype} on {p.device}, but params[{first_name!r}] is {first.dtype} on "
+                f"{first.device}; all "
                 "must have one dtype and one device"
             )
     if not sum(p.numel() for p in params.values()):
@@ -102,7 +105,9 @@ def _check_batches(batches: Any, device: torch.device) -> None:
                 f"batches[{i}] has shape {list(t.shape)}; its first dimension must be the number of batches, at least 1"
             )
         if len(t) != len(batches[0]):
-            raise ValueError(f"batches[{i}] holds {len(t)} batches (its first dimension), but batches[0] holds {len(batches[0])}")
+            raise ValueError(
+                f"batches[{i}] holds {len(t)} batches (its first dimension), but batches[0] holds {len(batches[0])}"
+            )
         _check_device(f"batches[{i}]", t, device)
 
 

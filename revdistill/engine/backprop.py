@@ -18,8 +18,8 @@ from revdistill.engine.trajectory import Problem
 
 
 def unroll_with_graph(problem: Problem, loss: Loss, theta: Tensor) -> Tensor:
-    """theta_T from theta_0 (float [numel]), or theta at `save_at` [n, numel], with the graph of every step. Differentiable any
-    number of times."""
+    """theta_T from theta_0 (float [numel]), or theta at `save_at` [n, numel], with the graph of every step.
+    Differentiable any number of times."""
     update, data, layout = problem.update, problem.data, problem.update.layout
     # unbind once: its backward is one stack, where indexing step by step would fill a zero tensor per step.
     rows: Sequence[Sequence[Tensor]] = [t.unbind(0) for t in data.tensors]

@@ -1,14 +1,14 @@
 """The bit store: exact multiplication of integers by n / 2^16 (or 2^30), and its exact inverse.
 
-Multiplying v by n / 2^16 < 1 destroys log2(2^16 / n) bits per element. Here they are kept on an entropy stack, one int64
-`head` per element (the information buffer of Maclaurin, Duvenaud & Adams 2015, algorithm 3). First a base-n digit is popped
-and v becomes w = v n + digit, which can be undone since digit = w mod n; then w is shortened to v' = floor(w / 2^16) and its
-low 16 bits are pushed. The paper pushes first, which leaves 16 low bits of v' to chance; in this order v' is within one unit
-of v n / 2^16, at the same cost in bits. `scaling` has the arithmetic.
+Multiplying v by n / 2^16 < 1 destroys log2(2^16 / n) bits per element. Here they are kept on an entropy stack, one
+int64 `head` per element (the information buffer of Maclaurin, Duvenaud & Adams 2015, algorithm 3). First a base-n digit
+is popped and v becomes w = v n + digit, which can be undone since digit = w mod n; then w is shortened to v' = floor(w
+/ 2^16) and its low 16 bits are pushed. The paper pushes first, which leaves 16 low bits of v' to chance; in this order
+v' is within one unit of v n / 2^16, at the same cost in bits. `scaling` has the arithmetic.
 
-When a head could get too long, the low 16 bits of every element are spilled to a `History` as one tensor of words. Whether to
-spill is decided by one number, the proved upper bound on all heads, never by data: both directions agree on it without
-looking, and nothing waits for the device.
+When a head could get too long, the low 16 bits of every element are spilled to a `History` as one tensor of words.
+Whether to spill is decided by one number, the proved upper bound on all heads, never by data: both directions agree on
+it without looking, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def _ceil_div(a: int, b: int) -> int:
 class BitStore:
     """Exact decay of one int64 tensor v, and back.
 
-    shape, device: of the head: [numel], whether v is [numel] or, in two words, [2, numel]. history: where spilled words go.
-    scaling: the radix that n is a share of. Cost: 8 bytes per element for the head and log2(radix / n) bits per element and
-    call, in words of 16; for n = 0 all bits of v.
+    shape, device: of the head: [numel], whether v is [numel] or, in two words, [2, numel]. history: where spilled words
+    go.
+    scaling: the radix that n is a share of. Cost: 8 bytes per element for the head and log2(radix / n) bits per element
+    and call, in words of 16; for n = 0 all bits of v.
 
     Invariant: 0 <= head < bound, elementwise, and `bound` depends on the past n alone.
     """
@@ -47,7 +48,9 @@ class BitStore:
         self.scaling = scaling
         self._divisor: tuple[int, Tensor] | None = None
         self._bound = 1
-        self._past_bounds = array("Q")  # the bound before each call, so that the way back reads off what the way out did
+        self._past_bounds = array(
+            "Q"
+        )  # the bound before each call, so that the way back reads off what the way out did
 
     def __len__(self) -> int:
         """Calls of `decay_` not undone yet."""
@@ -73,7 +76,9 @@ class BitStore:
         self.scaling.divide_(v, self.head, n, self.divisor(n))
 
     def divisor(self, n: int) -> Tensor | None:
-        """n on the head's device, where passes want it there; kept while n stays the same. None on the CPU, whose loops do not."""
+        """n on the head's device, where passes want it there; kept while n stays the same. None on the CPU, whose loops
+        do not.
+        """
         if self.head.device.type == "cpu":
             return None
         if self._divisor is None or self._divisor[0] != n:

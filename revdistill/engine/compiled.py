@@ -1,10 +1,10 @@
 """torch.compile for the gradient and the product: compared with eager on first use, dropped where it differs.
 
 The compiled gradient serves both directions, so exactness does not rest on its agreeing with eager autograd to the bit;
-its values are compared because a compiled function can be silently wrong (torch 2.13: the gradient of a LeNet, 55 % off).
-The compiled product computes a gradient of its own, which feeds the reversal at the steps where its fingerprint is that of
-the forward pass; at the others the gradient is evaluated by the forward pass's own function. So it always is on other devices than
-the CPU, where to compare would be to wait for the device at each step.
+its values are compared because a compiled function can be silently wrong (torch 2.13: the gradient of a LeNet, 55 %
+off). The compiled product computes a gradient of its own, which feeds the reversal at the steps where its fingerprint
+is that of the forward pass; at the others the gradient is evaluated by the forward pass's own function. So it always is
+on other devices than the CPU, where to compare would be to wait for the device at each step.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class CompiledGradient(Gradient):
             found, loss = torch.func.grad_and_value(value)(theta, extra, batch)
             return found, loss
 
-        def product(theta: Tensor, extra: tuple[Tensor, ...], batch: Any, vector: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        def product(
+            theta: Tensor, extra: tuple[Tensor, ...], batch: Any, vector: Tensor
+        ) -> tuple[Tensor, tuple[Tensor, ...]]:
             def at(theta: Tensor, *differentiated: Tensor) -> Tensor:
                 rest = iter(differentiated)
                 merged = tuple(next(rest) if want else t for t, want in zip(extra, wanted, strict=True))

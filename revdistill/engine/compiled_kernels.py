@@ -73,7 +73,11 @@ class _Checked:
 
         At the first step slots and heads are 0, which says nothing about a decay.
         """
-        changed = [*(target for target, *_ in adds), *(slot for _, slot, *_ in pushes), *(head for _, _, head, _ in pushes)]
+        changed = [
+            *(target for target, *_ in adds),
+            *(slot for _, slot, *_ in pushes),
+            *(head for _, _, head, _ in pushes),
+        ]
         kept = [t.clone() for t in changed]
 
         def as_they_are() -> None:

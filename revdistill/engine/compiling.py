@@ -13,7 +13,11 @@ class CompileWarning(UserWarning):
 
 def warn(what: str, error: Exception | None = None) -> None:
     """Say which part runs without torch.compile, and why."""
-    reason = f" ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})" if error else ""
+    reason = (
+        f" ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
+        if error
+        else ""
+    )
     warnings.warn(f"compile=True: {what}{reason}; running it without torch.compile", CompileWarning, stacklevel=2)
 
 

@@ -38,4 +38,6 @@ class UnsupportedError(RevdistillError):
 
 
 class ArtifactError(RevdistillError):
-    """A file that is not a valid artifact, checkpoint or dataset; the message names the file and what is wrong with it."""
+    """A file that is not a valid artifact, checkpoint or dataset; the message names the file and what is wrong
+    with it.
+    """

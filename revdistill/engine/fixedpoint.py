@@ -54,7 +54,9 @@ class FixedPoint:
         return x.to(torch.float64, copy=True).mul_(self.scale).round_().to(torch.int64)
 
     def to_float(self, q: Tensor, *, out: Tensor) -> Tensor:
-        """Write the values of the integers q into `out` (float32 or float64), rounded to float64 and then to out's dtype."""
+        """Write the values of the integers q into `out` (float32 or float64), rounded to float64 and then to out's
+        dtype.
+        """
         if q.device.type == "cpu":
             loops.to_float(q.numpy(), out.numpy(), self.resolution)
             return out
@@ -64,8 +66,8 @@ class FixedPoint:
 def add_rounded_(target: Tensor, source: Tensor, factor: float | Tensor, *, sign: int) -> None:
     """target += sign * round(factor * source), int64 [numel] in place; sign is 1 or -1.
 
-    source: float, or int64 (a fixed-point number), that requires no grad; factor: a float, or float64 [numel]. The product
-    is taken in float64 and rounded once, so the call with the other sign undoes this one bit for bit.
+    source: float, or int64 (a fixed-point number), that requires no grad; factor: a float, or float64 [numel]. The
+    product is taken in float64 and rounded once, so the call with the other sign undoes this one bit for bit.
     """
     if target.device.type != "cpu":
         add_rounded_by_passes_(target, source, factor, sign=sign)

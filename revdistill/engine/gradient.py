@@ -23,7 +23,8 @@ from revdistill.engine.layout import Layout
 from revdistill.engine.scans import Fingerprints
 
 CHANGED_IN_PLACE = (
-    "the loss (or on_step) changes {} in place, so a second evaluation would see other values; compute new tensors instead"
+    "the loss (or on_step) changes {} in place, so a second evaluation would see other values; compute new tensors "
+    "instead"
 )
 Batch = tuple[Any, ...]
 Loss = Callable[..., Tensor]
@@ -92,7 +93,8 @@ class Data:
         wanting = [t for t in (batch if isinstance(batch, (tuple, list)) else [batch]) if _wants_gradient(t)]
         if wanting:
             raise ValueError(
-                f"batches({k}) returned a tensor of shape {list(wanting[0].shape)} that requires grad, but batches given as a "
+                f"batches({k}) returned a tensor of shape {list(wanting[0].shape)} that requires grad, but batches "
+                "given as a "
                 "function are not differentiated; pass a tuple of tensors as batches, or pass the tensor in hyper="
             )
         return batch
@@ -107,7 +109,9 @@ class Data:
 
 
 class Gradient:
-    """The gradient of one loss over `steps` steps, by eager autograd. fingerprints: of each step's gradient, as first evaluated."""
+    """The gradient of one loss over `steps` steps, by eager autograd. fingerprints: of each step's gradient, as first
+    evaluated.
+    """
 
     def __init__(self, loss: Loss, layout: Layout, data: Data, ambient: Ambient, steps: int) -> None:
         self.loss, self.layout, self.data, self.ambient = loss, layout, data, ambient
@@ -144,19 +148,23 @@ class Gradient:
         nodes = graph_nodes(value)
         if any(map(is_once_differentiable, nodes)):
             raise UnsupportedError(
-                "the loss uses an operator marked once_differentiable, which has no second derivatives, and a hypergradient needs "
+                "the loss uses an operator marked once_differentiable, which has no second derivatives, and a "
+                "hypergradient needs "
                 "them; replace it by one built of differentiable operations"
             )
         leaves_reached = [node.variable for node in nodes if hasattr(node, "variable")]
         strangers = [t for t in leaves_reached if t is not leaf and not any(t is known for known in leaves)]
         if strangers:
             raise ValueError(
-                f"the loss uses a tensor of shape {list(strangers[0].shape)} that requires grad but was not passed to unroll, so "
+                f"the loss uses a tensor of shape {list(strangers[0].shape)} that requires grad but was not passed "
+                "to unroll, so "
                 "it would silently get no gradient; pass it in params (what is trained), batches (a tuple of tensors "
                 "[s, ...]) or hyper= (anything else), or detach it"
             )
         if not value.requires_grad:
-            raise ValueError("the loss does not depend on params: loss(params, batch) must be computed from its first argument")
+            raise ValueError(
+                "the loss does not depend on params: loss(params, batch) must be computed from its first argument"
+            )
         self._checked = True
 
 
@@ -199,7 +207,9 @@ def check_loss(value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"loss must return a scalar tensor, got {type(value).__name__}")
     if value.ndim or not value.is_floating_point():
-        raise ValueError(f"loss must return a scalar floating-point tensor, got shape {list(value.shape)}, {value.dtype}")
+        raise ValueError(
+            f"loss must return a scalar floating-point tensor, got shape {list(value.shape)}, {value.dtype}"
+        )
 
 
 def check_arity(loss: Loss, has_hyper: bool) -> None:
@@ -261,7 +271,8 @@ def named_errors() -> Iterator[None]:
             raise UnsupportedError(f"{_why_cublas_refuses()}. torch said: {text}") from error
         if "does not have a deterministic implementation" in text:
             raise UnsupportedError(
-                "the loss uses an operator that has no deterministic implementation on this device, so the way back could differ; "
+                "the loss uses an operator that has no deterministic implementation on this device, so the way back "
+                "could differ; "
                 f"replace it, or use adjoint=rd.Backprop(), which needs no second evaluation. torch said: {text}"
             ) from error
         if (
@@ -270,13 +281,15 @@ def named_errors() -> Iterator[None]:
             or ("double backwards is not supported" in text)
         ):
             raise UnsupportedError(
-                "the loss uses an operator without second derivatives, which a hypergradient needs; replace it by one built of "
+                "the loss uses an operator without second derivatives, which a hypergradient needs; replace it by "
+                "one built of "
                 "differentiable operations (for cuDNN recurrent layers: torch.backends.cudnn.flags(enabled=False)). "
                 f"torch said: {text}"
             ) from error
         if "not implemented for sparse tensors" in text:
             raise UnsupportedError(
-                "the loss has a sparse gradient, which has no way back; make it dense: torch.nn.Embedding(..., sparse=False). "
+                "the loss has a sparse gradient, which has no way back; make it dense: torch.nn.Embedding(..., "
+                "sparse=False). "
                 f"torch said: {text}"
             ) from error
         if "is a view and its base or another view of its base has been modified inplace" in text:
@@ -288,12 +301,16 @@ def _why_cublas_refuses() -> str:
     accepted, found = " or ".join(CUBLAS_SETTINGS), os.environ.get(CUBLAS_VARIABLE)
     if found not in CUBLAS_SETTINGS:
         return (
-            f"matrix products on a GPU repeat themselves to the bit only where the environment variable {CUBLAS_VARIABLE} is "
-            f"{accepted}, and here it is {found!r}; set it so before the process starts, or unset it (importing revdistill sets it)"
+            "matrix products on a GPU repeat themselves to the bit only where the environment variable "
+            f"{CUBLAS_VARIABLE} is "
+            f"{accepted}, and here it is {found!r}; set it so before the process starts, or unset it (importing "
+            "revdistill sets it)"
         )
     return (
-        f"torch reads the environment variable {CUBLAS_VARIABLE} once, at the process's first matrix product on a GPU, and it was "
-        "not set by then: import revdistill, which sets it, before anything is computed there, or start the process with "
+        f"torch reads the environment variable {CUBLAS_VARIABLE} once, at the process's first matrix product on a "
+        "GPU, and it was "
+        "not set by then: import revdistill, which sets it, before anything is computed there, or start the process "
+        "with "
         f"{CUBLAS_VARIABLE}={CUBLAS_SETTINGS[0]}"
     )
 

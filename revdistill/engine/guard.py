@@ -1,7 +1,7 @@
 """Nothing wraps around, saturates or turns NaN in silence (invariant 4 of the engine).
 
-The guard keeps a proved upper bound on |theta| and on each slot, advanced by the largest gradient entry of each step. Only
-where a bound reaches the limit is the data itself looked at, move by move, before the integers are touched.
+The guard keeps a proved upper bound on |theta| and on each slot, advanced by the largest gradient entry of each step.
+Only where a bound reaches the limit is the data itself looked at, move by move, before the integers are touched.
 
 On the CPU every step is checked before it is made. On a GPU that would wait for the device at each step, so the largest
 entries are noted there and read every `interval` steps; what was wrong is then found by running again with interval 1.
@@ -54,7 +54,9 @@ class Guard:
         self._notes, self._first_note = [], 0
 
     def before_step(self, k: int, loss: Tensor, gradient: Tensor, state: State) -> bool:
-        """Look at step k's loss and gradient before any integer changes. False: make the moves one at a time, with `before_add`."""
+        """Look at step k's loss and gradient before any integer changes. False: make the moves one at a time, with
+        `before_add`.
+        """
         if self._interval > 1:
             if len(self._notes) == self._interval:
                 self.flush(state)
@@ -74,7 +76,9 @@ class Guard:
             return
         *notes, reached = _read([*self._notes, self._largest(state)])
         for offset, (entry, value) in enumerate(notes):
-            if not (math.isfinite(entry) and math.isfinite(value)) or not self._advance(self._first_note + offset, entry):
+            if not (math.isfinite(entry) and math.isfinite(value)) or not self._advance(
+                self._first_note + offset, entry
+            ):
                 raise SuspicionError
         self._first_note += len(self._notes)
         self._notes = []
@@ -160,8 +164,8 @@ def _read(vectors: list[Tensor]) -> list[list[float]]:
 class FiniteWatch:
     """Notices a vector, or a loss, that is no longer finite, without waiting for a GPU at each step.
 
-    interval: steps between looks at the device; fail: raises, called with the first such step and the name of the first parameter
-    with an entry that is not finite there (None where only the loss is not).
+    interval: steps between looks at the device; fail: raises, called with the first such step and the name of the first
+    parameter with an entry that is not finite there (None where only the loss is not).
     """
 
     def __init__(self, layout: Layout, interval: int, fail: Callable[[int, str | None], NoReturn]) -> None:
@@ -186,7 +190,9 @@ class FiniteWatch:
             return
         steps, *columns = zip(*self._notes, strict=True)
         self._notes = []
-        rows = torch.stack([torch.stack(column).double() for column in columns], dim=1).tolist()  # float64 holds the positions
+        rows = torch.stack(
+            [torch.stack(column).double() for column in columns], dim=1
+        ).tolist()  # float64 holds the positions
         for k, (bad, where, loss) in zip(steps, rows, strict=True):
             if not (math.isfinite(bad) and math.isfinite(loss)):
                 self._fail(k, None if math.isfinite(bad) else self._layout.name_at(int(where)))

@@ -56,7 +56,8 @@ class DeviceHistory:
 class HostHistory:
     """Words go to host memory, pinned when they come from a CUDA device.
 
-    It is taken in blocks with room for several pushes: to pin memory takes longer than to copy into it, and waits for the device.
+    It is taken in blocks with room for several pushes: to pin memory takes longer than to copy into it, and waits for
+    the device.
     """
 
     PUSHES = 8  # that a block has room for

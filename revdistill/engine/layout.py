@@ -42,9 +42,13 @@ class Layout:
         return torch.cat([params[name].reshape(-1) for name in self.names])
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The parameters as views of `flat` [..., numel], differentiable: one split, whose backward is one concatenation."""
+        """The parameters as views of `flat` [..., numel], differentiable: one split, whose backward is one
+        concatenation.
+        """
         leading, parts = flat.shape[:-1], torch.split(flat, self.sizes, -1)
-        return {name: part.view(leading + shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        return {
+            name: part.view(leading + shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
 
     def name_at(self, position: int) -> str:
         """The name of the parameter that holds flat[position]."""

@@ -1,7 +1,8 @@
 """The integer work on the CPU: one loop per function, compiled by numba.
 
-The same formulas run as tensor operations on other devices (`scaling`, `fixedpoint`, `wide`), with the same bits; as some forty
-passes over memory they cost ten times as much on a CPU. Nothing here may be reordered or contracted: no fastmath.
+The same formulas run as tensor operations on other devices (`scaling`, `fixedpoint`, `wide`), with the same bits; as
+some forty passes over memory they cost ten times as much on a CPU. Nothing here may be reordered or contracted: no
+fastmath.
 
 All arrays are one-dimensional and contiguous, and changed in place.
 """
@@ -95,8 +96,8 @@ def multiply_wide(high: Any, low: Any, head: Any, n: int) -> None:
 def divide_wide(high: Any, low: Any, head: Any, n: int) -> None:
     """The inverse of `multiply_wide`: long division, by 30 bits at a time after the first word.
 
-    Each quotient comes from floating point, off by one at most, and is put right by the remainder: integer division is slow. The
-    first one may be off by more where n is small; what it leaves is then below 2^31, and divides exactly.
+    Each quotient comes from floating point, off by one at most, and is put right by the remainder: integer division is
+    slow. The first one may be off by more where n is small; what it leaves is then below 2^31, and divides exactly.
     """
     inverse = 1.0 / np.float64(n)
     divisor = np.float64(n)
@@ -127,7 +128,9 @@ def divide_wide(high: Any, low: Any, head: Any, n: int) -> None:
 
 @_compiled
 def add_rounded(target: Any, source: Any, factor: float) -> None:
-    """`fixedpoint.add_rounded_`: int64 target; source of float32, float64 or int64. -factor undoes factor: rint is odd."""
+    """`fixedpoint.add_rounded_`: int64 target; source of float32, float64 or int64. -factor undoes factor:
+    rint is odd.
+    """
     for i in range(target.size):
         target[i] += np.int64(np.rint(np.float64(source[i]) * factor))
 
@@ -185,7 +188,8 @@ def direction(m: Any, s: Any, out: Any, c1: float, per_root_c2: float, eps: floa
 
 @_compiled
 def largest_bits(bits: Any, magnitude: Any) -> Any:
-    """The largest of `bits & magnitude`: int32 or int64 views of floats, magnitude everything but the sign, of that dtype.
+    """The largest of `bits & magnitude`: int32 or int64 views of floats, magnitude everything but the sign, of that
+    dtype.
 
     Positive floats are ordered as their bits are, inf above them and NaN above inf.
     """

@@ -12,10 +12,12 @@ PureLoss = Callable[[dict[str, Tensor], Any], Tensor]
 
 
 def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureLoss, dict[str, Tensor]]:
-    """(loss, params) with loss(params, (x, y)) = criterion(net(x), y), evaluated with `params` in the place of net's own.
+    """(loss, params) with loss(params, (x, y)) = criterion(net(x), y), evaluated with `params` in the place of net's
+    own.
 
-    params: the parameters of `net` that require grad, the very tensors (so params[name].grad is filled by backward). A batch
-    of more than two entries is (*inputs, target). Frozen parameters stay as they are. Buffers are those of this moment,
+    params: the parameters of `net` that require grad, the very tensors (so params[name].grad is filled by backward). A
+    batch of more than two entries is (*inputs, target). Frozen parameters stay as they are. Buffers are those of this
+    moment,
     and are left untouched: BatchNorm in training mode uses batch statistics. Parameters shared between layers are one.
 
     Errors: TypeError for anything but a module and a callable, ValueError when no parameter requires grad.
@@ -40,12 +42,13 @@ def stack_modules(
 ) -> tuple[PureLoss, dict[str, Tensor]]:
     """(loss, params) for E networks of one architecture trained side by side in one unroll, the loss summed over them.
 
-    params: name -> [E, ...], new leaf tensors that require grad. The networks do not interact, so each one's training and
-    hypergradient is what it would be alone. lr may then have shape [T, E]: a rate per step and network.
-    shared_batches: all networks see the same batch (x, y); otherwise each entry of a batch has a leading dimension E, an own
-    one for each network.
+    params: name -> [E, ...], new leaf tensors that require grad. The networks do not interact, so each one's training
+    and hypergradient is what it would be alone. lr may then have shape [T, E]: a rate per step and network.
+    shared_batches: all networks see the same batch (x, y); otherwise each entry of a batch has a leading dimension E,
+    an own one for each network.
 
-    Cost: one batched evaluation (torch.func.vmap; none of it where E is 1). Random numbers (dropout) differ between networks.
+    Cost: one batched evaluation (torch.func.vmap; none of it where E is 1). Random numbers (dropout) differ between
+    networks.
     Errors: TypeError, ValueError when the networks' parameters differ in name or shape, or `nets` is empty.
     """
     if not nets:
@@ -94,7 +97,9 @@ def _check_alike(nets: Sequence[nn.Module]) -> None:
     shapes = [{name: tuple(t.shape) for name, t in net.named_parameters()} for net in nets]
     for i, shape in enumerate(shapes):
         if shape != shapes[0]:
-            raise ValueError(f"nets[{i}] has other parameters than nets[0]; stacked networks must have one architecture")
+            raise ValueError(
+                f"nets[{i}] has other parameters than nets[0]; stacked networks must have one architecture"
+            )
 
 
 def _detached_buffers(net: nn.Module) -> dict[str, Tensor]:

@@ -3,9 +3,10 @@
     Decay   s <- s n / radix                inverse: the digits come back from the bit store
     Add     t <- t + round(factor source)   inverse: t <- t - round(factor source)
 
-An Add is a *kick* when it changes a running average from the gradient or from theta, and a *drift* when it changes theta; so is a
-Decay of theta. A step is its decays, then its kicks, then its drifts; the gradient is evaluated once, at theta, before all of them.
-A source may be *derived*, just before the kicks or the drifts that use it: Adam's squared gradient, Adam's direction.
+An Add is a *kick* when it changes a running average from the gradient or from theta, and a *drift* when it changes
+theta; so is a Decay of theta. A step is its decays, then its kicks, then its drifts; the gradient is evaluated once, at
+theta, before all of them. A source may be *derived*, just before the kicks or the drifts that use it: Adam's squared
+gradient, Adam's direction.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ THETA, GRADIENT = "theta", "gradient"
 
 @dataclass
 class State:
-    """What training changes. fixed: int64 [numel] for theta and for each running average ("slot"), [2, numel] for a wide one;
+    """What training changes. fixed: int64 [numel] for theta and for each running average ("slot"), [2, numel] for a
+    wide one;
     stores: the bit stores of all that decays, one per segment."""
 
     fixed: dict[str, Tensor]
@@ -46,8 +48,8 @@ class State:
 
 @dataclass
 class Bars:
-    """dL/d(...) during the way back. flat: float [numel] for theta, the slots, the gradient and what is derived; tables:
-    float64, shaped like the table of each hyperparameter that wants a gradient."""
+    """dL/d(...) during the way back. flat: float [numel] for theta, the slots, the gradient and what is derived;
+    tables: float64, shaped like the table of each hyperparameter that wants a gradient."""
 
     flat: dict[str, Tensor]
     tables: dict[str, Tensor]
@@ -87,7 +89,9 @@ class Factor:
 
 @dataclass(frozen=True)
 class Decay:
-    """slot <- slot * factor, exactly invertible: radix * factor is an integer n (Maclaurin et al. 2015, algorithm 3)."""
+    """slot <- slot * factor, exactly invertible: radix * factor is an integer n (Maclaurin et al. 2015,
+    algorithm 3).
+    """
 
     slot: str
     name: str
@@ -103,7 +107,8 @@ class Decay:
         row, slot = self.table.row(k), state.fixed[self.slot]
         stores, quantise = state.stores[self.slot], self.scaling.quantise
         return [
-            (slot[..., part], store, quantise(row[column])) for (part, column), store in zip(self.segments, stores, strict=True)
+            (slot[..., part], store, quantise(row[column]))
+            for (part, column), store in zip(self.segments, stores, strict=True)
         ]
 
     def loses_everything(self, k: int) -> bool:
@@ -117,11 +122,15 @@ class Decay:
         slot_bar.mul_(self.table.at(k))
 
 
-Lookup = Callable[[Table], float | Tensor]  # a hyperparameter at one step, as a number or a tensor that broadcasts to [numel]
+Lookup = Callable[
+    [Table], float | Tensor
+]  # a hyperparameter at one step, as a number or a tensor that broadcasts to [numel]
 
 
 class Derived(Protocol):
-    """A function of the gradient, theta or slots, for an Add to use as its source; never stored, so that nothing undoes it."""
+    """A function of the gradient, theta or slots, for an Add to use as its source; never stored, so that nothing undoes
+    it.
+    """
 
     @property
     def name(self) -> str:
@@ -162,7 +171,9 @@ class Add:
 
 @dataclass(frozen=True)
 class Peak:
-    """slot <- max(slot, source), both wide: AMSGrad's. What it overwrites is gone, so no step that has one is walked back."""
+    """slot <- max(slot, source), both wide: AMSGrad's. What it overwrites is gone, so no step that has one is walked
+    back.
+    """
 
     slot: str
     source: str
@@ -197,9 +208,9 @@ class Stage:
 class Update:
     """One optimizer's step as a list of moves.
 
-    layout: of the flat buffer; tables: by name, every hyperparameter that can have a gradient. decays, kicks: of the slots, kicks
-    with sources derived before any of them; peaks: of slots, after the kicks; shrink: theta's own decay, the first of the
-    drifts; wide: slots in two words.
+    layout: of the flat buffer; tables: by name, every hyperparameter that can have a gradient. decays, kicks: of the
+    slots, kicks with sources derived before any of them; peaks: of slots, after the kicks; shrink: theta's own decay,
+    the first of the drifts; wide: slots in two words.
     """
 
     layout: Layout
@@ -224,7 +235,9 @@ class Update:
     @property
     def stages(self) -> tuple[Stage, Stage]:
         """(kicks, drifts)"""
-        return Stage(self.for_kicks, self.decays, self.kicks, self.peaks), Stage(self.for_drifts, self.shrink, self.drifts)
+        return Stage(self.for_kicks, self.decays, self.kicks, self.peaks), Stage(
+            self.for_drifts, self.shrink, self.drifts
+        )
 
     @property
     def no_way_back(self) -> str | None:
@@ -238,7 +251,9 @@ class Update:
 
     def keeps_memory(self, steps: int) -> bool:
         """Whether any slot's or head's old value ever matters (momentum above 0 somewhere)."""
-        return bool(self.shrink or self.peaks) or not all(decay.loses_everything(k) for decay in self.decays for k in range(steps))
+        return bool(self.shrink or self.peaks) or not all(
+            decay.loses_everything(k) for decay in self.decays for k in range(steps)
+        )
 
     def always_decays(self, steps: int) -> bool:
         """Whether momentum is above 0 at every step, in every group."""

@@ -18,10 +18,11 @@ class BackwardNorms:
         self.norms[k] = norm
 
     def explosion(self, factor: float = 1_000.0) -> int | None:
-        """The step k, met first on the way back, where the norm passes `factor` times the smallest met before it; None if none.
+        """The step k, met first on the way back, where the norm passes `factor` times the smallest met before it; None
+        if none.
 
-        From there to step 0 the hypergradient is dominated by what grew: a smaller learning rate, a `window` that ends after k, or
-        `clip_back` keeps the rest of it useful.
+        From there to step 0 the hypergradient is dominated by what grew: a smaller learning rate, a `window` that ends
+        after k, or `clip_back` keeps the rest of it useful.
         """
         smallest = float("inf")
         for k in sorted(self.norms, reverse=True):

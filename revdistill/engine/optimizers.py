@@ -26,8 +26,8 @@ class Optimizer(ABC):
 class SGD(Optimizer):
     """torch.optim.SGD's update.
 
-        g <- gradient + weight_decay theta;  v <- momentum v + (1 - dampening) g  (v <- g at step 0);  theta <- theta - lr v
-        (nesterov: theta <- theta - lr (g + momentum v))
+        g <- gradient + weight_decay theta;  v <- momentum v + (1 - dampening) g  (v <- g at step 0);  theta <- theta -
+        lr v (nesterov: theta <- theta - lr (g + momentum v))
 
     lr, momentum, weight_decay: a float, a tensor of shape () or [T] (T steps), or a dict from each parameter's name to
     one of these (parameter groups); lr also a tensor [T, E] for parameters stacked over E networks. Tensors may require

@@ -1,7 +1,8 @@
 """TensorFloat-32 off on CUDA, and every setting of it as it was afterwards.
 
-torch 2.9 and newer keep it twice: in the old switches (`allow_tf32`, `set_float32_matmul_precision`) and in the new ones
-(`fp32_precision`, of an operator, of the backend, of all). Where the two disagree, reading the old ones is a RuntimeError, and
+torch 2.9 and newer keep it twice: in the old switches (`allow_tf32`, `set_float32_matmul_precision`) and in the new
+ones (`fp32_precision`, of an operator, of the backend, of all). Where the two disagree, reading the old ones is a
+RuntimeError, and
 torch itself reads them: in `torch.backends.cudnn.flags`, and in its compiler. So both are set, to the same.
 """
 
@@ -44,7 +45,8 @@ def _turn_off() -> Callable[[], None]:
     cudnn, matmul, on_cpu = backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul
     owners = (backends, cudnn, cudnn.conv, cudnn.rnn, matmul, on_cpu)
     shown = [owner.fp32_precision for owner in owners]
-    # An owner that has none of its own shows its parent's: each is read with its parents, which come first, out of the way.
+    # An owner that has none of its own shows its parent's: each is read with its parents, which come first, out of the
+    # way.
     own = []
     for owner in owners:
         own.append(owner.fp32_precision)
@@ -64,8 +66,8 @@ def _turn_off() -> Callable[[], None]:
         torch.set_float32_matmul_precision(precision)
         for owner, value in zip(owners, own, strict=True):
             owner.fp32_precision = value
-        # The value that torch starts with gives way to the parent's; set again, it does not (torch's own `cudnn.flags` leaves
-        # that behind too). What is in force is what it was.
+        # The value that torch starts with gives way to the parent's; set again, it does not (torch's own `cudnn.flags`
+        # leaves that behind too). What is in force is what it was.
         for owner, value in zip(owners, shown, strict=True):
             if owner.fp32_precision != value:
                 owner.fp32_precision = value

@@ -19,9 +19,11 @@ from revdistill.engine.sweep import Hypergradients, Sweep, wants_slots
 from revdistill.engine.trajectory import Problem, Trajectory
 
 _NONDETERMINISTIC = (
-    "The loss must be deterministic: no random numbers but torch's (the engine seeds those, and torch has one generator for "
+    "The loss must be deterministic: no random numbers but torch's (the engine seeds those, and torch has one "
+    "generator for "
     "all threads: a thread outside an unroll may not draw from it meanwhile), no counters or other state "
-    "that changes between calls, the module in the same training mode, batches given as a function must return the same "
+    "that changes between calls, the module in the same training mode, batches given as a function must return the "
+    "same "
     "tensors for the same k. adjoint=rd.Backprop() needs no second evaluation"
 )
 
@@ -63,12 +65,15 @@ class Recording(ABC):
 
 
 class Reversal(Recording):
-    """The state at the end, the words spilled on the way, and the graphs of the last steps, as many as fit in `graph_bytes`.
+    """The state at the end, the words spilled on the way, and the graphs of the last steps, as many as fit in
+    `graph_bytes`.
 
     Each step is undone; the gradient of a step whose graph was kept is not evaluated again.
     """
 
-    def __init__(self, problem: Problem, theta0: Tensor, fixed: FixedPoint, history: History, graph_bytes: int = 0) -> None:
+    def __init__(
+        self, problem: Problem, theta0: Tensor, fixed: FixedPoint, history: History, graph_bytes: int = 0
+    ) -> None:
         self._graph_bytes, self._first_kept = graph_bytes, problem.steps
         self._problem, self._history = problem, history
         self._kept: dict[int, Linearization] = {}
@@ -103,7 +108,9 @@ class Reversal(Recording):
             at = self._kept.pop(k, None) or problem.gradient.linearize(k, theta)
 
             def undo(k: int = k, at: Linearization = at) -> dict[str, Tensor]:
-                gradient = at.gradient  # once: a compiled one is told apart by its fingerprint each time it is asked for
+                gradient = (
+                    at.gradient
+                )  # once: a compiled one is told apart by its fingerprint each time it is asked for
                 same.check(k, gradient)
                 trajectory.undo_kicks_and_decays(k, gradient)
                 return trajectory.slots() if keep else {}
@@ -221,7 +228,9 @@ class _Same:
 
     def __init__(self, problem: Problem) -> None:
         self._fingerprints = problem.gradient.fingerprints
-        self._first: Tensor | None = None  # of the steps checked, the first that was not the same; -1: none. One for all steps
+        self._first: Tensor | None = (
+            None  # of the steps checked, the first that was not the same; -1: none. One for all steps
+        )
 
     def check(self, k: int, gradient: Tensor) -> None:
         """At once on the CPU; elsewhere noted, so that nothing waits for the device."""
@@ -239,7 +248,8 @@ class _Same:
 
     def _raise(self, k: int) -> None:
         raise ReversalError(
-            f"the gradient at step {k} was not the same bit for bit when it was evaluated again, so the way back cannot end "
+            f"the gradient at step {k} was not the same bit for bit when it was evaluated again, so the way back "
+            "cannot end "
             f"bit-exactly at the start and no hypergradient is returned. {_NONDETERMINISTIC}"
         )
 

@@ -1,4 +1,5 @@
-"""Multiplying integers by n / radix, exactly invertible: a base-n digit comes from a head, the low bits of the product go to it.
+"""Multiplying integers by n / radix, exactly invertible: a base-n digit comes from a head, the low bits of the product
+go to it.
 
 Three arithmetics, each with its loops for the CPU and as tensor operations for any device, with the same bits:
 
@@ -8,9 +9,9 @@ Three arithmetics, each with its loops for the CPU and as tensor operations for 
 
 v becomes floor((v n + digit) / radix), and the head floor(head / n) radix + (the low bits of v n + digit).
 
-Passes divide by `divisor`, n as a float64 on the tensors' own device: by a number, or by a tensor on the host, CUDA divides as a
-multiplication by the rounded reciprocal, whose floor is now and then another one (after 40 steps at n = 58982 for a quarter of
-all heads).
+Passes divide by `divisor`, n as a float64 on the tensors' own device: by a number, or by a tensor on the host, CUDA
+divides as a multiplication by the rounded reciprocal, whose floor is now and then another one (after 40 steps at n =
+58982 for a quarter of all heads).
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from torch import Tensor
 from revdistill.engine import loops
 from revdistill.engine.wide import LOW_BITS, LOW_MASK
 
-# float64 holds integers below 2^53, and floor(fl(a / n)) = floor(a / n) for n < 2^52 and 0 <= a <= 2^52: a quotient that is no
-# integer is at least 1 / n below the next one, further than half of its last bit. Float division is what processors do fast.
+# float64 holds integers below 2^53, and floor(fl(a / n)) = floor(a / n) for n < 2^52 and 0 <= a <= 2^52: a quotient
+# that is no integer is at least 1 / n below the next one, further than half of its last bit. Float division is what
+# processors do fast.
 HEAD_BITS = 52
 _FINE_BITS = 30
 _FINE = (1 << _FINE_BITS) - 1
@@ -37,7 +39,8 @@ InPlace = Callable[[Tensor, Tensor, Number, Tensor], None]
 
 @dataclass(frozen=True)
 class Scaling:
-    """`multiply_(v, head, n)` and its inverse `divide_`, in place. divisor: see `divisor_of`; made anew where it is not given.
+    """`multiply_(v, head, n)` and its inverse `divide_`, in place. divisor: see `divisor_of`; made anew where it is not
+    given.
 
     Need |v| < 2^62 (WIDE: |high| < 2^62), 0 <= head < 2^52 with floor(head / n) radix <= 2^52, and 1 <= n < radix.
     """
@@ -110,8 +113,8 @@ def _divide_one_word(bits: int, floor_divide: Callable[[Tensor, Number, Tensor],
     mask = (1 << bits) - 1
 
     def divide_(v: Tensor, head: Tensor, n: Number, divisor: Tensor) -> None:
-        # w / n in two parts, w = v 2^bits + (low bits of head). The first quotient is rounded to float64 and a little off; the
-        # second, of what that left and the low bits, is exact and makes up for it.
+        # w / n in two parts, w = v 2^bits + (low bits of head). The first quotient is rounded to float64 and a little
+        # off; the second, of what that left and the low bits, is exact and makes up for it.
         near = v.to(torch.float64).div_(divisor).to(torch.int64)
         low = _add_multiple(v, near, n, -1, out=v).bitwise_left_shift_(bits).bitwise_or_(head & mask)
         quotient = floor_divide(low, n, divisor)

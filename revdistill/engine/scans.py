@@ -33,8 +33,8 @@ def largest_on_device(x: Tensor) -> Tensor:
 def fingerprint(x: Tensor) -> int | Tensor:
     """64 bits that tell x [numel] (float32 or float64) from any other tensor, up to a chance of about 2^-64.
 
-    Each element's bits are mixed with its position, nonlinearly: differences of a last bit here and there do not cancel. An
-    int on the CPU, else a 0-dim int64 tensor.
+    Each element's bits are mixed with its position, nonlinearly: differences of a last bit here and there do not
+    cancel. An int on the CPU, else a 0-dim int64 tensor.
     """
     if x.device.type == "cpu":
         return int(loops.fingerprint(x.numpy().view(_NUMPY_BITS[x.dtype])))

@@ -1,8 +1,8 @@
 """An optimizer's hyperparameter, resolved once into a table: a row per step, a column per group of parameters.
 
 A user gives a float, a tensor of shape () or [T], for the learning rate also [T, E] (a rate per stacked network), or a
-dict from parameter name to one of these. The table is built with differentiable operations, so its gradient goes back to
-whatever the user gave.
+dict from parameter name to one of these. The table is built with differentiable operations, so its gradient goes back
+to whatever the user gave.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def resolve(name: str, schedule: Schedule, layout: Layout, steps: int, *, stackable: bool, upper: float = math.inf) -> Table:
+def resolve(
+    name: str, schedule: Schedule, layout: Layout, steps: int, *, stackable: bool, upper: float = math.inf
+) -> Table:
     """The table of one hyperparameter. Errors name the argument, what came and what is accepted.
 
     stackable: whether tensors of shape [T, E] are accepted. upper: the largest value accepted.

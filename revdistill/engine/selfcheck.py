@@ -43,7 +43,12 @@ _NETWORKS: dict[str, tuple[Network, tuple[int, ...]]] = {
     "ReLU MLP": (lambda: nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 5)), (20,)),
     "ConvNet, GroupNorm": (
         lambda: nn.Sequential(
-            nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 5)
+            nn.Conv2d(2, 8, 3, padding=1),
+            nn.GroupNorm(2, 8),
+            nn.SiLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(128, 5),
         ),
         (2, 8, 8),
     ),
@@ -127,7 +132,11 @@ def _hypergradient(name: str, adjoint: Adjoint, device: torch.device, adam: bool
 
     lr, weight_decay = learned(0.01 if adam else 0.05, GRADIENT_STEPS), learned(0.01)
     momentum, second = learned(0.9, GRADIENT_STEPS), [learned(0.999), learned(1e-8)] if adam else []
-    optimizer = AdamW(lr, (momentum, second[0]), second[1], weight_decay) if adam else SGD(lr, momentum, weight_decay=weight_decay)
+    optimizer = (
+        AdamW(lr, (momentum, second[0]), second[1], weight_decay)
+        if adam
+        else SGD(lr, momentum, weight_decay=weight_decay)
+    )
     theta = unroll(loss, params, (x, y), optimizer, steps=GRADIENT_STEPS, adjoint=adjoint, seed=1)
     return list(torch.autograd.grad(_outer(theta), [x, lr, momentum, weight_decay, *second, *params.values()]))
 
@@ -151,7 +160,9 @@ def _bits(momentum: float, device: torch.device) -> tuple[str, bool]:
 def _adam_bits(device: torch.device) -> tuple[str, bool]:
     net, x, y = _problem("ReLU MLP", torch.float32, device)
     loss, params = from_module(net, nn.functional.cross_entropy)
-    theta, stats = unroll(loss, params, (x, y), AdamW(1e-3), steps=2 * EXACT_STEPS, adjoint=Reversible(), seed=1, return_stats=True)
+    theta, stats = unroll(
+        loss, params, (x, y), AdamW(1e-3), steps=2 * EXACT_STEPS, adjoint=Reversible(), seed=1, return_stats=True
+    )
     torch.autograd.grad(_outer(theta), x)
     kept, ideal = stats.history_bits_per_parameter_step, -math.log2(0.9) - math.log2(0.999)
     assert kept is not None

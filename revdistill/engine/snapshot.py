@@ -29,7 +29,9 @@ class Snapshot:
             store.restore(snapshot)
 
     def differs(self, state: State) -> Tensor:
-        """0-dim bool on the device: any bit of theta, slots or heads is another one than when the snapshot was taken."""
+        """0-dim bool on the device: any bit of theta, slots or heads is another one than when the snapshot was
+        taken.
+        """
         pairs = [(state.fixed[THETA], self.theta)]
         pairs += [(state.fixed[slot], values) for slot, values in self._slots.items()]
         pairs += [(store.head, head) for store, (head, _, _) in zip(state.all_stores(), self._stores, strict=False)]

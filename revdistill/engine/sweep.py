@@ -18,8 +18,8 @@ from revdistill.engine.trajectory import Problem
 
 @dataclass(frozen=True)
 class Hypergradients:
-    """theta: float [numel], None where the way back ends before theta_0; tables: float64 by name; batches, hypers: like the
-    tensors, None where not wanted.
+    """theta: float [numel], None where the way back ends before theta_0; tables: float64 by name; batches, hypers: like
+    the tensors, None where not wanted.
     """
 
     theta: Tensor | None
@@ -29,7 +29,9 @@ class Hypergradients:
 
 
 class Sweep:
-    """result_bar: dL/d(the unroll's result): of theta_T, float [numel], or of theta at each of `save_at`, [n, numel]."""
+    """result_bar: dL/d(the unroll's result): of theta_T, float [numel], or of theta at each of `save_at`, [n,
+    numel].
+    """
 
     def __init__(self, problem: Problem, result_bar: Tensor) -> None:
         self.problem = problem
@@ -61,8 +63,9 @@ class Sweep:
     ) -> dict[str, Tensor]:
         """From dL/d(theta_{k+1}, slots_{k+1}) to dL/d(theta_k, slots_k).
 
-        theta: theta_k; at: the loss linearised there; after: the slots after step k; before: gives them as before step k,
-        called last, when the gradient of step k is known, and returned. Both may be empty where `wants_slots` is False.
+        theta: theta_k; at: the loss linearised there; after: the slots after step k; before: gives them as before step
+        k, called last, when the gradient of step k is known, and returned. Both may be empty where `wants_slots` is
+        False.
         """
         update, bars = self.problem.update, self.bars
         values = after | {THETA: theta}
@@ -107,7 +110,9 @@ class Sweep:
 
     def finish(self) -> Hypergradients:
         self._watch.flush()
-        return Hypergradients(None if self.problem.first else self.bars.flat[THETA], self.bars.tables, self._batches, self._hypers)
+        return Hypergradients(
+            None if self.problem.first else self.bars.flat[THETA], self.bars.tables, self._batches, self._hypers
+        )
 
 
 def _stopped_being_finite(k: int, name: str | None) -> NoReturn:
@@ -121,7 +126,9 @@ def _stopped_being_finite(k: int, name: str | None) -> NoReturn:
 
 
 def wants_slots(problem: Problem) -> bool:
-    """Whether the sweep will need the slots: something is derived from one, or some wanted hyperparameter multiplies one."""
+    """Whether the sweep will need the slots: something is derived from one, or some wanted hyperparameter multiplies
+    one.
+    """
     update = problem.update
     if any(set(derived.inputs) & set(update.slots) for derived in update.derived):
         return True

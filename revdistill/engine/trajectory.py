@@ -19,7 +19,8 @@ from revdistill.engine.moves import GRADIENT, THETA, Add, Decay, Derived, Stage,
 from revdistill.engine.snapshot import Snapshot
 from revdistill.engine.wide import Wide, add_
 
-# (bit store, slot, n) for each decay; (target, source, factor) for each kick or drift, a target [2, numel] being a wide one.
+# (bit store, slot, n) for each decay; (target, source, factor) for each kick or drift, a target [2, numel] being a wide
+# one.
 Pushes = Sequence[tuple[BitStore, Tensor, int]]
 Adds = Sequence[tuple[Tensor, Tensor, float | Tensor]]
 
@@ -51,7 +52,9 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that defines one unroll, whatever its adjoint: gradient of the loss, optimizer, data, number of steps."""
+    """Everything that defines one unroll, whatever its adjoint: gradient of the loss, optimizer, data, number
+    of steps.
+    """
 
     gradient: Gradient
     update: Update
@@ -170,7 +173,9 @@ class Trajectory:
         for stage in self.problem.update.stages:
             values = self._derive(k, stage.derived, {GRADIENT: gradient})
             if proved:
-                self.problem.kernels.forward(self._make_room(k, stage), [self._operands(k, add, values) for add in stage.adds])
+                self.problem.kernels.forward(
+                    self._make_room(k, stage), [self._operands(k, add, values) for add in stage.adds]
+                )
             else:
                 self.problem.kernels.forward(self._make_room(k, stage), [])
                 for add in stage.adds:
@@ -200,7 +205,9 @@ class Trajectory:
         """`known`, and what is derived from it and from the state, in float64: the same bits in both directions."""
         values = dict(known)
         for function in derived:
-            inputs = {name: values[name].double() if name in values else self._float64(name) for name in function.inputs}
+            inputs = {
+                name: values[name].double() if name in values else self._float64(name) for name in function.inputs
+            }
             values[function.name] = function.value(inputs, lambda table: table.at(k))
         return values
 

@@ -92,31 +92,35 @@ def unroll(
     loss: `loss(params, batch)`, or `loss(params, batch, hyper)` when hyper is given, returning a scalar tensor; any
     deterministic differentiable torch code (torch's own random numbers are seeded from (seed, step) around each call).
     params: name -> float32 or float64 tensor, all of one dtype and device.
-    batches: a tuple of tensors [s, ...], step k gets `tuple(t[k % s] for t in batches)`; or a function k -> batch, which must
-    be deterministic and is not differentiated.
+    batches: a tuple of tensors [s, ...], step k gets `tuple(t[k % s] for t in batches)`; or a function k -> batch,
+    which must be deterministic and is not differentiated.
     optimizer: `SGD(...)`, `Adam(...)` or `AdamW(...)`; its tensors may require grad.
     hyper: a tensor, or a tuple or dict of tensors, given to the loss as it is.
     adjoint: how the backward pass gets theta_k back; see `Reversible` (the default where momentum > 0 at every step),
     `Checkpoint` (the default otherwise), `StoreAll` and `Backprop`. All give the same hypergradient.
-    compile: torch.compile for the gradient, the Hessian product and, on other devices than the CPU (where it is compiled
-    always), the integer work; each is compared with eager on its first use, and dropped with a CompileWarning where it differs
-    or cannot be compiled. Keep one `loss` object to compile once.
+    compile: torch.compile for the gradient, the Hessian product and, on other devices than the CPU (where it is
+    compiled always), the integer work; each is compared with eager on its first use, and dropped with a CompileWarning
+    where it differs or cannot be compiled. Keep one `loss` object to compile once.
     on_step: called as on_step(k, theta_k, loss_k) at each step of the forward pass, with detached tensors.
     return_stats: also return an `UnrollStats`.
     seed: of the random numbers inside the loss; by default drawn from torch's default generator.
-    window: go back over the last `window` steps only (truncated backpropagation: cheaper, and tamer where a long unroll's
-    hypergradient explodes, but biased). Steps before it add nothing, and params get no gradient. By default all steps.
-    save_at: steps k from 0 (the start) to `steps` (the end), in any order: the result is theta at each of them, stacked on a
-    new first dimension, for losses along the way (learning curves, averaged iterates, several horizons). Each one's gradient
-    enters when the way back is there; it costs no pass more. Before a `window`, theta is saved but has no gradient.
-    clip_back: on the way back dL/dtheta_k is scaled down to this norm at every step where it is longer. It tames a hypergradient
-    that explodes over a long unroll (chaotic training: too large a rate), and makes it another vector than the true one. None
-    changes nothing.
-    on_step_back: called as on_step_back(k, norm) at each step of the way back, from the last to the first, with the norm of
-    dL/dtheta_k before any clipping; `BackwardNorms` keeps them and says where they explode. Either costs a wait for a GPU per step.
+    window: go back over the last `window` steps only (truncated backpropagation: cheaper, and tamer where a long
+    unroll's hypergradient explodes, but biased). Steps before it add nothing, and params get no gradient. By default
+    all steps.
+    save_at: steps k from 0 (the start) to `steps` (the end), in any order: the result is theta at each of them, stacked
+    on a new first dimension, for losses along the way (learning curves, averaged iterates, several horizons). Each
+    one's gradient enters when the way back is there; it costs no pass more. Before a `window`, theta is saved but has
+    no gradient.
+    clip_back: on the way back dL/dtheta_k is scaled down to this norm at every step where it is longer. It tames a
+    hypergradient that explodes over a long unroll (chaotic training: too large a rate), and makes it another vector
+    than the true one. None changes nothing.
+    on_step_back: called as on_step_back(k, norm) at each step of the way back, from the last to the first, with the
+    norm of dL/dtheta_k before any clipping; `BackwardNorms` keeps them and says where they explode. Either costs a wait
+    for a GPU per step.
 
-    Returns a dict like params. Gradients flow to params, batches, hyper and the optimizer's tensors; once: a second backward
-    through the same unroll, and a derivative of the hypergradient, are UnsupportedErrors (`Backprop` can do both).
+    Returns a dict like params. Gradients flow to params, batches, hyper and the optimizer's tensors; once: a second
+    backward through the same unroll, and a derivative of the hypergradient, are UnsupportedErrors (`Backprop` can do
+    both).
 
     Cost: see the adjoint. Errors: ValueError and TypeError for arguments; RangeError, NonFiniteError, ReversalError,
     UnsupportedError. Source: Maclaurin, Duvenaud & Adams 2015, algorithms 1 to 3.
@@ -209,12 +213,14 @@ class _Unroll(torch.autograd.Function):
         recording, run.recording = run.recording, None  # used up, even if the way back fails
         if recording is None:
             raise UnsupportedError(
-                "this unroll was already gone back through, which used it up; add the losses before one backward(), call "
+                "this unroll was already gone back through, which used it up; add the losses before one backward(), "
+                "call "
                 "rd.unroll again, or use adjoint=rd.Backprop() with retain_graph=True"
             )
         if run.data_versions() != run.versions:
             raise ReversalError(
-                "a tensor in batches or hyper was changed in place between the forward and the backward pass, so the way back "
+                "a tensor in batches or hyper was changed in place between the forward and the backward pass, so the "
+                "way back "
                 "would see other data; change it after backward(), or pass a clone"
             )
         with torch.no_grad(), run.problem.ambient.passage():
@@ -241,6 +247,7 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
         raise UnsupportedError(
-            "a hypergradient of rd.unroll cannot be differentiated again with this adjoint; use adjoint=rd.Backprop(), or "
+            "a hypergradient of rd.unroll cannot be differentiated again with this adjoint; use "
+            "adjoint=rd.Backprop(), or "
             "backward() without create_graph=True"
         )

@@ -1,11 +1,13 @@
 """Numbers in two words, for Adam's moments: int64 [2, numel], standing for (high 2^60 + low) / 2^94, 0 <= low < 2^60.
 
-Adam divides by sqrt(s), so that the *relative* precision of both moments counts, for gradients from 1e-9 to 1e4: s from 1e-21 to
-1e8. One word cannot have both precision and range: with 58 fractional bits s has room for |g| < 5 only, and one unit of it is
-2e-9 under the root, a fifth of Adam's usual eps; with 44, one unit of m is 6e-14, 6e-5 of a gradient of 1e-9. A scale per
-tensor, or a floating exponent, would have to change along the way, and to change back exactly. Two words have 94 fractional
-bits, as far as 30-bit limbs go in 64-bit arithmetic: one unit is 1e-14 under the root, 1e-6 of Adam's usual eps; and values may
-reach 2^28, |g| = 16,384. They cost 8 bytes more per parameter and moment, and not a bit of history.
+Adam divides by sqrt(s), so that the *relative* precision of both moments counts, for gradients from 1e-9 to 1e4: s from
+1e-21 to
+1e8. One word cannot have both precision and range: with 58 fractional bits s has room for |g| < 5 only, and one unit of
+it is
+2e-9 under the root, a fifth of Adam's usual eps; with 44, one unit of m is 6e-14, 6e-5 of a gradient of 1e-9. A scale
+per tensor, or a floating exponent, would have to change along the way, and to change back exactly. Two words have 94
+fractional bits, as far as 30-bit limbs go in 64-bit arithmetic: one unit is 1e-14 under the root, 1e-6 of Adam's usual
+eps; and values may reach 2^28, |g| = 16,384. They cost 8 bytes more per parameter and moment, and not a bit of history.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Wide:
 
 def to_float_by_passes(q: Tensor) -> Tensor:
     """`Wide.to_float` as tensor operations, for any device; float64."""
-    carry = q[1] >> (LOW_BITS - 1)  # the nearest multiple of 2^60: a small negative number is not a difference of large ones
+    carry = q[1] >> (
+        LOW_BITS - 1
+    )  # the nearest multiple of 2^60: a small negative number is not a difference of large ones
     high = (q[0] + carry).to(torch.float64).mul_(2.0 ** (LOW_BITS - FRACTIONAL_BITS))
     return high.add_((q[1] - (carry << LOW_BITS)).to(torch.float64).mul_(2.0**-FRACTIONAL_BITS))
 

@@ -1,4 +1,6 @@
-"""What a schedule is worth: fresh networks trained along it by plain torch.optim, on data that were used for nothing else."""
+"""What a schedule is worth: fresh networks trained along it by plain torch.optim, on data that were used for nothing
+else.
+"""
 
 from __future__ import annotations
 

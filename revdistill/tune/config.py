@@ -15,14 +15,16 @@ _TUPLES = ("learn",)
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """dataset: a name or a .npz file. arch: the network that is trained. steps: T, inner steps; batch_size: real samples in each.
+    """dataset: a name or a .npz file. arch: the network that is trained. steps: T, inner steps; batch_size: real
+    samples in each.
 
-    learn: names of LEARNABLE. lr and momentum (Adam's beta1) get a value per step, weight decay and the scale of the initial
-    weights one; per_layer: each layer gets its own. optimizer, lr, momentum, weight_decay: of the starting schedule.
+    learn: names of LEARNABLE. lr and momentum (Adam's beta1) get a value per step, weight decay and the scale of the
+    initial weights one; per_layer: each layer gets its own. optimizer, lr, momentum, weight_decay: of the starting
+    schedule.
     inits: fresh networks per outer step, trained side by side. outer_steps, outer_lr: Adam steps on the schedule's
     logarithms and logits, their rate, which falls to 0 by a cosine. outer_batch: held-out samples in each outer loss.
-    clip_back, window: of rd.unroll, against hypergradients that explode; clip: the largest norm of a whole hypergradient, 0 for
-    none.
+    clip_back, window: of rd.unroll, against hypergradients that explode; clip: the largest norm of a whole
+    hypergradient, 0 for none.
 
     Errors: ValueError that names the field, what came and what is accepted.
     """
@@ -51,19 +53,27 @@ class TuneConfig:
         for name in ("steps", "batch_size", "inits", "outer_steps", "outer_batch"):
             self._need(name, getattr(self, name) >= 1, "an integer of at least 1")
         self._need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
-        self._need("learn", bool(self.learn) and set(self.learn) <= set(LEARNABLE), f"names out of {', '.join(LEARNABLE)}")
+        self._need(
+            "learn", bool(self.learn) and set(self.learn) <= set(LEARNABLE), f"names out of {', '.join(LEARNABLE)}"
+        )
         self._need("optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
         self._need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
         self._need("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
         self._need("momentum", "momentum" not in self.learn or self.momentum > 0, "a number above 0 to learn it from")
         self._need("weight_decay", 0 <= self.weight_decay < 1e4, "a number of at least 0")
-        self._need("weight_decay", "weight-decay" not in self.learn or self.weight_decay > 0, "a number above 0 to learn it from")
+        self._need(
+            "weight_decay",
+            "weight-decay" not in self.learn or self.weight_decay > 0,
+            "a number above 0 to learn it from",
+        )
         self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
         self._need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
         self._need("clip_back", self.clip_back is None or 0 < self.clip_back < math.inf, "a number above 0")
         self._need("window", self.window is None or self.window >= 1, "an integer of at least 1")
         self._need(
-            "window", self.window is None or self.window >= self.steps or "init" not in self.learn, "none where init is learned"
+            "window",
+            self.window is None or self.window >= self.steps or "init" not in self.learn,
+            "none where init is learned",
         )
         object.__setattr__(self, "arch", models.canonical(self.arch))
         check_device(self.device)

@@ -28,7 +28,9 @@ def draw(directory: Path, schedule: Schedule, start: Schedule) -> Path:
 
 
 def schedule_figure(schedule: Schedule, start: Schedule) -> Figure:
-    """Rates and momenta over the steps, a line per group, the starting schedule dashed; weight decay and initial scale as bars."""
+    """Rates and momenta over the steps, a line per group, the starting schedule dashed; weight decay and initial scale
+    as bars.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(3, 3, 2), layout="constrained")
     steps = np.arange(1, schedule.steps + 1)
     for ax, name, label in zip(axes, ("lr", "momentum"), ("learning rate", "momentum"), strict=False):
@@ -41,7 +43,9 @@ def schedule_figure(schedule: Schedule, start: Schedule) -> Figure:
     axes[0].set_yscale("log")
     axes[0].legend(fontsize=8)
     positions = np.arange(len(schedule.groups))
-    axes[2].bar(positions - 0.2, schedule.weight_decay / np.maximum(start.weight_decay, 1e-30), 0.4, label="weight decay")
+    axes[2].bar(
+        positions - 0.2, schedule.weight_decay / np.maximum(start.weight_decay, 1e-30), 0.4, label="weight decay"
+    )
     axes[2].bar(positions + 0.2, schedule.init_scale, 0.4, label="initial scale")
     axes[2].axhline(1, color="k", linestyle="--", linewidth=0.8)
     axes[2].set_xticks(positions, schedule.groups, rotation=30, fontsize=8)

@@ -30,7 +30,8 @@ def holds_tuning(directory: Path) -> bool:
 class Tuning:
     """One tuning and the directory that it is kept in.
 
-    resume: go on with the tuning in the directory; otherwise it must hold none. save_every: seconds between checkpoints.
+    resume: go on with the tuning in the directory; otherwise it must hold none. save_every: seconds between
+    checkpoints.
     Errors: ValueError where the directory is not as it must be; nothing is written before that is checked.
     """
 
@@ -42,7 +43,8 @@ class Tuning:
             raise ValueError(f"{directory} already holds a tuning; give another directory, or resume it")
 
     def tune(self, *, progress: bool | None = None) -> Schedule:
-        """All outer steps that are left, then the comparison; returns the schedule that was written to schedule.h5 and .json.
+        """All outer steps that are left, then the comparison; returns the schedule that was written to schedule.h5 and
+        .json.
 
         progress, errors: of `run_unattended`.
         """
@@ -114,7 +116,9 @@ def restore(path: Path, tuner: Tuner) -> None:
     with reading(path) as file:
         outer_step, adam_step = file.integer("outer_step"), file.integer("adam_step")
         if not 0 <= adam_step <= outer_step <= tuner.config.outer_steps:
-            raise file.fail(f"attributes outer_step {outer_step} and adam_step {adam_step} do not go with its configuration")
+            raise file.fail(
+                f"attributes outer_step {outer_step} and adam_step {adam_step} do not go with its configuration"
+            )
         tensors = read_tensors(file, tuner.leaves)
     restore_adam(tuner.leaves, tuner.optimizer, tensors, adam_step)
     tuner.outer_step = outer_step

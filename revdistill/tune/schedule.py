@@ -28,9 +28,11 @@ _ARRAYS = {"lr": 2, "momentum": 2, "weight_decay": 1, "init_scale": 1}
 class Schedule:
     """A schedule of T steps for G groups of parameters: one group "all", or one per layer.
 
-    lr, momentum: float32 [T, G]; weight_decay, init_scale: float32 [G] (init_scale multiplies the initial weights, not biases).
-    optimizer: "sgd", or "adam" (then momentum is beta1, with beta2 0.999 and eps 1e-8). groups: their names, a layer's being the
-    name of its module, such as "fc1" for "fc1.weight" and "fc1.bias". comparison: what fresh networks reached with it.
+    lr, momentum: float32 [T, G]; weight_decay, init_scale: float32 [G] (init_scale multiplies the initial weights, not
+    biases).
+    optimizer: "sgd", or "adam" (then momentum is beta1, with beta2 0.999 and eps 1e-8). groups: their names, a layer's
+    being the name of its module, such as "fc1" for "fc1.weight" and "fc1.bias". comparison: what fresh networks reached
+    with it.
     """
 
     lr: np.ndarray
@@ -53,7 +55,9 @@ class Schedule:
         if self.groups == [ALL]:
             return 0
         if layer not in self.groups:
-            raise ValueError(f"the schedule has nothing for parameter {parameter!r}; it has layers {', '.join(self.groups)}")
+            raise ValueError(
+                f"the schedule has nothing for parameter {parameter!r}; it has layers {', '.join(self.groups)}"
+            )
         return self.groups.index(layer)
 
     def scale_(self, net: nn.Module) -> None:
@@ -71,7 +75,11 @@ class Schedule:
                 members[self.group_of(name)].append(p)
         groups = [{"params": ps, "weight_decay": float(w)} for ps, w in zip(members, self.weight_decay, strict=True)]
         # The rate is 1: LambdaLR multiplies it by the schedule's.
-        return torch.optim.Adam(groups, lr=1.0, eps=ADAM_EPS) if self.optimizer == "adam" else torch.optim.SGD(groups, lr=1.0)
+        return (
+            torch.optim.Adam(groups, lr=1.0, eps=ADAM_EPS)
+            if self.optimizer == "adam"
+            else torch.optim.SGD(groups, lr=1.0)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """In the types of JSON."""
@@ -85,15 +93,18 @@ def layer_of(parameter: str) -> str:
 
 
 class ScheduleLR(torch.optim.lr_scheduler.LambdaLR):
-    """torch's LambdaLR along a schedule; it sets each step's momentum (Adam's beta1) too. After step T the last values stay.
+    """torch's LambdaLR along a schedule; it sets each step's momentum (Adam's beta1) too. After step T the last values
+    stay.
 
-    optimizer: of `Schedule.make_optimizer`, or any with as many groups and rate 1. Call `step()` after each `optimizer.step()`.
+    optimizer: of `Schedule.make_optimizer`, or any with as many groups and rate 1. Call `step()` after each
+    `optimizer.step()`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
         if len(optimizer.param_groups) != len(schedule.groups):
             raise ValueError(
-                f"the optimizer has {len(optimizer.param_groups)} parameter groups, but the schedule {len(schedule.groups)} "
+                f"the optimizer has {len(optimizer.param_groups)} parameter groups, but the schedule "
+                f"{len(schedule.groups)} "
                 f"({', '.join(schedule.groups)}); Schedule.make_optimizer makes one that fits"
             )
         self._schedule = schedule
@@ -113,8 +124,9 @@ class ScheduleLR(torch.optim.lr_scheduler.LambdaLR):
 def schedule_lr(path: str | Path, net: nn.Module) -> tuple[torch.optim.Optimizer, ScheduleLR]:
     """(optimizer, scheduler) that train a fresh `net` along the schedule of a file; its weights are scaled in place.
 
-    Then, for each batch: loss.backward(); optimizer.step(); optimizer.zero_grad(); scheduler.step(). path: schedule.h5, or the
-    directory that holds it. Errors: ArtifactError for the file; ValueError where the net has layers that it does not know.
+    Then, for each batch: loss.backward(); optimizer.step(); optimizer.zero_grad(); scheduler.step(). path: schedule.h5,
+    or the directory that holds it. Errors: ArtifactError for the file; ValueError where the net has layers that it does
+    not know.
     """
     schedule = read(Path(path))
     schedule.scale_(net)
@@ -162,7 +174,9 @@ def _check(file: Reader, s: Schedule) -> None:
         or s.momentum.shape != s.lr.shape
         or not s.weight_decay.shape == s.init_scale.shape == (groups,)
     ):
-        raise file.fail(f"'lr' has shape {list(s.lr.shape)}, which does not go with {len(s.groups)} groups or the other arrays")
+        raise file.fail(
+            f"'lr' has shape {list(s.lr.shape)}, which does not go with {len(s.groups)} groups or the other arrays"
+        )
     if s.optimizer not in ("sgd", "adam"):
         raise file.fail(f"attribute 'optimizer' is {s.optimizer!r}; expected sgd or adam")
     if (s.lr < 0).any() or (s.momentum < 0).any() or (s.momentum >= 1).any() or (s.weight_decay < 0).any():

@@ -22,8 +22,8 @@ from revdistill.tune.schedule import ALL, Schedule, layer_of
 
 @dataclass(frozen=True)
 class TuneStep:
-    """loss: on held-out data after training; norm: of the hypergradient before clipping; longest: the largest norm of dL/dtheta_k
-    on the way back; explosion: the step where it passes a thousand times the smallest met before, or None.
+    """loss: on held-out data after training; norm: of the hypergradient before clipping; longest: the largest norm of
+    dL/dtheta_k on the way back; explosion: the step where it passes a thousand times the smallest met before, or None.
 
     diverged: the training left the range or was not finite, so this step changed nothing.
     """
@@ -51,7 +51,9 @@ class Tuner:
         self._fixed = {name: raw for name, raw in self._start().items() if name not in config.learn}
         self.optimizer = torch.optim.Adam(list(self.leaves.values()), betas=(0.9, 0.99))
         self.outer_step = 0
-        self._descent = Descent(list(self.leaves.values()), self.optimizer, config.clip, "a smaller lr or outer_lr, or a clip_back")
+        self._descent = Descent(
+            list(self.leaves.values()), self.optimizer, config.clip, "a smaller lr or outer_lr, or a clip_back"
+        )
 
     def _start(self) -> dict[str, Tensor]:
         """The starting schedule: logarithms, and logits of momenta."""
@@ -96,7 +98,9 @@ class Tuner:
             on_step_back=norms,
         )
         size = min(config.outer_batch, len(self.data.x_validation))
-        chosen = torch.randperm(len(self.data.x_validation), generator=generator(config.seed, 3, k))[:size].to(self.device)
+        chosen = torch.randperm(len(self.data.x_validation), generator=generator(config.seed, 3, k))[:size].to(
+            self.device
+        )
         return self.population.mean_loss(theta, self.data.x_validation[chosen], self.data.y_validation[chosen])
 
     def _inner_optimizer(self, values: dict[str, Tensor]) -> Optimizer:

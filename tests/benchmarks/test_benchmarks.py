@@ -1,4 +1,6 @@
-"""The benchmarks compare what they say they compare: every method's hypergradient is one, and stacked jobs do not mix."""
+"""The benchmarks compare what they say they compare: every method's hypergradient is one, and stacked jobs do
+not mix.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = stacked.Protocol(batches=3, per_class=2, epochs=2, outer_epochs=1, outer_batch=512)
 
 
-@pytest.mark.parametrize("name", [n for n, m in methods.METHODS.items() if not m.compiles and n not in ("training", "autograd")])
+@pytest.mark.parametrize(
+    "name", [n for n, m in methods.METHODS.items() if not m.compiles and n not in ("training", "autograd")]
+)
 def test_every_method_gives_the_hypergradient(name: str) -> None:
     method = methods.METHODS[name]
     if method.missing():
@@ -73,7 +77,9 @@ def test_evaluation_is_torch_sgds() -> None:
         torch.nn.functional.binary_cross_entropy_with_logits(logits, distilled.y[k % 3, 0].float()).backward()
         optimizer.step()
     right = ((net(job.data.x_test)[:, 0] > 0) == job.data.y_test.bool()).float().mean()
-    torch.testing.assert_close(found[0], right, rtol=0, atol=2.1 / len(job.data.y_test))  # float32 may move a point across
+    torch.testing.assert_close(
+        found[0], right, rtol=0, atol=2.1 / len(job.data.y_test)
+    )  # float32 may move a point across
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda p: p.name)
@@ -118,7 +124,12 @@ def test_distilled_images_are_measured_and_reported(tmp_path: Path, monkeypatch:
         assert row["title"] in text
         assert f"{row['evaluation']['LeNet']['mean']:.1%}" in text
     compared = results["starts_and_windows"]["found"]
-    assert [(one["start"], one["window"]) for one in compared] == [("real", 40), ("real", None), ("kmeans", 40), ("kmeans", None)]
+    assert [(one["start"], one["window"]) for one in compared] == [
+        ("real", 40),
+        ("real", None),
+        ("kmeans", 40),
+        ("kmeans", None),
+    ]
     assert all(report_images.in_words(one) in text for one in compared)
     report_images.draw_race(results, tmp_path / "race.png")
     assert (tmp_path / "race.png").exists()
@@ -136,7 +147,9 @@ def test_measuring_again_distils_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     found = wang2018.measured_again("mnist_fixed_10", wang2018.ROWS["mnist_fixed_10"], data=None)
     assert looked == [("LeNet", 1, "raw")]  # the one network that it was distilled for
     assert found["evaluation"]["LeNet"]["mean"] == 0.5
-    assert {name: found[name] for name in ("config", "seconds", "title")} == {n: before[n] for n in ("config", "seconds", "title")}
+    assert {name: found[name] for name in ("config", "seconds", "title")} == {
+        n: before[n] for n in ("config", "seconds", "title")
+    }
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.h5")), ids=lambda p: p.name)

@@ -1,4 +1,6 @@
-"""benchmarks/cuda.sh, which has minutes of a lent GPU and no second try: nothing that fails may cost what comes after it."""
+"""benchmarks/cuda.sh, which has minutes of a lent GPU and no second try: nothing that fails may cost what comes after
+it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ TESTS = ("primitives", "unrolls", "ways_back", "surroundings")
 PARTS = ["machine", "verify", *TESTS, "speed", "memory", "launches", "capture", "compile"]
 BASH = shutil.which("bash")
 
-pytestmark = pytest.mark.skipif(BASH is None or not sys.platform.startswith("linux"), reason="a script for bash on Linux")
+pytestmark = pytest.mark.skipif(
+    BASH is None or not sys.platform.startswith("linux"), reason="a script for bash on Linux"
+)
 
 
 def run(out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -56,13 +60,17 @@ def test_its_syntax_is_right() -> None:
 
 
 def test_a_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
-    fails = interpreter(tmp_path, 'case "$*" in *gpu.verify*|*gpu.speed*) echo broken >&2; exit 3;; esac; echo "ran $*"')
+    fails = interpreter(
+        tmp_path, 'case "$*" in *gpu.verify*|*gpu.speed*) echo broken >&2; exit 3;; esac; echo "ran $*"'
+    )
     done = run(tmp_path / "out", "--device", "cpu", "--quick", PYTHON=fails)
     assert done.returncode == 0
     codes = {line["part"]: line["exit"] for line in lines_of(tmp_path / "out")}
     assert codes == {name: 3 if name in ("verify", "speed") else 0 for name in PARTS}
     log = (tmp_path / "out/log.txt").read_text()
-    assert sorted(log.splitlines()) == sorted(done.stdout.splitlines())  # parts that run at once may be shown in another order
+    assert sorted(log.splitlines()) == sorted(
+        done.stdout.splitlines()
+    )  # parts that run at once may be shown in another order
     assert "[speed] broken" in log
     assert "[memory] ran -m gpu.memory --device cpu --quick" in log
 
@@ -94,7 +102,8 @@ def test_the_way_back_can_be_called_outside_autograd() -> None:
 
 
 LINES: list[dict[str, Any]] = [
-    {"part": "machine", "quick": False, "machine": {"cores": 16, "processor": "a CPU"}, "versions": {"python": "3", "torch": "2"}},
+    {"part": "machine", "quick": False, "machine": {"cores": 16, "processor": "a CPU"},
+     "versions": {"python": "3", "torch": "2"}},
     {"part": "machine", "card": {"name": "A CARD", "bytes": 80e9, "cuda": "13"}, "driver": "580"},
     {"part": "tests", "test": "tests/cuda/a", "outcome": "passed", "seconds": 1.0},
     {"part": "tests", "test": "tests/cuda/b", "outcome": "failed", "seconds": 1.0, "error": "x\nassert 1 == 2 | 3"},
@@ -105,16 +114,23 @@ LINES: list[dict[str, Any]] = [
         {"method": "reversible", "ms_per_step": 3.0, "ratio_to_autograd": 1.51, "disagreement": 1e-12},
     ]},
     {"part": "memory", "task": "mlp", "method": "reversible", "steps": 100, "bytes": 3 * 2**20, "seconds": 1.0},
-    {"part": "memory", "task": "mlp", "method": "autograd", "steps": 100, "error": "OutOfMemoryError: CUDA out of memory"},
-    {"part": "launches", "task": "mlp", "optimizer": "sgd", "way": "back", "per_step": {"kernel": 150.5, "Memset": 0.0}},
-    {"part": "launches", "task": "mlp", "optimizer": "sgd", "way": "forward", "waits": 2, "steps": 32, "where": {"guard.py:9": 2}},
-    {"part": "capture", "task": "mlp", "title": "AN MLP", "what": "gradient", "eager_ms": 1.0, "captured": True, "bit_equal": True,
+    {"part": "memory", "task": "mlp", "method": "autograd", "steps": 100,
+     "error": "OutOfMemoryError: CUDA out of memory"},
+    {"part": "launches", "task": "mlp", "optimizer": "sgd", "way": "back",
+     "per_step": {"kernel": 150.5, "Memset": 0.0}},
+    {"part": "launches", "task": "mlp", "optimizer": "sgd", "way": "forward", "waits": 2, "steps": 32,
+     "where": {"guard.py:9": 2}},
+    {"part": "capture", "task": "mlp", "title": "AN MLP", "what": "gradient", "eager_ms": 1.0,
+     "captured": True, "bit_equal": True,
      "replay_ms": 0.1},
-    {"part": "capture", "task": "mlp", "title": "AN MLP", "what": "product", "eager_ms": 1.0, "captured": False, "reason": "E: no"},
-    {"part": "compile", "task": "mlp", "title": "AN MLP", "steps": 100, "first_call_seconds": 40.4, "way_back_exact": True,
+    {"part": "capture", "task": "mlp", "title": "AN MLP", "what": "product", "eager_ms": 1.0,
+     "captured": False, "reason": "E: no"},
+    {"part": "compile", "task": "mlp", "title": "AN MLP", "steps": 100,
+     "first_call_seconds": 40.4, "way_back_exact": True,
      "reversal_error": None, "warnings": ["dropped"], "other_warnings": []},
     {"part": "compile", "task": "mlp", "steps": 100, "theta_equal": False, "theta_differs_by": 1e-7},
-    {"part": "compile", "task": "mlp", "steps": 100, "rounds": 5, "ms_per_step": {"autograd": 2.0, "reversible-compiled": 0.77}},
+    {"part": "compile", "task": "mlp", "steps": 100, "rounds": 5,
+     "ms_per_step": {"autograd": 2.0, "reversible-compiled": 0.77}},
     {"part": "unrolls", "exit": 124, "seconds": 150.0},
 ]  # fmt: skip
 
@@ -161,10 +177,16 @@ def test_a_dry_run_on_the_stand_in(tmp_path: Path) -> None:
     done = run(tmp_path, "--device", "standin", "--quick", PYTHON=sys.executable)
     lines = lines_of(tmp_path)
     assert [line for line in lines if "error" in line] == [], done.stdout[-5000:]
-    assert {line["part"]: line["exit"] for line in lines if "exit" in line} == dict.fromkeys(PARTS, 0), done.stdout[-5000:]
+    assert {line["part"]: line["exit"] for line in lines if "exit" in line} == dict.fromkeys(PARTS, 0), done.stdout[
+        -5000:
+    ]
     measured = {line["part"] for line in lines if "exit" not in line}
     assert measured == {"tests", *PARTS} - set(TESTS)
     for name in TESTS:
-        assert any(line["outcome"] == "passed" for line in lines if line.get("test", "").startswith(f"tests/cuda/test_{name}.py"))
+        assert any(
+            line["outcome"] == "passed"
+            for line in lines
+            if line.get("test", "").startswith(f"tests/cuda/test_{name}.py")
+        )
     assert {line["way"] for line in lines if "way" in line} == {"forward", "back"}
     assert "## " in report_cuda.section(report_cuda.load(tmp_path / "cuda.jsonl"))

@@ -44,7 +44,12 @@ QUICK = [
 
 def revdistill_command(*arguments: str, cwd: Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "revdistill.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs
+        [sys.executable, "-m", "revdistill.cli", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
     )
 
 
@@ -69,7 +74,9 @@ def test_a_whole_session_as_a_user_types_it(tmp_path: Path) -> None:
     shown = revdistill_command("show", "runs/moons", cwd=tmp_path)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "4 batches of 2" in shown.stdout
-    evaluated = revdistill_command("evaluate", "runs/moons", "--json", "--restarts", "2", "--arch", "LinearNet", cwd=tmp_path)
+    evaluated = revdistill_command(
+        "evaluate", "runs/moons", "--json", "--restarts", "2", "--arch", "LinearNet", cwd=tmp_path
+    )
     assert (evaluated.returncode, evaluated.stderr) == (0, "")
     assert len(json.loads(evaluated.stdout)["LinearNet"]["accuracies"]) == 2
     again = revdistill_command(*QUICK, cwd=tmp_path)  # never over a finished run
@@ -102,7 +109,14 @@ def test_a_checkout_that_is_not_installed_runs(tmp_path: Path, module: str) -> N
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["train", "--help"], ["evaluate", "-h"], ["show", "--help"], ["verify", "--help"], ["--version"]):
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["evaluate", "-h"],
+        ["show", "--help"],
+        ["verify", "--help"],
+        ["--version"],
+    ):
         code, out, err = invoke(*arguments, capsys=capsys)
         assert (code, err) == (0, "")
         assert out
@@ -127,11 +141,17 @@ BAD = {
     "device": (["train", "--device", "tpu"], "--device"),
     "seed": (["train", "--seed", "-1"], "--seed"),
     "resume nothing": (["train", "--resume", "--out", "nothing"], "--resume"),
-    "no files": (["train", "--dataset", "mnist", "--data-dir", "here"], "--dataset: mnist: no train-images-idx3-ubyte.gz or"),
+    "no files": (
+        ["train", "--dataset", "mnist", "--data-dir", "here"],
+        "--dataset: mnist: no train-images-idx3-ubyte.gz or",
+    ),
     "preset": (["train", "--preset", "worst"], "--preset"),
     "preset and resume": (["train", "--preset", "best", "--resume"], "--preset and --resume"),
     "window": (["train", "--window", "0"], "--window"),
-    "augmented points": (["train", "--dataset", "moons", "--augment", "flip"], "augment is ('flip',), but moons has no images"),
+    "augmented points": (
+        ["train", "--dataset", "moons", "--augment", "flip"],
+        "augment is ('flip',), but moons has no images",
+    ),
     "learn momentum": (["train", "--momentum", "0", "--learn-momentum"], "momentum is 0.0"),
     "evaluate nothing": (["evaluate"], "Missing argument 'RUN'"),
     "evaluate none": (["evaluate", "nowhere"], "RUN is 'nowhere'"),
@@ -187,7 +207,9 @@ def test_evaluate_with_every_schedule(finished: Path, capsys: pytest.CaptureFixt
         assert schedule in out
 
 
-def test_a_file_does_not_choose_what_is_imported(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_does_not_choose_what_is_imported(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "distilled.h5").write_bytes((finished / "distilled.h5").read_bytes())
     with h5py.File(tmp_path / "distilled.h5", "a") as f:
         f.attrs["architectures"] = json.dumps(["antigravity:fly"])
@@ -209,7 +231,9 @@ def test_a_preset_gives_way_to_what_is_asked_for(tmp_path: Path, capsys: pytest.
     assert config["architectures"] == ["MLP"]
 
 
-def test_images_are_trained_shown_and_evaluated_from_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_are_trained_shown_and_evaluated_from_their_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files, run = ["--data-dir", str(write_mnist(tmp_path / "files"))], tmp_path / "run"
     quick = [
         "--preset",
@@ -298,7 +322,9 @@ def test_kill_and_ctrl_c_and_resume_give_the_same_bits(tmp_path: Path) -> None:
     for a, b in zip(_distilled(tmp_path / "part"), _distilled(tmp_path / "whole"), strict=True):
         assert np.array_equal(a, b)
     logged = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("part", "whole")]
-    part_lines, whole_lines = ([line | {"seconds": 0} for line in lines] for lines in logged)  # the time alone may differ
+    part_lines, whole_lines = (
+        [line | {"seconds": 0} for line in lines] for lines in logged
+    )  # the time alone may differ
     assert part_lines == whole_lines
 
 
@@ -342,7 +368,9 @@ def test_training_with_weight_decay(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_training_with_adam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The inner optimizer is in the result, in `show`, and in what `evaluate` trains with."""
     out = tmp_path / "run"
-    code, _, err = invoke(*QUICK, "--optimizer", "adam", "--lr", "0.01", "--momentum", "0.8", "--out", str(out), capsys=capsys)
+    code, _, err = invoke(
+        *QUICK, "--optimizer", "adam", "--lr", "0.01", "--momentum", "0.8", "--out", str(out), capsys=capsys
+    )
     assert (code, err) == (0, "")
     found = read(out / "distilled.h5")
     assert found.optimizer == "adam"
@@ -352,6 +380,8 @@ def test_training_with_adam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     code, _, err = invoke("evaluate", str(out), "--schedule", "strategy1", capsys=capsys)
     assert code == 2
     assert "schedule is 'strategy1', whose rates are for SGD" in err
-    code, _, err = invoke(*QUICK, "--optimizer", "adam", "--momentum", "1", "--out", str(tmp_path / "other"), capsys=capsys)
+    code, _, err = invoke(
+        *QUICK, "--optimizer", "adam", "--momentum", "1", "--out", str(tmp_path / "other"), capsys=capsys
+    )
     assert code == 2
     assert "momentum is 1.0; accepted is a number below 1" in err

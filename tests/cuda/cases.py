@@ -119,7 +119,9 @@ class Case:
     y: Tensor
 
     def rates(self, steps: int) -> Tensor:
-        """Small, so that 200 steps are no chaos that blows roundings up: a hundredth of what the tests allow is what was seen."""
+        """Small, so that 200 steps are no chaos that blows roundings up: a hundredth of what the tests allow is what
+        was seen.
+        """
         return torch.full((steps,), RATE, dtype=torch.float64, device=self.x.device, requires_grad=True)
 
     @property

@@ -49,7 +49,9 @@ def slot_for(scaling: Scaling) -> Tensor:
 
 def values(dtype: torch.dtype) -> Tensor:
     """Of many magnitudes; halves among them, whose rounding is a tie."""
-    x = torch.randn(NUMEL, dtype=torch.float64, generator=drawn()) * 2.0 ** torch.randint(-60, 8, (NUMEL,), generator=drawn(1))
+    x = torch.randn(NUMEL, dtype=torch.float64, generator=drawn()) * 2.0 ** torch.randint(
+        -60, 8, (NUMEL,), generator=drawn(1)
+    )
     x[::5] = torch.randint(-9, 9, (len(x[::5]),), generator=drawn(2)) * 2.0**-45
     return x.to(dtype)
 
@@ -89,10 +91,15 @@ def source_and_factor(kind: torch.dtype, each: bool, scale: float) -> tuple[Tens
 @pytest.mark.parametrize("each", [False, True], ids=["one factor", "a factor each"])
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("add_", [add_rounded_by_passes_, add_rounded_wide_by_passes_])
-def test_rounded_sums_are_the_cpus(device: torch.device, add_: Callable[..., None], kind: torch.dtype, each: bool) -> None:
+def test_rounded_sums_are_the_cpus(
+    device: torch.device, add_: Callable[..., None], kind: torch.dtype, each: bool
+) -> None:
     wide = add_ is add_rounded_wide_by_passes_
     if wide:
-        target, on_the_cpu = torch.stack([integers(-(2**61), 2**61), integers(0, LOW_MASK + 1, seed=2)]), add_rounded_wide_
+        target, on_the_cpu = (
+            torch.stack([integers(-(2**61), 2**61), integers(0, LOW_MASK + 1, seed=2)]),
+            add_rounded_wide_,
+        )
     else:
         target, on_the_cpu = integers(-(2**61), 2**61), add_rounded_
     source, factor = source_and_factor(kind, each, Wide.scale if wide else FixedPoint().scale)
@@ -150,7 +157,9 @@ def test_the_largest_magnitude_is_the_cpus(device: torch.device, dtype: torch.dt
 @pytest.mark.parametrize("place", ["device", "host", "file"])
 @pytest.mark.parametrize("scaling", [COARSE, FINE, WIDE], ids=["coarse", "fine", "wide"])
 def test_a_bit_store_spills_and_comes_back(device: torch.device, scaling: Scaling, place: str, tmp_path: Path) -> None:
-    """Rates that lose many bits, none or all, so that words are spilled often; each word to where it is kept, and back."""
+    """Rates that lose many bits, none or all, so that words are spilled often; each word to where it is kept,
+    and back.
+    """
     factors = [0.5, 0.9, 0.01, 1.0, 1 / scaling.radix, 0.0, 0.999] * 4
     histories: dict[str, Callable[[], History]] = {
         "device": DeviceHistory,

@@ -1,4 +1,6 @@
-"""What surrounds an unroll on a device: torch's settings and generators, the environment, the outer loop's code, other threads."""
+"""What surrounds an unroll on a device: torch's settings and generators, the environment, the outer loop's code, other
+threads.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,11 @@ def settings() -> tuple[Any, ...]:
         torch.get_float32_matmul_precision(),
         (backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic, backends.cudnn.allow_tf32),
         [owner.fp32_precision for owner in owners if hasattr(owner, "fp32_precision")],
-        (backends.cuda.math_sdp_enabled(), backends.cuda.flash_sdp_enabled(), backends.cuda.mem_efficient_sdp_enabled()),
+        (
+            backends.cuda.math_sdp_enabled(),
+            backends.cuda.flash_sdp_enabled(),
+            backends.cuda.mem_efficient_sdp_enabled(),
+        ),
     )
 
 
@@ -129,8 +135,12 @@ with here({device!r}) as device:
 
 
 def in_a_process(*, imports: str = "", later: str = "") -> subprocess.CompletedProcess[str]:
-    """A matrix product, then an unroll, in a process that does not inherit what importing revdistill has set in this one."""
-    code = _UNROLL.format(root=str(ROOT), benchmarks=str(ROOT / "benchmarks"), device=DEVICE, imports=imports, later=later)
+    """A matrix product, then an unroll, in a process that does not inherit what importing revdistill has set in this
+    one.
+    """
+    code = _UNROLL.format(
+        root=str(ROOT), benchmarks=str(ROOT / "benchmarks"), device=DEVICE, imports=imports, later=later
+    )
     environment = {name: value for name, value in os.environ.items() if name != CUBLAS_VARIABLE}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
 
@@ -167,12 +177,21 @@ def test_augmentations_have_one_gradient(device: torch.device, name: str) -> Non
 
 
 SMALL = Config(
-    dataset="digits", architectures=("MLP",), steps=4, epochs=3, per_class=1, outer_steps=3, batch_size=64, learn_labels=True
+    dataset="digits",
+    architectures=("MLP",),
+    steps=4,
+    epochs=3,
+    per_class=1,
+    outer_steps=3,
+    batch_size=64,
+    learn_labels=True,
 )
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"augment": ("color", "flip")}, {"augment": ("crop", "scale", "rotate")}, {"optimizer": "adam"}], ids=str
+    "changes",
+    [{}, {"augment": ("color", "flip")}, {"augment": ("crop", "scale", "rotate")}, {"optimizer": "adam"}],
+    ids=str,
 )
 def test_distilling_twice_gives_the_same_bits(
     device: torch.device, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -196,7 +215,8 @@ def test_distilling_twice_gives_the_same_bits(
 # Last: a thread that hangs holds the library's lock, and every later test would wait for it.
 def test_two_threads_forward_and_back_at_once(device: torch.device) -> None:
     """autograd has one thread for a GPU: each way back must not wait there for the other one's turn."""
-    # Made before the threads start: a network draws its parameters from torch's one generator, and so from the other's losses.
+    # Made before the threads start: a network draws its parameters from torch's one generator, and so from the other's
+    # losses.
     problems = [case(name, torch.float32, device) for name in ("mlp", "dropout")]
     expected = [hypergradient(problem, rd.Reversible()) for problem in problems]
     found: dict[int, Any] = {}

@@ -1,4 +1,6 @@
-"""Networks and optimizers unrolled on a device: every bit comes back, and the hypergradients are autograd's and the CPU's."""
+"""Networks and optimizers unrolled on a device: every bit comes back, and the hypergradients are autograd's and the
+CPU's.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def test_float32_comes_back_to_the_bit_and_is_near_float64(device: torch.device,
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers_in_float64(device: torch.device, optimizer: str) -> None:
     problem = case("mlp", torch.float64, device)
-    found, expected = (hypergradient(problem, a, optimizer=OPTIMIZERS[optimizer]) for a in (rd.Reversible(), rd.Backprop()))
+    found, expected = (
+        hypergradient(problem, a, optimizer=OPTIMIZERS[optimizer]) for a in (rd.Reversible(), rd.Backprop())
+    )
     assert_near(found, expected, EXACT)
 
 

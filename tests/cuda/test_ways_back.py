@@ -1,4 +1,6 @@
-"""What an unroll may be asked for on a device: ways back, histories, windows, stacks, losses along the way; errors with steps."""
+"""What an unroll may be asked for on a device: ways back, histories, windows, stacks, losses along the way; errors with
+steps.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ pytestmark = pytest.mark.cuda
 @pytest.mark.parametrize("place", ["host", "file", "graphs"])
 def test_where_bits_and_graphs_are_kept_changes_no_bit(device: torch.device, place: str, tmp_path: Path) -> None:
     """Over steps enough to spill: at a momentum of 0.5, a word every 16."""
-    adjoints = {"host": rd.Reversible("host"), "file": rd.Reversible(tmp_path), "graphs": rd.Reversible(graph_bytes=2**17)}
+    adjoints = {
+        "host": rd.Reversible("host"),
+        "file": rd.Reversible(tmp_path),
+        "graphs": rd.Reversible(graph_bytes=2**17),
+    }
     steps, optimizer = max(80, STEPS), lambda lr: rd.SGD(lr, 0.5)
     problem = case("mlp", torch.float32, device)
     _, stats = rd.unroll(problem.loss, problem.params, problem.batches, optimizer(0.05), steps=steps, return_stats=True)
@@ -62,7 +68,9 @@ def test_every_adjoint_trains_to_the_same_bits(device: torch.device) -> None:
     problem = case("groupnorm", torch.float32, device)
     ends = []
     for adjoint in (rd.Reversible(), rd.Checkpoint(), rd.StoreAll()):
-        theta = rd.unroll(problem.loss, problem.params, problem.batches, rd.SGD(0.05, 0.9), steps=STEPS, adjoint=adjoint, seed=1)
+        theta = rd.unroll(
+            problem.loss, problem.params, problem.batches, rd.SGD(0.05, 0.9), steps=STEPS, adjoint=adjoint, seed=1
+        )
         ends.append({name: p.detach().cpu() for name, p in theta.items()})
     assert_same(ends[1], ends[0])
     assert_same(ends[2], ends[0])

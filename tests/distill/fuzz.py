@@ -1,10 +1,11 @@
-"""Hostile results, made up by hypothesis until the time is over, given to `revdistill show` and `evaluate` in this process.
+"""Hostile results, made up by hypothesis until the time is over, given to `revdistill show` and `evaluate` in this
+process.
 
     python -m tests.distill.fuzz SECONDS
 
-Each input must end in exit code 0 or 2 with at most one line on standard error; no file may be opened outside the run's directory
-but those of the installed packages, nothing started, no connection made; memory must stay flat. Prints the count of inputs.
-In a process of its own, so that a crash in the HDF5 library is seen as what it is.
+Each input must end in exit code 0 or 2 with at most one line on standard error; no file may be opened outside the run's
+directory but those of the installed packages, nothing started, no connection made; memory must stay flat. Prints the
+count of inputs. In a process of its own, so that a crash in the HDF5 library is seen as what it is.
 """
 
 from __future__ import annotations
@@ -41,7 +42,16 @@ CODES = {0, 2}
 LARGE = 10**6  # values: of what is declared, not there
 
 NAMES = ("x", "y", "lr", "momentum")
-ATTRIBUTES = ("format_version", "revdistill_version", "torch_version", "dataset", "architectures", "steps", "epochs", "seed")
+ATTRIBUTES = (
+    "format_version",
+    "revdistill_version",
+    "torch_version",
+    "dataset",
+    "architectures",
+    "steps",
+    "epochs",
+    "seed",
+)
 ATTRIBUTES += ("optimizer", "weight_decay", "normalization", "config", "evaluation")
 DATASETS = (
     "moons",
@@ -54,7 +64,16 @@ DATASETS = (
     "http://localhost/x.npz",
     "\x1b[2J",
 )
-NETWORKS = ("NonLinearNet", "MLP", "LeNet", "ConvNet-3", "os:system", "antigravity:fly", "no.such:thing", "\x1b]0;x\x07")
+NETWORKS = (
+    "NonLinearNet",
+    "MLP",
+    "LeNet",
+    "ConvNet-3",
+    "os:system",
+    "antigravity:fly",
+    "no.such:thing",
+    "\x1b]0;x\x07",
+)
 TEXTS = st.one_of(st.sampled_from(DATASETS), st.sampled_from(NETWORKS), st.text(max_size=20))
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([0, -1, 2**31, 2**63, 1e308, 10**400]))
 VALUES = st.recursive(
@@ -88,7 +107,9 @@ def artifact(images: bool) -> Artifact:
 
 def array(draw: st.DataObject) -> np.ndarray:
     shape, dtype = draw.draw(SHAPES), draw.draw(DTYPES)
-    values = np.random.default_rng(draw.draw(st.integers(0, 99))).normal(size=shape) * draw.draw(st.sampled_from([1, 1e30, 1e-40]))
+    values = np.random.default_rng(draw.draw(st.integers(0, 99))).normal(size=shape) * draw.draw(
+        st.sampled_from([1, 1e30, 1e-40])
+    )
     with np.errstate(all="ignore"):
         found: np.ndarray = np.asarray(values, dtype=dtype) if dtype != "S5" else np.full(shape, b"text", dtype)
         return found
@@ -96,7 +117,9 @@ def array(draw: st.DataObject) -> np.ndarray:
 
 def change(file: h5py.File, draw: st.DataObject) -> None:
     """One thing that a stranger may have done."""
-    kind = draw.draw(st.sampled_from(["array", "values", "attribute", "json", "remove", "link", "huge", "large", "group"]))
+    kind = draw.draw(
+        st.sampled_from(["array", "values", "attribute", "json", "remove", "link", "huge", "large", "group"])
+    )
     name = draw.draw(st.sampled_from(NAMES))
     if kind in ("array", "link", "huge", "group", "remove") and name in file:
         del file[name]
@@ -131,7 +154,10 @@ def flip(contents: bytearray, positions: list[int]) -> None:
 
     They are in global heaps, which have no checksum; a damaged one makes HDF5 itself loop, or crash, now and then.
     """
-    heaps = [range(m.start(), m.start() + struct.unpack_from("<Q", contents, m.start() + 8)[0]) for m in HEAP.finditer(contents)]
+    heaps = [
+        range(m.start(), m.start() + struct.unpack_from("<Q", contents, m.start() + 8)[0])
+        for m in HEAP.finditer(contents)
+    ]
     for position in positions:
         if not any(position // 8 in heap for heap in heaps):
             contents[position // 8] ^= 1 << position % 8
@@ -178,7 +204,11 @@ class Watch:
             return
         if event in ("os.system", "subprocess.Popen", "os.exec", "os.fork", "socket.connect", "socket.getaddrinfo"):
             self.wrong.append(f"{event} {arguments!r}"[:200])
-        if event == "open" and isinstance(arguments[0], str) and not os.path.abspath(arguments[0]).startswith(self._allowed):
+        if (
+            event == "open"
+            and isinstance(arguments[0], str)
+            and not os.path.abspath(arguments[0]).startswith(self._allowed)
+        ):
             self.wrong.append(f"open {arguments[0]}")
         if event == "import" and arguments[0] in ("antigravity", "no"):
             self.wrong.append(f"import {arguments[0]}")
@@ -209,7 +239,11 @@ def main(seconds: float) -> None:
     sys.addaudithook(watch)
 
     @settings(
-        max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
     )
     @given(st.data())
     def one(data: st.DataObject) -> None:

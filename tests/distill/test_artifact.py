@@ -67,7 +67,16 @@ def test_usable_without_this_project(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "distilled.h5") as f:
         x, y, lr, momentum = (torch.tensor(f[name][()]) for name in ("x", "y", "lr", "momentum"))
         assert json.loads(f.attrs["architectures"]) == ["NonLinearNet"]
-        names = {"format_version", "revdistill_version", "torch_version", "dataset", "architectures", "steps", "epochs", "seed"}
+        names = {
+            "format_version",
+            "revdistill_version",
+            "torch_version",
+            "dataset",
+            "architectures",
+            "steps",
+            "epochs",
+            "seed",
+        }
         assert set(f.attrs) == names | {"normalization", "config", "evaluation"}
         assert f.attrs["steps"] * f.attrs["epochs"] == len(lr)
     net = torch.nn.Linear(2, 2)
@@ -235,7 +244,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 
 
 def test_adams_data_are_not_taken_for_sgds(tmp_path: Path) -> None:
-    """Another format version: a release that knows of no optimizer refuses it. And a fresh network is trained by Adam."""
+    """Another format version: a release that knows of no optimizer refuses it. And a fresh network is trained
+    by Adam.
+    """
     path = tmp_path / "distilled.h5"
     for optimizer, version in (("sgd", 1), ("adam", 2)):
         write(path, artifact(optimizer=optimizer))
@@ -267,7 +278,9 @@ def test_data_for_a_weight_decay_are_not_taken_for_others(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("optimizer", "weight_decay"), [("sgd", 0.0), ("sgd", 0.3), ("adam", 0.0), ("adam", 0.3)])
 def test_training_on_an_artifact_is_torch_optim(optimizer: str, weight_decay: float) -> None:
-    a = artifact(optimizer=optimizer, weight_decay=weight_decay, architectures=["LinearNet"], lr=np.full(8, 0.05, np.float32))
+    a = artifact(
+        optimizer=optimizer, weight_decay=weight_decay, architectures=["LinearNet"], lr=np.full(8, 0.05, np.float32)
+    )
     population = Population("LinearNet", 1, (2,), 2, torch.device("cpu"))
     net, found = build("LinearNet", (2,), 2), population.sample(SEED_OFFSET + a.seed)
     with torch.no_grad():

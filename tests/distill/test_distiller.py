@@ -20,7 +20,14 @@ from revdistill.distill.schedules import SCHEDULES, momentum_for, plan, strategy
 from revdistill.distill.starts import kmeans
 
 SMALL = Config(
-    dataset="moons", architectures=("NonLinearNet",), steps=6, epochs=2, per_class=3, outer_steps=12, batch_size=64, lr=0.1
+    dataset="moons",
+    architectures=("NonLinearNet",),
+    steps=6,
+    epochs=2,
+    per_class=3,
+    outer_steps=12,
+    batch_size=64,
+    lr=0.1,
 )
 
 
@@ -78,7 +85,9 @@ def test_distilled_for_the_training_that_the_artifact_says(optimizer: str) -> No
     """The parameters that the outer loss sees are those of torch.optim on the artifact, weight decay and all."""
     distiller = Distiller(replace(SMALL, optimizer=optimizer, weight_decay=0.3, lr=0.02), load("moons"))
     artifact, population = distiller.artifact(), distiller.populations[0]
-    ends = distiller._train(distiller.synthetic, population, population.sample(5), 0, distiller.config.inner_steps, lambda x: x)
+    ends = distiller._train(
+        distiller.synthetic, population, population.sample(5), 0, distiller.config.inner_steps, lambda x: x
+    )
     plain = population.sample(5)
     train_plainly(artifact, population, plain, artifact.lr.tolist(), artifact.momentum.tolist())
     for name, end in ends.items():
@@ -86,7 +95,9 @@ def test_distilled_for_the_training_that_the_artifact_says(optimizer: str) -> No
 
 
 def test_centroids_are_a_class_s_means() -> None:
-    """One cluster is the mean; n clusters of two tight groups find both; too few samples come again, equal ones are no error."""
+    """One cluster is the mean; n clusters of two tight groups find both; too few samples come again, equal ones are no
+    error.
+    """
     data = load("digits")
     x = kmeans(data, 1, 1, torch.Generator().manual_seed(0))
     assert x.shape == (1, 10, 1, 8, 8)
@@ -207,7 +218,9 @@ def test_evaluation_refuses_other_data() -> None:
 
 class _BatchNormNet(torch.nn.Sequential):
     def __init__(self, inputs: int, classes: int) -> None:
-        super().__init__(torch.nn.Linear(inputs, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2), torch.nn.Linear(8, classes))
+        super().__init__(
+            torch.nn.Linear(inputs, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2), torch.nn.Linear(8, classes)
+        )
 
 
 def own_network(input_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
@@ -253,7 +266,9 @@ def test_nothing_seeds_the_generators_of_every_gpu(monkeypatch: pytest.MonkeyPat
 
 
 def test_outer_steps_are_made_with_an_unrolls_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deterministic kernels, and on a GPU no TensorFloat-32, for the outer loss too: a run that is resumed has the same bits."""
+    """Deterministic kernels, and on a GPU no TensorFloat-32, for the outer loss too: a run that is resumed has the same
+    bits.
+    """
     seen = []
     evaluated = Population.mean_loss
 

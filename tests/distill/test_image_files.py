@@ -53,7 +53,8 @@ def write_cifar10(folder: Path) -> Path:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
-    ("name", "below"), [("mnist", "."), ("mnist", "mnist"), ("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw")]
+    ("name", "below"),
+    [("mnist", "."), ("mnist", "mnist"), ("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw")],
 )
 def test_idx_files(tmp_path: Path, name: str, below: str, packed: bool) -> None:
     write_mnist(tmp_path / below, packed=packed)
@@ -105,8 +106,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
         _replace(idx(LABELS["train"]) + b"\0" * 99),
         "magic number is 2049.* has 2051",
     ),
-    "another type": ("train-labels-idx1-ubyte", _replace(b"\0\0\x0d\x01" + b"\0" * 99), "magic number is 3329.* has 2049"),
-    "values missing": ("train-images-idx3-ubyte", _replace(idx(IMAGES["train"])[:-1]), "ends after 156799 of the 156800 bytes"),
+    "another type": (
+        "train-labels-idx1-ubyte",
+        _replace(b"\0\0\x0d\x01" + b"\0" * 99),
+        "magic number is 3329.* has 2049",
+    ),
+    "values missing": (
+        "train-images-idx3-ubyte",
+        _replace(idx(IMAGES["train"])[:-1]),
+        "ends after 156799 of the 156800 bytes",
+    ),
     "values to spare": ("train-images-idx3-ubyte", _replace(idx(IMAGES["train"]) + b"!"), "goes on after its array"),
     "a huge shape": ("train-images-idx3-ubyte", _replace(LARGE), "accepted are 1 to"),
     "no images": ("train-images-idx3-ubyte", _replace(idx(IMAGES["train"][:0])), "accepted are 1 to"),
@@ -131,7 +140,9 @@ def test_a_damaged_idx_file_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_missing_files_are_named_with_where_they_were_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(rd.ArtifactError, match=r"no train-images-idx3-ubyte\.gz or .* in .*/mnist, .*/MNIST/raw.*--data-dir"):
+    with pytest.raises(
+        rd.ArtifactError, match=r"no train-images-idx3-ubyte\.gz or .* in .*/mnist, .*/MNIST/raw.*--data-dir"
+    ):
         load("mnist", tmp_path)
     (write_mnist(tmp_path / "mnist") / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(rd.ArtifactError, match=r"mnist: has 3 of the 4 files of mnist, but no t10k-labels-idx1-ubyte"):
@@ -142,7 +153,11 @@ def test_missing_files_are_named_with_where_they_were_looked_for(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [(b"", "has 0 bytes"), (b"\0" * 3072, "3072 bytes; .* 3073 for each"), (b"\x0b" + b"\0" * 3072, "label 11 at position 0")],
+    [
+        (b"", "has 0 bytes"),
+        (b"\0" * 3072, "3072 bytes; .* 3073 for each"),
+        (b"\x0b" + b"\0" * 3072, "label 11 at position 0"),
+    ],
 )
 def test_a_damaged_cifar_file_is_named(tmp_path: Path, values: bytes, message: str) -> None:
     path = write_cifar10(tmp_path) / "data_batch_3.bin"
@@ -158,7 +173,9 @@ def test_an_unreadable_file_is_an_error_of_the_file(tmp_path: Path) -> None:
         read_idx(tmp_path / "absent", 1)
 
 
-@pytest.mark.skipif("REVDISTILL_DATA_DIR" not in os.environ, reason="REVDISTILL_DATA_DIR does not say where MNIST's files are")
+@pytest.mark.skipif(
+    "REVDISTILL_DATA_DIR" not in os.environ, reason="REVDISTILL_DATA_DIR does not say where MNIST's files are"
+)
 def test_the_real_mnist() -> None:
     data = load("mnist", os.environ["REVDISTILL_DATA_DIR"])
     assert len(data.x) + len(data.x_validation) == 60_000

@@ -45,7 +45,9 @@ def distilled(
     monkeypatch.setattr(distiller, "check_device", lambda name: where)
     run = Distiller(Config(**(SMALL.to_dict() | {"architectures": ("MLP",)} | changes)), load("digits"))
     assert run.step().diverged is None
-    first = {name: standin.take(leaf.grad).clone() for name, leaf in run.synthetic.leaves.items() if leaf.grad is not None}
+    first = {
+        name: standin.take(leaf.grad).clone() for name, leaf in run.synthetic.leaves.items() if leaf.grad is not None
+    }
     for _ in range(2):
         assert run.step().diverged is None
     return first, run.artifact(), run.validation_accuracy()
@@ -66,5 +68,7 @@ def test_distilling_is_as_on_the_cpu(counts: standin.Counts, monkeypatch: pytest
 
 def test_evaluation_is_as_on_the_cpu(counts: standin.Counts, monkeypatch: pytest.MonkeyPatch) -> None:
     _, artifact, _ = distilled(torch.device("cpu"), {}, monkeypatch)
-    here, there = (evaluate(artifact, load("digits"), "MLP", restarts=2, device=where) for where in ("cpu", str(standin.device())))
+    here, there = (
+        evaluate(artifact, load("digits"), "MLP", restarts=2, device=where) for where in ("cpu", str(standin.device()))
+    )
     assert here.accuracies == pytest.approx(there.accuracies, abs=0.01)

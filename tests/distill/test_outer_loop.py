@@ -16,7 +16,14 @@ from revdistill.distill.presets import PRESETS
 from revdistill.engine.gradient import graph_nodes
 
 SMALL = Config(
-    dataset="moons", architectures=("NonLinearNet",), steps=5, epochs=4, per_class=2, outer_steps=10, batch_size=64, lr=0.1
+    dataset="moons",
+    architectures=("NonLinearNet",),
+    steps=5,
+    epochs=4,
+    per_class=2,
+    outer_steps=10,
+    batch_size=64,
+    lr=0.1,
 )
 MOONS, DIGITS = load("moons"), load("digits")
 
@@ -115,8 +122,12 @@ def test_augmentations_are_siamese_and_differentiable(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["crop", "scale", "rotate"])
 @pytest.mark.parametrize("shape", [(2, 3, 9, 14), (5, 1, 8, 8), (1, 2, 1, 6)])
-def test_shifts_scales_and_turns_sample_as_torch_does(monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]) -> None:
-    """As grid_sample, images and gradients; but by operators whose derivatives have one order on a GPU, where its have none."""
+def test_shifts_scales_and_turns_sample_as_torch_does(
+    monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]
+) -> None:
+    """As grid_sample, images and gradients; but by operators whose derivatives have one order on a GPU, where its have
+    none.
+    """
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(shape, dtype=torch.float64, generator=draw).requires_grad_()
     weights = torch.randn(shape, dtype=torch.float64, generator=draw)
@@ -148,7 +159,10 @@ def test_augmentations_do_what_they_say() -> None:
     flat = torch.full((1, 3, 12, 12), 0.7)
     for name in ("crop", "scale", "rotate"):  # nothing comes in from outside but the border
         assert torch.allclose(augment.draw([name], torch.Generator().manual_seed(1))(flat), flat)
-    names = {tuple(augment.AUGMENTATIONS)[int(torch.randint(6, (), generator=torch.Generator().manual_seed(s)))] for s in range(60)}
+    names = {
+        tuple(augment.AUGMENTATIONS)[int(torch.randint(6, (), generator=torch.Generator().manual_seed(s)))]
+        for s in range(60)
+    }
     assert names == set(augment.AUGMENTATIONS)
 
 

@@ -20,7 +20,9 @@ from revdistill.distill.distiller import Distiller
 from revdistill.distill.plots import draw_all, images
 from revdistill.distill.run import Run
 
-SMALL = Config(dataset="moons", architectures=("NonLinearNet",), steps=4, epochs=2, outer_steps=8, batch_size=64, learn_labels=True)
+SMALL = Config(
+    dataset="moons", architectures=("NonLinearNet",), steps=4, epochs=2, outer_steps=8, batch_size=64, learn_labels=True
+)
 
 
 def run(directory: Path, config: Config = SMALL, **kwargs: Any) -> Run:
@@ -43,11 +45,16 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
     ("stop", "config"),
     [
         *((stop, SMALL) for stop in (1, 3, 7)),
-        *((stop, replace(SMALL, average=0.5, outer_lr_rates=0.01, outer_beta1=0.9, grow=0.5, window=3)) for stop in (2, 6)),
+        *(
+            (stop, replace(SMALL, average=0.5, outer_lr_rates=0.01, outer_beta1=0.9, grow=0.5, window=3))
+            for stop in (2, 6)
+        ),
         (3, replace(SMALL, dataset="digits", architectures=("MLP",), augment=("crop", "rotate"), average=1.0)),
     ],
 )
-def test_resuming_gives_the_same_bits(stop: int, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_gives_the_same_bits(
+    stop: int, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = run(tmp_path / "whole", config).distil()
     step = Distiller.step
 
@@ -131,7 +138,9 @@ def test_columns_are_named_by_their_class(learn_labels: bool) -> None:
 
 
 def test_the_log_is_json_where_numbers_are_not(tmp_path: Path) -> None:
-    Log(tmp_path / METRICS).append({"step": 3, "loss": math.nan, "hypergradient_norm": math.inf, "seconds": 1.5, "diverged": "why"})
+    Log(tmp_path / METRICS).append(
+        {"step": 3, "loss": math.nan, "hypergradient_norm": math.inf, "seconds": 1.5, "diverged": "why"}
+    )
     assert "NaN" not in (tmp_path / METRICS).read_text()
     (line,) = read_metrics(tmp_path / METRICS)
     assert line == {"step": 3, "loss": None, "hypergradient_norm": None, "seconds": 1.5, "diverged": "why"}

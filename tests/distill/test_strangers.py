@@ -1,4 +1,5 @@
-"""Results from strangers, as `revdistill show` and `evaluate` meet them: nothing runs, nothing else is read, memory stays bounded.
+"""Results from strangers, as `revdistill show` and `evaluate` meet them: nothing runs, nothing else is read, memory
+stays bounded.
 
 What a single file may do to the reader is in test_artifact.
 """
@@ -27,7 +28,11 @@ HERE = Path(__file__).resolve().parents[2]
 
 def fuzzed(seconds: int) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.distill.fuzz", str(seconds)], cwd=HERE, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.distill.fuzz", str(seconds)],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -58,7 +63,10 @@ def test_a_result_does_not_say_which_file_is_read(tmp_path: Path, capsys: pytest
 
 
 def test_texts_do_not_reach_the_terminal_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "distilled.h5", replace(artifact(images=True), dataset="\x1b[2Jdigits", architectures=["\x1b]0;owned\x07"]))
+    write(
+        tmp_path / "distilled.h5",
+        replace(artifact(images=True), dataset="\x1b[2Jdigits", architectures=["\x1b]0;owned\x07"]),
+    )
     assert command.run(["show", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "?[2Jdigits" in out

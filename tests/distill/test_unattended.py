@@ -75,7 +75,8 @@ def file_size_limit(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-# --- a full disk ----------------------------------------------------------------------------------------------------------------
+# --- a full disk
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_disk_that_is_full_for_a_while(
@@ -108,7 +109,9 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, whole: Artifact, monkeyp
     monkeypatch.setattr(checkpoints, "save", saving)
     with (
         at_step(monkeypatch, {5: lambda: broken.append(True)}),
-        pytest.raises(NotSavedError, match=r"took no checkpoint of outer step 12; it is .*checkpoint.h5.*resume") as caught,
+        pytest.raises(
+            NotSavedError, match=r"took no checkpoint of outer step 12; it is .*checkpoint.h5.*resume"
+        ) as caught,
     ):
         run(tmp_path / "run").distil(progress=False)
     (rescued,) = elsewhere.iterdir()
@@ -143,11 +146,24 @@ def test_a_disk_that_is_full_while_pictures_or_the_result_are_written(tmp_path: 
 
 
 def mounted(folder: Path, size: str) -> bool:
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     return done.returncode == 0
 
 
-TRAIN = [sys.executable, "-m", "revdistill.cli", "train", "--dataset", "moons", "--arch", "NonLinearNet", "--steps", "4"]
+TRAIN = [
+    sys.executable,
+    "-m",
+    "revdistill.cli",
+    "train",
+    "--dataset",
+    "moons",
+    "--arch",
+    "NonLinearNet",
+    "--steps",
+    "4",
+]
 TRAIN += ["--epochs", "2", "--outer-steps", "12", "--batch-size", "64", "--save-every", "0"]
 
 
@@ -168,7 +184,10 @@ def test_the_command_on_a_disk_that_is_full(tmp_path: Path) -> None:
         (disk / "more").write_bytes(bytes(disk_free(disk)))  # now really full
         full = subprocess.run([*TRAIN, "--out", str(disk / "other")], capture_output=True, text=True, check=False)
         assert full.returncode == 1
-        assert full.stderr.splitlines() == ["revdistill: [Errno 28] No space left on device"] or "No space left" in full.stderr
+        assert (
+            full.stderr.splitlines() == ["revdistill: [Errno 28] No space left on device"]
+            or "No space left" in full.stderr
+        )
         assert full.stderr.count("\n") == 1
         saved = read_config(disk / "run" / "checkpoint.h5")
         assert saved.outer_steps == 12
@@ -181,10 +200,13 @@ def disk_free(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-# --- the directory --------------------------------------------------------------------------------------------------------------
+# --- the directory
+# --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_directory_removed_while_running_is_made_again(tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_removed_while_running_is_made_again(
+    tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = tmp_path / "run"
     with at_step(monkeypatch, {5: lambda: shutil.rmtree(directory)}):
         result = run(directory).distil(progress=False)
@@ -210,7 +232,9 @@ def test_a_directory_replaced_by_a_file(tmp_path: Path, whole: Artifact, monkeyp
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="plays a user without permission, which only root can")
-def test_a_directory_made_read_only_while_running(tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_made_read_only_while_running(
+    tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nobody = 65534
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
@@ -248,7 +272,9 @@ def test_a_second_run_is_refused_and_names_the_first(tmp_path: Path, monkeypatch
     assert refused == [f"{tmp_path / 'run'} is in use by another run (process {os.getpid()})"]
 
 
-def test_a_run_that_moved_in_meanwhile_is_left_alone(tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_moved_in_meanwhile_is_left_alone(
+    tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The directory is removed, and another run starts in it before ours saves again."""
     directory, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -288,7 +314,8 @@ def test_a_lock_removed_between_opening_and_locking(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
-# --- time, versions, signals ----------------------------------------------------------------------------------------------------
+# --- time, versions, signals
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_a_clock_that_goes_backwards(tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +351,9 @@ def test_a_checkpoint_of_another_version(
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_signals_to_stop_are_saved_before(name: str, tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signals_to_stop_are_saved_before(
+    name: str, tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     signum = getattr(signal, name)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     slow = Run(tmp_path / "run", Distiller(SMALL, load("moons")), save_every=3600)
@@ -374,8 +403,8 @@ KILLS = 200
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_two_hundred_times(tmp_path: Path, whole: Artifact) -> None:
-    """kill -9 at random moments, a checkpoint after every step: each time the saved step has not gone back, and each run ends in
-    the uninterrupted run's bits."""
+    """kill -9 at random moments, a checkpoint after every step: each time the saved step has not gone back, and each
+    run ends in the uninterrupted run's bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
     config = replace(SMALL, outer_steps=200)

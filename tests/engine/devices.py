@@ -63,7 +63,9 @@ def least_quartics(dtype: torch.dtype, on_device: bool, numel: int = 3) -> Case:
 
 @dataclass
 class Outcome:
-    """What an unroll left, on the CPU, wherever it ran. words: every bit that was spilled; None where nothing is walked back."""
+    """What an unroll left, on the CPU, wherever it ran. words: every bit that was spilled; None where nothing is walked
+    back.
+    """
 
     theta: list[Tensor]
     fingerprints: Tensor
@@ -92,12 +94,15 @@ def outcome(case: Case, optimizer: Any, leaves: dict[str, Tensor], runs: list[An
     found = torch.autograd.grad(total(theta), list(leaves.values()), allow_unused=True)
     gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), found, strict=True)]
     return Outcome(
-        [standin.take(p) for p in theta.values()], fingerprints, words, dict(zip(leaves, map(standin.take, gradients), strict=True))
+        [standin.take(p) for p in theta.values()],
+        fingerprints,
+        words,
+        dict(zip(leaves, map(standin.take, gradients), strict=True)),
     )
 
 
-# Bars add up in another order where the CPU takes several numbers at once: the last bits of a hypergradient. Backprop trains
-# in floats, whose own last bits a training makes more of.
+# Bars add up in another order where the CPU takes several numbers at once: the last bits of a hypergradient. Backprop
+# trains in floats, whose own last bits a training makes more of.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6}
 IN_FLOATS = {torch.float64: 1e-11, torch.float32: 1e-3}
 
@@ -112,11 +117,15 @@ def assert_same(here: Outcome, there: Outcome, dtype: torch.dtype) -> None:
         torch.testing.assert_close(mine, theirs, rtol=tolerance if in_floats else 0, atol=tolerance if in_floats else 0)
     for name, expected in here.gradients.items():
         error = float((there.gradients[name] - expected).norm())
-        assert error <= tolerance * float(expected.norm()), f"{name} differs by {error:.1e} of {float(expected.norm()):.1e}"
+        assert error <= tolerance * float(expected.norm()), (
+            f"{name} differs by {error:.1e} of {float(expected.norm()):.1e}"
+        )
 
 
 def go_back(run: Any) -> None:
-    """The way back of an unroll, by itself: torch ends the process where a Python device's own thread of autograd raises."""
+    """The way back of an unroll, by itself: torch ends the process where a Python device's own thread of autograd
+    raises.
+    """
     theta = run.recording.theta
     with torch.no_grad(), run.problem.ambient.passage():
         run.recording.backward(Sweep(run.problem, torch.ones_like(theta)))

@@ -68,7 +68,12 @@ def silu_mlp() -> Case:
 
 def group_norm_convnet() -> Case:
     net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.Softplus(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 3),
     )
     return _classifier(net, 2, 4, 4)
 
@@ -175,8 +180,18 @@ def _groups(case: Case) -> dict[str, Any]:
 SGD_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "plain": lambda case: {"lr": _schedule(0.05, 0.2), "momentum": _tensor(0.9)},
     "no momentum": lambda case: {"lr": _schedule(0.05, 0.2), "momentum": 0.0, "dampening": 0.3},
-    "nesterov": lambda case: {"lr": _tensor(0.1), "momentum": _schedule(0.5, 0.9), "nesterov": True, "weight_decay": _tensor(0.01)},
-    "weight decay": lambda case: {"lr": _tensor(0.1), "momentum": 0.8, "dampening": 0.1, "weight_decay": _schedule(0.0, 0.1)},
+    "nesterov": lambda case: {
+        "lr": _tensor(0.1),
+        "momentum": _schedule(0.5, 0.9),
+        "nesterov": True,
+        "weight_decay": _tensor(0.01),
+    },
+    "weight decay": lambda case: {
+        "lr": _tensor(0.1),
+        "momentum": 0.8,
+        "dampening": 0.1,
+        "weight_decay": _schedule(0.0, 0.1),
+    },
     "schedules": lambda case: {
         "lr": _schedule(0.2, 0.0),
         "momentum": torch.tensor([0.9, 0.5, 0.0, 1.0] * 3, dtype=torch.float64, requires_grad=True),
@@ -196,8 +211,8 @@ def _adam_groups(case: Case) -> dict[str, Any]:
     }
 
 
-# eps of 1e-3 and more: where a parameter has no effect (a bias before BatchNorm) its gradient is rounding noise, which a
-# smaller eps turns into steps. test_adam has the usual eps.
+# eps of 1e-3 and more: where a parameter has no effect (a bias before BatchNorm) its gradient is rounding noise, which
+# a smaller eps turns into steps. test_adam has the usual eps.
 ADAM_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "adam": lambda case: {"lr": _schedule(0.01, 0.05), "betas": (_tensor(0.9), _tensor(0.999)), "eps": _tensor(1e-3)},
     "adam penalty": lambda case: {

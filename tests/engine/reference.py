@@ -32,7 +32,9 @@ def gradients_of(case: Case, theta: dict[str, Tensor], k: int, seeds: Any) -> di
         return dict(zip(theta, torch.autograd.grad(loss, list(theta.values()), create_graph=True), strict=True))
 
 
-def train(case: Case, settings: dict[str, Any], steps: int, seeds: Any, *, decoupled: bool = False) -> dict[str, Tensor]:
+def train(
+    case: Case, settings: dict[str, Any], steps: int, seeds: Any, *, decoupled: bool = False
+) -> dict[str, Tensor]:
     """theta_T by SGD; by Adam where there is an eps, or by AdamW where that is decoupled."""
     if "eps" in settings:
         return train_by_adam(case, settings, steps, seeds, decoupled)

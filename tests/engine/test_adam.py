@@ -1,5 +1,5 @@
-"""Adam and AdamW in reverse: torch's steps, exact hypergradients at the usual eps, ranges, bits. The contract of the adjoints
-has them too (test_adjoints)."""
+"""Adam and AdamW in reverse: torch's steps, exact hypergradients at the usual eps, ranges, bits. The contract of the
+adjoints has them too (test_adjoints)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ from tests.engine.small import CE, data, mlp, total
 from tests.engine.test_adjoints import gradients as gradients_of
 from tests.engine.test_adjoints import make, seed_like_the_engine, worst_error
 
-ADJOINTS: list[Any] = [rd.Reversible(), rd.Reversible(graph_bytes=2**20), rd.Checkpoint(), rd.Checkpoint(every=4), rd.StoreAll()]
-# Here no parameter is without effect: with this eps, the gradient of one that is would be noise that Adam turns into steps.
+ADJOINTS: list[Any] = [
+    rd.Reversible(),
+    rd.Reversible(graph_bytes=2**20),
+    rd.Checkpoint(),
+    rd.Checkpoint(every=4),
+    rd.StoreAll(),
+]
+# Here no parameter is without effect: with this eps, the gradient of one that is would be noise that Adam turns into
+# steps.
 LIVELY = [p for p in PROBLEMS if p not in ("batch_norm_mlp", "attention")]
 
 
@@ -35,7 +42,9 @@ def test_the_usual_eps(problem: str, adjoint: Any) -> None:
     settings = {"lr": tensors[0], "betas": (tensors[1], tensors[2]), "eps": tensors[3]}
     leaves |= dict(zip(("lr", "beta1", "beta2", "eps"), tensors, strict=True))
     optimizer = rd.Adam(**settings)
-    theta = rd.unroll(case.loss, case.params, case.batches, optimizer, steps=STEPS, hyper=case.hyper, adjoint=adjoint, seed=11)
+    theta = rd.unroll(
+        case.loss, case.params, case.batches, optimizer, steps=STEPS, hyper=case.hyper, adjoint=adjoint, seed=11
+    )
     expected = gradients_of(train(case, settings, STEPS, seed_like_the_engine), leaves)
     assert worst_error(gradients_of(theta, leaves), expected) <= 1e-8
 
@@ -62,7 +71,13 @@ def test_gradients_of_any_size(kind: Any, scale: float) -> None:
 @pytest.mark.parametrize("kind", ["Adam", "AdamW"])
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"weight_decay": 0.1}, {"betas": (0.5, 0.9), "eps": 1e-4}, {"betas": (0.0, 0.99)}, {"amsgrad": True, "betas": (0.9, 0.8)}],
+    [
+        {},
+        {"weight_decay": 0.1},
+        {"betas": (0.5, 0.9), "eps": 1e-4},
+        {"betas": (0.0, 0.99)},
+        {"amsgrad": True, "betas": (0.9, 0.8)},
+    ],
 )
 def test_torch_optim_takes_the_same_steps(kind: str, extra: dict[str, Any]) -> None:
     case, _, _ = make("tanh_mlp", "plain")
@@ -180,7 +195,11 @@ def test_window_and_save_at() -> None:
         (lambda: rd.AdamW(2.0, weight_decay=0.6), ValueError, r"lr \* weight_decay must be at most 1"),
         (lambda: rd.Adam(0.1, amsgrad=1), TypeError, "amsgrad must be a bool"),
         (lambda: rd.Adam(math.nan), ValueError, "lr must be finite"),
-        (lambda: rd.Adam(0.1, betas=(torch.full((3,), 0.9), 0.99)), ValueError, r"betas\[0\] has shape \[3\]; with steps=5"),
+        (
+            lambda: rd.Adam(0.1, betas=(torch.full((3,), 0.9), 0.99)),
+            ValueError,
+            r"betas\[0\] has shape \[3\]; with steps=5",
+        ),
     ],
 )
 def test_wrong_arguments(optimizer: Any, error: type[Exception], message: str) -> None:

@@ -20,7 +20,8 @@ from tests.engine.problems import ADAMW_SETTINGS, PROBLEMS, SETTINGS, STEPS, Cas
 from tests.engine.reference import train
 
 SEED = 11
-# Fixed point resolves 2^-48 and momentum 0.9 over 12 steps amplifies little: what is left is the adjoint's own rounding.
+# Fixed point resolves 2^-48 and momentum 0.9 over 12 steps amplifies little: what is left is the adjoint's own
+# rounding.
 TOLERANCE = 1e-9
 
 
@@ -77,7 +78,14 @@ class AdjointContract:
         def unroll() -> dict[str, Tensor]:
             optimizer = optimizer_of(setting, settings)
             return rd.unroll(
-                case.loss, case.params, case.batches, optimizer, steps=STEPS, hyper=case.hyper, adjoint=self.adjoint, seed=SEED
+                case.loss,
+                case.params,
+                case.batches,
+                optimizer,
+                steps=STEPS,
+                hyper=case.hyper,
+                adjoint=self.adjoint,
+                seed=SEED,
             )
 
         if setting in self.refuses:
@@ -140,7 +148,9 @@ class AdjointContract:
         leaves = {name: t for name, t in leaves.items() if name.startswith("params")}
 
         def run(batches: Any) -> dict[str, Tensor]:
-            return gradients(rd.unroll(case.loss, case.params, batches, rd.SGD(0.1), steps=7, adjoint=self.adjoint), leaves)
+            return gradients(
+                rd.unroll(case.loss, case.params, batches, rd.SGD(0.1), steps=7, adjoint=self.adjoint), leaves
+            )
 
         table = tuple(t.detach() for t in case.batches)
         expected = run(table)
@@ -157,7 +167,9 @@ class AdjointContract:
             return torch.cat([g.flatten() for g in gradients(theta, params).values()]).double()
 
         low, high = run(torch.float32), run(torch.float64)
-        assert float((low - high).norm() / high.norm()) < 1e-5  # a smooth loss: float32's 6e-8 grows a little over 20 steps
+        assert (
+            float((low - high).norm() / high.norm()) < 1e-5
+        )  # a smooth loss: float32's 6e-8 grows a little over 20 steps
 
     @pytest.mark.parametrize("steps", [0, 1, 2, 3])
     def test_few_steps(self, steps: int) -> None:
@@ -209,10 +221,14 @@ def test_fixed_point_adjoints_agree_to_the_last_bit_on_theta(setting: str) -> No
     ends = []
     for adjoint in FIXED:
         case, settings, _ = make("tanh_mlp", setting)
-        theta = rd.unroll(case.loss, case.params, case.batches, optimizer_of(setting, settings), steps=STEPS, adjoint=adjoint)
+        theta = rd.unroll(
+            case.loss, case.params, case.batches, optimizer_of(setting, settings), steps=STEPS, adjoint=adjoint
+        )
         ends.append(torch.cat([p.detach().flatten() for p in theta.values()]))
         with torch.no_grad():
-            theta = rd.unroll(case.loss, case.params, case.batches, optimizer_of(setting, settings), steps=STEPS, adjoint=adjoint)
+            theta = rd.unroll(
+                case.loss, case.params, case.batches, optimizer_of(setting, settings), steps=STEPS, adjoint=adjoint
+            )
         ends.append(torch.cat([p.flatten() for p in theta.values()]))
     assert all(torch.equal(end, ends[0]) for end in ends)
 
@@ -260,12 +276,20 @@ def test_finite_differences(adjoint: Any) -> None:
     ):
         shifted = [[t + sign * h * direction if i == j else t for j, t in enumerate(at)] for sign in (1, -1)]
         difference = float((end(*shifted[0]) - end(*shifted[1])).detach()) / (2 * h)
-        assert float((found[i] * direction).sum()) == pytest.approx(difference, rel=2e-4)  # h^2 times a third derivative
+        assert float((found[i] * direction).sum()) == pytest.approx(
+            difference, rel=2e-4
+        )  # h^2 times a third derivative
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.5])
 def test_torch_optim_sgd_takes_the_same_steps(momentum: float) -> None:
-    for extra in ({}, {"dampening": 0.3}, {"weight_decay": 0.05}, {"nesterov": True}, {"dampening": 0.3, "weight_decay": 0.1}):
+    for extra in (
+        {},
+        {"dampening": 0.3},
+        {"weight_decay": 0.05},
+        {"nesterov": True},
+        {"dampening": 0.3, "weight_decay": 0.1},
+    ):
         case, _, _ = make("tanh_mlp", "plain")
         mu = round(momentum * 65536) / 65536
         mine = rd.unroll(case.loss, case.params, case.batches, rd.SGD(0.1, momentum, **extra), steps=STEPS)

@@ -63,7 +63,9 @@ def everything() -> dict[str, Any]:
         "matmul": backends.cuda.matmul,
         "cpu": getattr(backends.mkldnn, "matmul", None),
     }
-    found = {f"{name}.{key}": read(owner, key) for name, owner in owners.items() for key in ("fp32_precision", "allow_tf32")}
+    found = {
+        f"{name}.{key}": read(owner, key) for name, owner in owners.items() for key in ("fp32_precision", "allow_tf32")
+    }
     try:
         found["matmul precision"] = torch.get_float32_matmul_precision()
     except RuntimeError as error:
@@ -82,7 +84,9 @@ def check_setting(name: str) -> None:
     assert everything() == before
     assert inside["matmul.allow_tf32"] is inside["cudnn.allow_tf32"] is False
     assert inside["matmul precision"] == "highest"
-    precisions = {value for key, value in inside.items() if key.endswith("fp32_precision") and not key.startswith("all")}
+    precisions = {
+        value for key, value in inside.items() if key.endswith("fp32_precision") and not key.startswith("all")
+    }
     assert precisions <= {"ieee", AttributeError}
 
 
@@ -110,7 +114,9 @@ sys.exit(f"failed: {{failed}}" if failed else 0)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_tf32_is_off_can_be_read_and_is_put_back() -> None:
-    """Regression: inside a passage the old switches disagreed with the new ones, and torch's own code that reads them raised."""
+    """Regression: inside a passage the old switches disagreed with the new ones, and torch's own code that reads them
+    raised.
+    """
     code = _FORKS.format(
         before="from tests.engine.test_ambient import check_setting", names=list(SETTINGS), check="check_setting(name)"
     )
@@ -173,16 +179,21 @@ def test_the_workspace_of_cublas_is_set_by_the_import_and_stays() -> None:
 
 _CUBLAS_SAYS = (
     "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
-    "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS and you have "
-    "CUDA >= 10.2. To enable deterministic behavior in this case, you must set an environment variable before running your PyTorch "
+    "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS "
+    "and you have "
+    "CUDA >= 10.2. To enable deterministic behavior in this case, you must set an environment variable before "
+    "running your PyTorch "
     "application: CUBLAS_WORKSPACE_CONFIG=:4096:8 or CUBLAS_WORKSPACE_CONFIG=:16:8."
 )
 
 
 @pytest.mark.parametrize(
-    ("value", "cause"), [(":4096:8", "once, at the process's first matrix product on a GPU"), (":0:0", "and here it is ':0:0'")]
+    ("value", "cause"),
+    [(":4096:8", "once, at the process's first matrix product on a GPU"), (":0:0", "and here it is ':0:0'")],
 )
-def test_a_product_before_the_import_is_named_as_the_cause(monkeypatch: pytest.MonkeyPatch, value: str, cause: str) -> None:
+def test_a_product_before_the_import_is_named_as_the_cause(
+    monkeypatch: pytest.MonkeyPatch, value: str, cause: str
+) -> None:
     monkeypatch.setenv(ambient.CUBLAS_VARIABLE, value)
     _, params = rd.from_module(mlp(), CE)
 

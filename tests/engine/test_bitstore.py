@@ -109,7 +109,9 @@ def test_bits_stay_near_the_entropy_bound(momentum: float) -> None:
         v += torch.randint(-(2**44), 2**44, v.shape, generator=noise)
     ideal = math.log2(RADIX / n)
     kept = 8 * store.history.nbytes / (len(v) * steps)
-    print(f"momentum {momentum}: ideal {ideal:.4f} bits per parameter and step, kept {kept:.4f}, ratio {kept / ideal:.3f}")
+    print(
+        f"momentum {momentum}: ideal {ideal:.4f} bits per parameter and step, kept {kept:.4f}, ratio {kept / ideal:.3f}"
+    )
     assert kept <= 1.05 * ideal
     assert kept + 64 / steps >= 0.999 * ideal  # the head holds the rest: nothing can do with less
 
@@ -172,7 +174,9 @@ def test_the_digit_is_exact_where_float_division_is_tightest(n: int, head: int) 
     st.sampled_from([torch.float32, torch.float64, torch.int64]),
     st.booleans(),
 )
-def test_adds_by_loops_and_by_passes_have_the_same_bits(start: list[int], factor: float, dtype: torch.dtype, each: bool) -> None:
+def test_adds_by_loops_and_by_passes_have_the_same_bits(
+    start: list[int], factor: float, dtype: torch.dtype, each: bool
+) -> None:
     source = (torch.tensor(start) // 3).to(dtype)
     scale = torch.linspace(factor, 1.0, len(start), dtype=torch.float64) if each else factor
     for sign in (1, -1):
@@ -199,7 +203,12 @@ def test_histories_are_stacks(tmp_path: Path) -> None:
         torch.tensor([2**62, -1]),
         torch.zeros(0, dtype=torch.int32),
     ]
-    for history in (DeviceHistory(), HostHistory(CPU), FileHistory(tmp_path, CPU), open_history(tmp_path / "bits.bin", CPU)):
+    for history in (
+        DeviceHistory(),
+        HostHistory(CPU),
+        FileHistory(tmp_path, CPU),
+        open_history(tmp_path / "bits.bin", CPU),
+    ):
         for w in words:
             history.push(w.clone())
         assert history.nbytes == sum(w.nbytes for w in words)

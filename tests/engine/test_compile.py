@@ -32,7 +32,9 @@ def problem() -> tuple[Any, dict[str, Tensor], tuple[Tensor, Tensor]]:
     return loss, params, (torch.randn(4, 6, 5, requires_grad=True), torch.arange(24).reshape(4, 6) % 3)
 
 
-def hypergradient(loss: Any, params: dict[str, Tensor], batches: tuple[Tensor, ...], **kwargs: Any) -> tuple[Tensor, ...]:
+def hypergradient(
+    loss: Any, params: dict[str, Tensor], batches: tuple[Tensor, ...], **kwargs: Any
+) -> tuple[Tensor, ...]:
     lr = torch.full((20,), 0.1, requires_grad=True)
     theta = rd.unroll(loss, params, batches, rd.SGD(lr, 0.9), steps=20, **kwargs)
     outer = torch.stack([p.square().sum() for p in theta.values()]).sum()
@@ -168,12 +170,16 @@ def test_a_wrong_decay_is_dropped_where_slots_and_heads_are_still_zero(
 
 
 def test_the_compilers_advice_to_use_tf32_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor warns where TensorFloat-32 is off on a GPU that has it: an error, where a user makes errors of warnings."""
+    """Inductor warns where TensorFloat-32 is off on a GPU that has it: an error, where a user makes errors of
+    warnings.
+    """
     loss, params, batches = problem()
     eager = hypergradient(loss, params, batches)
 
     def advise(function: Any, *args: Any) -> Any:
-        warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled.", stacklevel=2)
+        warnings.warn(
+            "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled.", stacklevel=2
+        )
         return function(*args)
 
     first: set[int] = set()
@@ -193,7 +199,9 @@ def test_the_compilers_advice_to_use_tf32_drops_nothing(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()], ids=repr)
-def test_a_product_whose_gradient_has_other_bits_does_not_feed_the_reversal(monkeypatch: pytest.MonkeyPatch, adjoint: Any) -> None:
+def test_a_product_whose_gradient_has_other_bits_does_not_feed_the_reversal(
+    monkeypatch: pytest.MonkeyPatch, adjoint: Any
+) -> None:
     """As torch 2.13 does with an MLP: the same bits on the first use, and other bits at one step of a hundred."""
     loss, params, batches = problem()
     eager = hypergradient(loss, params, batches, adjoint=adjoint)
@@ -213,4 +221,6 @@ def test_a_product_whose_gradient_has_other_bits_does_not_feed_the_reversal(monk
     for mine, theirs in zip(found, eager, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
     again = 20 if isinstance(adjoint, rd.Checkpoint) else 0
-    assert len(separate) == 1 + 20 + again + 4  # the check, the steps forward, and only where the product's had other bits
+    assert (
+        len(separate) == 1 + 20 + again + 4
+    )  # the check, the steps forward, and only where the product's had other bits

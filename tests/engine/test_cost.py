@@ -42,7 +42,9 @@ def test_graphs_that_fit_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch
     batches, lr = data(5), torch.full((10,), 0.1, requires_grad=True)
 
     def hypergradient(**kwargs: Any) -> tuple[Tensor, ...]:
-        theta = rd.unroll(loss, params, batches, rd.SGD(lr, 0.9, weight_decay=1e-3), steps=10, adjoint=rd.Reversible(**kwargs))
+        theta = rd.unroll(
+            loss, params, batches, rd.SGD(lr, 0.9, weight_decay=1e-3), steps=10, adjoint=rd.Reversible(**kwargs)
+        )
         return torch.autograd.grad(total(theta), [batches[0], lr, *params.values()])
 
     plain = hypergradient()
@@ -74,7 +76,9 @@ def test_nothing_is_kept_alive() -> None:
         return value
 
     gc.collect()
-    before = {id(o) for o in gc.get_objects() if type(o) in (Trajectory, Linearization)}  # of caught errors in other tests
+    before = {
+        id(o) for o in gc.get_objects() if type(o) in (Trajectory, Linearization)
+    }  # of caught errors in other tests
     theta = rd.unroll(watched, params, data(5), rd.SGD(0.1), steps=30)
     total(theta).backward()
     del theta
@@ -102,13 +106,17 @@ print(peak() - before)
 
 
 def peak(steps: int, adjoint: str) -> int:
-    found = subprocess.run([sys.executable, "-c", _PEAK, str(steps), adjoint], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(steps), adjoint], capture_output=True, text=True, check=True
+    )
     return int(found.stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_flat_in_the_number_of_steps() -> None:
-    """Each in a fresh process. 33,310 parameters: 400 steps more may cost two spilled words and what the allocator rounds up."""
+    """Each in a fresh process. 33,310 parameters: 400 steps more may cost two spilled words and what the allocator
+    rounds up.
+    """
     flat = peak(500, "rd.Reversible()") - peak(100, "rd.Reversible()")
     growing = peak(500, "rd.StoreAll()") - peak(100, "rd.StoreAll()")
     assert flat < 4 * 2**20

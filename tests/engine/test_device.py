@@ -33,11 +33,17 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("scaling", "rates"),
-    [(COARSE, [1, 2, 49, 58982, 65515, 65535]), (FINE, [1, 49, 2**29 + 1, 2**30 - 1]), (WIDE, [1, 49, 966367642, 2**30 - 1])],
+    [
+        (COARSE, [1, 2, 49, 58982, 65515, 65535]),
+        (FINE, [1, 49, 2**29 + 1, 2**30 - 1]),
+        (WIDE, [1, 49, 966367642, 2**30 - 1]),
+    ],
     ids=["coarse", "fine", "wide"],
 )
 def test_decays_have_the_cpus_bits(counts: standin.Counts, scaling: Any, rates: list[int]) -> None:
-    """Regression: heads were divided by a number of the host, which CUDA multiplies by the number's rounded reciprocal."""
+    """Regression: heads were divided by a number of the host, which CUDA multiplies by the number's rounded
+    reciprocal.
+    """
     numel = 20_000
     draw = torch.Generator().manual_seed(0)
     for n in rates:
@@ -111,7 +117,9 @@ ALONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("setting", "adjoint"), COMBINATIONS)
-def test_unrolls_are_the_cpus(counts: standin.Counts, runs: list[Any], tmp_path: Path, setting: str, adjoint: str) -> None:
+def test_unrolls_are_the_cpus(
+    counts: standin.Counts, runs: list[Any], tmp_path: Path, setting: str, adjoint: str
+) -> None:
     """Each optimizer with each adjoint, the rest in turns; test_every_combination_is_the_cpus has the whole product."""
     turn = COMBINATIONS.index((setting, adjoint))
     dtype, along = list(DTYPES.values())[turn % 2], list(ALONG.values())[turn // 2 % 4]
@@ -124,7 +132,14 @@ def test_unrolls_are_the_cpus(counts: standin.Counts, runs: list[Any], tmp_path:
 @pytest.mark.parametrize("along", ALONG)
 @pytest.mark.parametrize(("setting", "adjoint"), COMBINATIONS)
 def test_every_combination_is_the_cpus(
-    counts: standin.Counts, runs: list[Any], tmp_path: Path, setting: str, adjoint: str, along: str, dtype: str, problem: Any
+    counts: standin.Counts,
+    runs: list[Any],
+    tmp_path: Path,
+    setting: str,
+    adjoint: str,
+    along: str,
+    dtype: str,
+    problem: Any,
 ) -> None:
     compare(problem, setting, DTYPES[dtype], runs, adjoint=ADJOINTS[adjoint](tmp_path), **ALONG[along])
 
@@ -164,7 +179,9 @@ def test_many_steps_with_spills(
         found.append(outcome(case, optimizer, {}, runs, steps=steps, adjoint=rd.Reversible(history=history)))
     assert_same(*found, dtype)
     assert found[0].words is not None
-    assert len(found[0].words) * 8 > 0.9 * 0.152 * 3 * steps - 3 * 52  # the bits of momentum 0.9, less what is still in the heads
+    assert (
+        len(found[0].words) * 8 > 0.9 * 0.152 * 3 * steps - 3 * 52
+    )  # the bits of momentum 0.9, less what is still in the heads
 
 
 @pytest.mark.parametrize("optimizer", [rd.SGD(1e-3, 0.9), rd.Adam(1e-3), rd.AdamW(1e-3)], ids=["sgd", "adam", "adamw"])
@@ -199,7 +216,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dropout": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.4), nn.Tanh(), nn.Linear(6, 3)), (4,)),
     "batch norm": (lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.SiLU(), nn.Linear(6, 3)), (4,)),
     "convolutions": (
-        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)),
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+        ),
         (2, 6, 6),
     ),
     "attention": (Embedded, (4,)),  # a mean over 4: the stand-in divides by it exactly too
@@ -212,7 +231,9 @@ def test_networks_train_as_on_the_cpu(counts: standin.Counts, runs: list[Any], n
     found = []
     for on_device in (False, True):
         torch.manual_seed(2)
-        found.append(outcome(classifier(network(), torch.float64, on_device, *shape), rd.SGD(0.1, 0.5), {}, runs, steps=40))
+        found.append(
+            outcome(classifier(network(), torch.float64, on_device, *shape), rd.SGD(0.1, 0.5), {}, runs, steps=40)
+        )
     assert_same(*found, torch.float64)
 
 
@@ -239,7 +260,9 @@ def test_what_is_not_finite_is_named_with_its_own_step(counts: standin.Counts, a
     assert caught.value.parameter == "2.bias"
 
 
-def test_a_hypergradient_that_stops_being_finite_is_named_with_its_own_parameter(counts: standin.Counts, runs: list[Any]) -> None:
+def test_a_hypergradient_that_stops_being_finite_is_named_with_its_own_parameter(
+    counts: standin.Counts, runs: list[Any]
+) -> None:
     """By the time that the device is looked at, what became NaN at step 20 has spoilt the parameters before it."""
     w, u = (standin.put(torch.ones(2, dtype=torch.float64).requires_grad_()) for _ in range(2))
     shift = torch.ones(40, dtype=torch.float64)
@@ -270,4 +293,6 @@ def test_a_loss_with_a_tensor_of_the_cpu_says_so(counts: standin.Counts) -> None
     """The stand-in is as strict as CUDA."""
     case, here = mlp(torch.float32, True), torch.ones(3)
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
-        rd.unroll(lambda p, b: CE(p["2.bias"].expand(6, 3) + here, b[1]), case.params, case.batches, rd.SGD(0.1), steps=2)
+        rd.unroll(
+            lambda p, b: CE(p["2.bias"].expand(6, 3) + here, b[1]), case.params, case.batches, rd.SGD(0.1), steps=2
+        )

@@ -1,4 +1,6 @@
-"""What an unroll costs on a device that is no CPU: launches, waits, memory; and that it never waits for another thread."""
+"""What an unroll costs on a device that is no CPU: launches, waits, memory; and that it never waits for
+another thread.
+"""
 
 from __future__ import annotations
 
@@ -47,21 +49,26 @@ def per_step(counts: standin.Counts, optimizer: Callable[[Tensor], Any], **kwarg
 
 
 OPTIMIZERS: dict[str, Callable[[Tensor], Any]] = {"sgd": lambda lr: rd.SGD(lr, 0.9), "adam": rd.Adam}
-# Per step forward and back, the gradient's and the product's own among them. On a GPU each is a launch, and small networks take as
-# long as there are launches: these are to fall, and not to rise unseen.
+# Per step forward and back, the gradient's and the product's own among them. On a GPU each is a launch, and small
+# networks take as long as there are launches: these are to fall, and not to rise unseen.
 OPERATORS = {"sgd": (57, 109), "adam": (150, 242)}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_operators_and_waits_per_step(counts: standin.Counts, name: str) -> None:
     (forward, waits), (back, waits_back) = per_step(counts, OPTIMIZERS[name])
-    print(f"{name}: {forward:.1f} operators per step forward, {back:.1f} back; {32 * waits:g} and {32 * waits_back:g} waits per 32")
+    print(
+        f"{name}: {forward:.1f} operators per step forward, {back:.1f} back; {32 * waits:g} and {32 * waits_back:g} "
+        "waits per 32"
+    )
     assert forward <= OPERATORS[name][0]
     assert back <= OPERATORS[name][1]
     assert (32 * waits, 32 * waits_back) == (1, 1)
 
 
-@pytest.mark.parametrize("adjoint", [rd.Reversible(history="host"), rd.Reversible(graph_bytes=2**20), rd.StoreAll()], ids=repr)
+@pytest.mark.parametrize(
+    "adjoint", [rd.Reversible(history="host"), rd.Reversible(graph_bytes=2**20), rd.StoreAll()], ids=repr
+)
 def test_other_adjoints_wait_as_seldom(counts: standin.Counts, adjoint: Any) -> None:
     assert [32 * waits for _, waits in per_step(counts, OPTIMIZERS["sgd"], adjoint=adjoint)] == [1, 1]
 
@@ -71,7 +78,8 @@ def test_groups_and_schedules_wait_as_seldom(counts: standin.Counts) -> None:
         momentum = torch.linspace(0.4, 0.9, len(lr), dtype=torch.float64).requires_grad_()
         names = mlp(torch.float32, False).params
         return rd.SGD(
-            {n: lr if i % 2 else 0.01 for i, n in enumerate(names)}, {n: momentum if i % 2 else 0.9 for i, n in enumerate(names)}
+            {n: lr if i % 2 else 0.01 for i, n in enumerate(names)},
+            {n: momentum if i % 2 else 0.9 for i, n in enumerate(names)},
         )
 
     assert [32 * waits for _, waits in per_step(counts, optimizer)] == [1, 1]
@@ -105,7 +113,9 @@ def test_nothing_is_kept_for_each_step(counts: standin.Counts) -> None:
     assert max(alive.values()) - min(alive.values()) <= spilled + 2
 
 
-def test_host_memory_is_taken_for_several_spills_at_once(counts: standin.Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_memory_is_taken_for_several_spills_at_once(
+    counts: standin.Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Regression: each spill pinned memory of its own."""
     history = HostHistory(standin.device())
     words = [torch.randint(-(2**15), 2**15, (size,), dtype=torch.int16) for size in [1001, 3] * 40]
@@ -155,8 +165,8 @@ def within_patience(*jobs: Callable[[], object]) -> None:
 
 
 def test_a_thread_on_its_way_forward_does_not_wait_for_one_on_its_way_back(counts: standin.Counts) -> None:
-    """Regression: a way back runs on autograd's one thread of the device, and waited there for its turn; the thread whose
-    turn it was waited for that one to evaluate its gradient.
+    """Regression: a way back runs on autograd's one thread of the device, and waited there for its turn; the thread
+    whose turn it was waited for that one to evaluate its gradient.
     """
     mine, theirs = mlp(torch.float32, True), mlp(torch.float32, True)
     outer = total(rd.unroll(theirs.loss, theirs.params, theirs.batches, rd.SGD(0.1), steps=5))
@@ -215,7 +225,9 @@ def test_callbacks_see_autograd_as_the_caller_has_it(counts: standin.Counts) -> 
 
 
 def test_compiled_parts_do_not_wait_at_each_step(counts: standin.Counts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Regression: the product's own gradient was compared with the forward pass's, and the answer waited for, at each step back."""
+    """Regression: the product's own gradient was compared with the forward pass's, and the answer waited for, at each
+    step back.
+    """
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -19,7 +19,9 @@ EVERY = [*FIXED, rd.Backprop()]
 def problem() -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     torch.manual_seed(0)
     params = {"a": torch.randn(3, dtype=torch.float64), "b": torch.randn(2, 2, dtype=torch.float64)}
-    return {n: p.requires_grad_() for n, p in params.items()}, (torch.randn(4, 3, dtype=torch.float64).requires_grad_(),)
+    return {n: p.requires_grad_() for n, p in params.items()}, (
+        torch.randn(4, 3, dtype=torch.float64).requires_grad_(),
+    )
 
 
 def quadratic(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
@@ -29,7 +31,9 @@ def quadratic(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
 def run(loss: Callable[..., Tensor] = quadratic, *, steps: int = 30, **kwargs: Any) -> Tensor:
     params, batches = problem()
     optimizer = kwargs.pop("optimizer", rd.SGD(0.05, 0.9))
-    theta = rd.unroll(loss, kwargs.pop("params", params), kwargs.pop("batches", batches), optimizer, steps=steps, **kwargs)
+    theta = rd.unroll(
+        loss, kwargs.pop("params", params), kwargs.pop("batches", batches), optimizer, steps=steps, **kwargs
+    )
     return torch.stack([p.sum() for p in theta.values()]).sum()
 
 
@@ -129,7 +133,9 @@ def test_nan_in_the_hessian_product_only(adjoint: Any) -> None:
 
 @pytest.mark.parametrize("interval", [4, 32])
 def test_batched_checks_find_the_same_step(interval: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the checks are read every so many steps, and the run is repeated to name the step: forced here on the CPU."""
+    """On a GPU the checks are read every so many steps, and the run is repeated to name the step: forced here on the
+    CPU.
+    """
     from revdistill.engine.trajectory import Problem
 
     def loss(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
@@ -244,7 +250,9 @@ def test_an_unroll_inside_a_loss_needs_backprop(adjoint: Any) -> None:
 def test_operators_without_a_deterministic_kernel_are_named() -> None:
     def loss(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
         index = torch.tensor([0, 0])
-        return quadratic(params, batch) + torch.zeros(3, dtype=torch.float64).put_(index, params["a"][:2].detach()).sum()
+        return (
+            quadratic(params, batch) + torch.zeros(3, dtype=torch.float64).put_(index, params["a"][:2].detach()).sum()
+        )
 
     with pytest.raises(rd.UnsupportedError, match="no deterministic implementation"):
         run(loss)
@@ -280,7 +288,11 @@ BAD = {
         r"batches\[1\] holds 5.*batches\[0\] holds 4",
     ),
     "batches grad": (dict(batches=lambda k: (torch.ones(3, requires_grad=True),)), ValueError, "not differentiated"),
-    "optimizer": (dict(optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)])), TypeError, "optimizer must be rd.SGD"),
+    "optimizer": (
+        dict(optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)])),
+        TypeError,
+        "optimizer must be rd.SGD",
+    ),
     "steps type": (dict(steps=2.5), TypeError, "steps must be an int, got float"),
     "steps negative": (dict(steps=-1), ValueError, "steps must be at least 0, got -1"),
     "adjoint": (dict(adjoint="reversible"), TypeError, "adjoint must be rd.Reversible"),
@@ -295,7 +307,11 @@ BAD = {
     "lr type": (dict(optimizer=rd.SGD("fast")), TypeError, "lr must be a float or a tensor, got str"),
     "lr shape": (dict(optimizer=rd.SGD(torch.zeros(29))), ValueError, r"lr has shape \[29\]; with steps=30"),
     "lr dims": (dict(optimizer=rd.SGD(torch.zeros(30, 2, 2))), ValueError, r"lr has shape \[30, 2, 2\]"),
-    "lr networks": (dict(optimizer=rd.SGD(torch.zeros(30, 4))), ValueError, r"4 stacked networks.*leading dimension must be 4"),
+    "lr networks": (
+        dict(optimizer=rd.SGD(torch.zeros(30, 4))),
+        ValueError,
+        r"4 stacked networks.*leading dimension must be 4",
+    ),
     "lr integers": (dict(optimizer=rd.SGD(torch.ones(30, dtype=torch.int64))), TypeError, "floating-point"),
     "lr negative": (dict(optimizer=rd.SGD(-0.1)), ValueError, "lr must be finite and at least 0, got -0.1"),
     "lr nan": (dict(optimizer=rd.SGD(float("nan"))), ValueError, "lr must be finite"),

@@ -1,4 +1,6 @@
-"""Load: long, wide, many, again and again. Each in a process of its own, so that its memory is its own; figures are printed."""
+"""Load: long, wide, many, again and again. Each in a process of its own, so that its memory is its own; figures are
+printed.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def unrolled(net, x, y, steps, momentum, folder):
     loss, params = rd.from_module(net, CE)
     lr = torch.tensor(0.01, requires_grad=True)
     adjoint = rd.Reversible(history=folder)
-    theta, stats = rd.unroll(loss, params, (x, y), rd.SGD(lr, momentum), steps=steps, adjoint=adjoint, return_stats=True)
+    sgd = rd.SGD(lr, momentum)
+    theta, stats = rd.unroll(loss, params, (x, y), sgd, steps=steps, adjoint=adjoint, return_stats=True)
     torch.stack([p.square().sum() for p in theta.values()]).sum().backward()  # ReversalError unless every bit is back
     assert torch.isfinite(lr.grad) and lr.grad != 0
     return stats
@@ -48,8 +51,8 @@ def unrolled(net, x, y, steps, momentum, folder):
 def measured(code: str, *arguments: str) -> dict[str, Any]:
     """What the code printed, as JSON.
 
-    Large blocks go back to the system as soon as they are free (a setting of glibc's): what is measured is what is kept, not how
-    the allocator's heap falls to pieces, which took one to three blocks of 8 MB here.
+    Large blocks go back to the system as soon as they are free (a setting of glibc's): what is measured is what is
+    kept, not how the allocator's heap falls to pieces, which took one to three blocks of 8 MB here.
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     command = [sys.executable, "-c", _COMMON + code, *arguments]
@@ -69,7 +72,8 @@ before, open_before, started = status("VmHWM"), handles(), time.perf_counter()
 stats = unrolled(net, x, y, 100_000, 0.9, sys.argv[1])
 gc.collect()
 print(json.dumps({"steps": stats.steps, "parameters": stats.parameters, "bits": stats.history_bits_per_parameter_step,
-    "history_bytes": stats.history_bytes, "peak_rise": status("VmHWM") - before, "seconds": time.perf_counter() - started,
+    "history_bytes": stats.history_bytes, "peak_rise": status("VmHWM") - before,
+    "seconds": time.perf_counter() - started,
     "handles": handles() - open_before, "files": os.listdir(sys.argv[1])}))
 """
 
@@ -108,7 +112,9 @@ def test_a_million_parameters_for_ten_thousand_steps(tmp_path: Path) -> None:
 def test_a_thousand_stacked_networks() -> None:
     """Each trains as it would alone, and has the hypergradient that it would have alone."""
     torch.manual_seed(0)
-    nets = [torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double() for _ in range(1000)]
+    nets = [
+        torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double() for _ in range(1000)
+    ]
     x, y = data(5)
     x = x.detach().double()
     loss, params = rd.stack_modules(nets, CE)
@@ -131,7 +137,8 @@ from revdistill.distill.checkpoint import save
 from revdistill.distill.config import Config
 from revdistill.distill.data import load
 from revdistill.distill.distiller import Distiller
-config = Config(dataset="moons", architectures=("NonLinearNet", "MoreNonLinearNet"), steps=4, epochs=3, outer_steps=10**6,
+config = Config(dataset="moons", architectures=("NonLinearNet", "MoreNonLinearNet"), steps=4, epochs=3,
+                outer_steps=10**6,
     batch_size=64, learn_labels=True, average=1.0)
 distiller = Distiller(config, load("moons"))
 
@@ -149,7 +156,8 @@ def alive():
 several(300)
 tensors, memory, open_before, started = alive(), status("VmRSS"), handles(), time.perf_counter()
 several(3000)
-print(json.dumps({"outer_steps": 3000, "tensors": alive() - tensors, "memory": memory, "memory_rise": status("VmRSS") - memory,
+print(json.dumps({"outer_steps": 3000, "tensors": alive() - tensors, "memory": memory,
+                  "memory_rise": status("VmRSS") - memory,
     "handles": handles() - open_before, "seconds": time.perf_counter() - started}))
 """
 

@@ -42,7 +42,9 @@ def test_the_end_alone_is_the_unroll_itself(adjoint: Any) -> None:
     loss, params = rd.from_module(mlp(), CE)
     x, y = data(5)
     end = torch.autograd.grad(total(rd.unroll(loss, params, (x, y), rd.SGD(0.1), steps=T, adjoint=adjoint)), x)[0]
-    saved = torch.autograd.grad(total(rd.unroll(loss, params, (x, y), rd.SGD(0.1), steps=T, adjoint=adjoint, save_at=[T])), x)[0]
+    saved = torch.autograd.grad(
+        total(rd.unroll(loss, params, (x, y), rd.SGD(0.1), steps=T, adjoint=adjoint, save_at=[T])), x
+    )[0]
     torch.testing.assert_close(saved, end, rtol=0, atol=0)
 
 

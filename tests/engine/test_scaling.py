@@ -50,7 +50,9 @@ def largest(scaling: Scaling) -> int:
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.sampled_from([FINE, WIDE]), st.lists(st.floats(-1, 1), min_size=1, max_size=6), FINE_RATES, st.integers(0, 2**52))
+@given(
+    st.sampled_from([FINE, WIDE]), st.lists(st.floats(-1, 1), min_size=1, max_size=6), FINE_RATES, st.integers(0, 2**52)
+)
 def test_multiply_and_divide_are_pythons(scaling: Scaling, shares: list[float], n: int, entropy: int) -> None:
     numbers = [int(Fraction(share) * largest(scaling)) for share in shares]
     start = min(entropy, (n << 52 - scaling.radix_bits) - 1)  # what multiply_ promises for

@@ -1,8 +1,9 @@
-"""Everything that could make the way back differ in silence: each either works, as autograd does, or ends in its named error.
+"""Everything that could make the way back differ in silence: each either works, as autograd does, or ends in its named
+error.
 
-The rest of the catalogue is tested beside what it belongs to: in-place changes of batches, NaN in the Hessian product alone, wrong
-shapes and dtypes in test_errors; the number of threads, autocast, dropout, BatchNorm, frozen, shared, empty and 0-dim parameters,
-expanded and non-contiguous tensors in test_unroll; several threads in test_threads.
+The rest of the catalogue is tested beside what it belongs to: in-place changes of batches, NaN in the Hessian product
+alone, wrong shapes and dtypes in test_errors; the number of threads, autocast, dropout, BatchNorm, frozen, shared,
+empty and 0-dim parameters, expanded and non-contiguous tensors in test_unroll; several threads in test_threads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ Params = dict[str, Tensor]
 
 def problem() -> tuple[Params, tuple[Tensor, ...]]:
     draw = torch.Generator().manual_seed(0)
-    params = {"a": torch.randn(3, dtype=torch.float64, generator=draw), "b": torch.randn(2, 2, dtype=torch.float64, generator=draw)}
+    params = {
+        "a": torch.randn(3, dtype=torch.float64, generator=draw),
+        "b": torch.randn(2, 2, dtype=torch.float64, generator=draw),
+    }
     batches = (torch.randn(4, 3, dtype=torch.float64, generator=draw),)
     return {n: p.requires_grad_() for n, p in params.items()}, tuple(t.requires_grad_() for t in batches)
 
@@ -47,7 +51,8 @@ def unrolled(loss: Callable[..., Tensor], params: Params, batches: Any, adjoint:
     return outer(rd.unroll(loss, params, batches, optimizer, steps=STEPS, adjoint=adjoint, **kwargs))
 
 
-# --- caught: what differs from one call to the next -----------------------------------------------------------------------------
+# --- caught: what differs from one call to the next
+# -----------------------------------------------------------------------------
 
 
 class Counting(nn.Module):
@@ -174,7 +179,8 @@ def test_a_loss_that_changes_its_batch_is_caught(adjoint: Any) -> None:
         unrolled(loss, params, batches, adjoint)
 
 
-# --- refused: what has no gradient here -----------------------------------------------------------------------------------------
+# --- refused: what has no gradient here
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adjoint", EVERY, ids=repr)
@@ -206,7 +212,8 @@ def test_a_complex_loss_is_named() -> None:
         unrolled(lambda p, b: quartic(p, b).to(torch.complex128), params, batches, None)
 
 
-# --- works: the same hypergradient as plain autograd's --------------------------------------------------------------------------
+# --- works: the same hypergradient as plain autograd's
+# --------------------------------------------------------------------------
 
 
 def complex_batches() -> tuple[Callable[..., Tensor], Params, Any]:
@@ -217,7 +224,10 @@ def complex_batches() -> tuple[Callable[..., Tensor], Params, Any]:
 def overlapping_parameters() -> tuple[Callable[..., Tensor], Params, Any]:
     _, batches = problem()
     memory = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
-    params = {"a": memory[:3].detach().requires_grad_(), "b": memory.as_strided((2, 2), (1, 1), 1).detach().requires_grad_()}
+    params = {
+        "a": memory[:3].detach().requires_grad_(),
+        "b": memory.as_strided((2, 2), (1, 1), 1).detach().requires_grad_(),
+    }
     return quartic, params, batches
 
 

@@ -1,4 +1,6 @@
-"""Unrolls in several threads, processes and other surroundings: each as if it were alone, and torch's settings as they were."""
+"""Unrolls in several threads, processes and other surroundings: each as if it were alone, and torch's settings as they
+were.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ ADJOINTS = [rd.Reversible(), rd.Reversible(graph_bytes=2**20), rd.Checkpoint(), 
 
 
 def test_unrolls_in_threads_are_as_if_alone() -> None:
-    """Random losses, so that one thread's random numbers reaching another would show; twice each, switching threads often."""
+    """Random losses, so that one thread's random numbers reaching another would show; twice each, switching threads
+    often.
+    """
     jobs = [(dropout_problem(seed), seed, adjoint) for seed in range(4) for adjoint in ADJOINTS] * 2
     expected = [of_problem(*job) for job in jobs]
     before, state, interval = settings(), torch.get_rng_state(), sys.getswitchinterval()
@@ -74,8 +78,8 @@ def test_unrolls_in_threads_are_as_if_alone() -> None:
 
 @pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()], ids=repr)
 def test_a_thread_that_draws_random_numbers_meanwhile_is_caught(adjoint: Any) -> None:
-    """torch has one generator for all threads: what a thread in no unroll draws may fall into a loss, but where that is evaluated
-    twice never unseen. (Where it is evaluated once, the hypergradient is that of the numbers drawn.)
+    """torch has one generator for all threads: what a thread in no unroll draws may fall into a loss, but where that is
+    evaluated twice never unseen. (Where it is evaluated once, the hypergradient is that of the numbers drawn.)
     """
     problem, stop = dropout_problem(0), threading.Event()
     expected = of_problem(problem, 0, adjoint)
@@ -102,7 +106,8 @@ def test_threads_that_call_back_may_leave_in_any_order() -> None:
     barrier = threading.Barrier(2, timeout=PATIENCE)
     before = settings()
 
-    # Made before the threads start: a network draws its parameters from torch's one generator, and so from the losses' own.
+    # Made before the threads start: a network draws its parameters from torch's one generator, and so from the losses'
+    # own.
     problems = [dropout_problem(seed) for seed in range(2)]
 
     def one(seed: int) -> Tensor:
@@ -143,11 +148,15 @@ def test_a_callback_may_wait_for_another_threads_unroll() -> None:
 
 
 def test_on_step_sees_torch_as_the_caller_left_it() -> None:
-    """Regression: deterministic kernels were asked for in the user's own callback too, where not every operator has one."""
+    """Regression: deterministic kernels were asked for in the user's own callback too, where not every operator has
+    one.
+    """
     before, seen = settings(), []
     for adjoint in (rd.Reversible(), rd.Backprop()):
         loss, params, batches = dropout_problem(0)
-        rd.unroll(loss, params, batches, rd.SGD(0.1), steps=3, on_step=lambda *_: seen.append(settings()), adjoint=adjoint)
+        rd.unroll(
+            loss, params, batches, rd.SGD(0.1), steps=3, on_step=lambda *_: seen.append(settings()), adjoint=adjoint
+        )
     assert seen == [before] * 6
 
 
@@ -185,7 +194,9 @@ def test_real_data_from_a_data_loader_with_workers() -> None:
     real = TensorDataset(torch.randn(64, 5), torch.arange(64) % 3)
     optimizer, losses = torch.optim.Adam([x], 0.05), []
     for _ in range(4):
-        for x_real, y_real in DataLoader(real, batch_size=32, shuffle=True, num_workers=2, multiprocessing_context="fork"):
+        for x_real, y_real in DataLoader(
+            real, batch_size=32, shuffle=True, num_workers=2, multiprocessing_context="fork"
+        ):
             theta = rd.unroll(loss, params, (x, y), rd.SGD(0.1), steps=12)
             outer = loss(theta, (x_real, y_real))
             optimizer.zero_grad()
@@ -197,7 +208,9 @@ def test_real_data_from_a_data_loader_with_workers() -> None:
 
 
 def test_batches_that_a_data_loader_gave() -> None:
-    """A shuffled loader gives another order each time it is gone through: its batches are listed first, and given by number."""
+    """A shuffled loader gives another order each time it is gone through: its batches are listed first, and given by
+    number.
+    """
     real = TensorDataset(torch.randn(60, 5), torch.arange(60) % 3)
     listed = list(DataLoader(real, batch_size=10, shuffle=True))
     loss, params = rd.from_module(mlp(), CE)
@@ -302,7 +315,9 @@ def test_no_grad_and_inference_mode() -> None:
 
 
 def test_one_unroll_goes_on_from_another() -> None:
-    """Nested as functions: the end of one is the start of the next; together they are one long unroll with a restart of v."""
+    """Nested as functions: the end of one is the start of the next; together they are one long unroll with a restart of
+    v.
+    """
     loss, params = rd.from_module(mlp().double(), CE)
     x, y = data(5)
     x = x.detach().double().requires_grad_()

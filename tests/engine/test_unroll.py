@@ -59,7 +59,13 @@ def test_on_step_sees_every_step() -> None:
     for adjoint in (rd.Reversible(), rd.Checkpoint(), rd.StoreAll(), rd.Backprop()):
         seen: list[tuple[int, dict[str, Tensor], Tensor]] = []
         theta = rd.unroll(
-            loss, params, batches, rd.SGD(0.1), steps=9, adjoint=adjoint, on_step=lambda k, p, v, seen=seen: seen.append((k, p, v))
+            loss,
+            params,
+            batches,
+            rd.SGD(0.1),
+            steps=9,
+            adjoint=adjoint,
+            on_step=lambda k, p, v, seen=seen: seen.append((k, p, v)),
         )
         total(theta).backward()
         assert [k for k, _, _ in seen] == list(range(9))
@@ -175,7 +181,9 @@ def test_non_contiguous_and_expanded_tensors() -> None:
     turned = x.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
     found = torch.autograd.grad(total(rd.unroll(loss, params, (turned, y), rd.SGD(0.1), steps=6)), turned)[0]
     torch.testing.assert_close(found, expected)
-    params = {name: p.detach().t().contiguous().t().requires_grad_() if p.ndim == 2 else p for name, p in params.items()}
+    params = {
+        name: p.detach().t().contiguous().t().requires_grad_() if p.ndim == 2 else p for name, p in params.items()
+    }
     total(rd.unroll(loss, params, (x, y[:1].expand(4, -1)), rd.SGD(0.1), steps=6)).backward()
 
 
@@ -228,10 +236,19 @@ ADJOINTS: list[Any] = [rd.Reversible(), rd.Checkpoint(), rd.StoreAll(), rd.Backp
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
 def test_a_batch_computed_from_what_wants_a_gradient_is_refused(adjoint: Any) -> None:
-    """Regression: passes are made without gradients, so that such a batch showed none, and x had no gradient in silence."""
+    """Regression: passes are made without gradients, so that such a batch showed none, and x had no gradient in
+    silence.
+    """
     x, w = torch.randn(4, 2, requires_grad=True), torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match=r"batches\(0\) returned a tensor of shape \[2\] that requires grad"):
-        rd.unroll(lambda p, b: (p["w"] * b[0]).sum() ** 2, {"w": w}, lambda k: (x[k] * 2,), rd.SGD(0.01), steps=4, adjoint=adjoint)
+        rd.unroll(
+            lambda p, b: (p["w"] * b[0]).sum() ** 2,
+            {"w": w},
+            lambda k: (x[k] * 2,),
+            rd.SGD(0.01),
+            steps=4,
+            adjoint=adjoint,
+        )
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)

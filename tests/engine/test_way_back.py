@@ -58,7 +58,9 @@ def test_norms_are_the_gradients_of_saved_parameters() -> None:
 
 
 def test_an_explosion_is_found_where_it_starts() -> None:
-    """A quadratic at a rate beyond 2 / curvature: theta grows by |1 - 3| at each step, and so does dL/dtheta_k going back."""
+    """A quadratic at a rate beyond 2 / curvature: theta grows by |1 - 3| at each step, and so does dL/dtheta_k going
+    back.
+    """
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
     norms = rd.BackwardNorms()
     assert norms.explosion() is None

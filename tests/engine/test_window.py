@@ -78,7 +78,9 @@ def test_a_window_as_long_as_the_unroll_is_no_window() -> None:
 def test_bits_are_kept_for_the_window_only() -> None:
     loss, params = rd.from_module(mlp(), CE)
     found = [
-        rd.unroll(loss, params, data(5), rd.SGD(0.01, 0.5), steps=400, window=window, return_stats=True)[1].history_bytes
+        rd.unroll(loss, params, data(5), rd.SGD(0.01, 0.5), steps=400, window=window, return_stats=True)[
+            1
+        ].history_bytes
         for window in (None, 100)
     ]
     assert found[0] is not None

@@ -249,7 +249,10 @@ def test_a_plain_torch_loop_follows_the_schedule(tmp_path: Path, optimizer: str)
     mine = fresh()
     with torch.no_grad():
         mine[2].weight.mul_(2.0)
-    groups = [{"params": list(mine[i].parameters()), "weight_decay": float(w)} for i, w in zip((0, 2), s.weight_decay, strict=True)]
+    groups = [
+        {"params": list(mine[i].parameters()), "weight_decay": float(w)}
+        for i, w in zip((0, 2), s.weight_decay, strict=True)
+    ]
     plain: Any = torch.optim.SGD(groups, lr=0.0) if optimizer == "sgd" else torch.optim.Adam(groups)
     for k in range(7):
         for group, lr, momentum in zip(plain.param_groups, s.lr[min(k, 4)], s.momentum[min(k, 4)], strict=True):
@@ -294,7 +297,9 @@ def test_the_comparison_is_a_plain_loop() -> None:
     with torch.no_grad():
         for name, p in net.named_parameters():
             p.copy_(drawn[name][0])
-    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
     batch = Batches(data, 32, SEED_OFFSET + 5)
     for k in range(config.steps):
         x, y = batch(k)
@@ -313,7 +318,19 @@ def test_the_picture_has_every_group() -> None:
     assert labels == ["0", "2", "start"]
 
 
-ARGUMENTS = ["tune", "--dataset", "moons", "--arch", "nonlinearnet", "--steps", "8", "--outer-steps", "3", "--learn", "lr,init"]
+ARGUMENTS = [
+    "tune",
+    "--dataset",
+    "moons",
+    "--arch",
+    "nonlinearnet",
+    "--steps",
+    "8",
+    "--outer-steps",
+    "3",
+    "--learn",
+    "lr,init",
+]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,7 +357,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--learn", "lr,speed"], "learn is ('lr', 'speed'); accepted is names out of lr, momentum, weight-decay, init"),
+        (
+            ["--learn", "lr,speed"],
+            "learn is ('lr', 'speed'); accepted is names out of lr, momentum, weight-decay, init",
+        ),
         (["--learn", ""], "learn is ()"),
         (["--learn", "momentum", "--momentum", "0"], "momentum is 0.0; accepted is a number above 0"),
         (["--learn", "init", "--window", "5"], "window is 5; accepted is none where init is learned"),
@@ -349,7 +369,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--steps", "0"], "--steps"),
     ],
 )
-def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_wrong_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert command.run(["tune", "--out", str(tmp_path / "run"), *arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from measuring import arguments_of, machine, save, versions
 
-from revdistill.engine.bitstore import BitStore
-from revdistill.engine.history import DeviceHistory
-from revdistill.engine.scaling import COARSE
+from revdistill.engine.integers.bitstore import BitStore
+from revdistill.engine.integers.history import DeviceHistory
+from revdistill.engine.integers.radix import COARSE
 
 MOMENTA = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 PARAMETERS = 1_000

@@ -36,8 +36,8 @@ from torch import Tensor
 from trainings import Mnist, Train, descend, network, plain_training, random_search, regression
 
 import revdistill as rd
-from revdistill.distill.data import DATA_DIR
-from revdistill.distill.data import load as load_data
+from revdistill.outer.data import DATA_DIR
+from revdistill.outer.data import load as load_data
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

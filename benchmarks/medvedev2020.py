@@ -32,8 +32,8 @@ from measuring import load as load_results
 from measuring import machine, save, versions
 from stacked import STUDIED, UNSEEN, Distilled, Job, Protocol, boundary, distil, evaluate, train_on_real
 
-from revdistill.distill.data import Dataset, load
-from revdistill.distill.schedules import SCHEDULES
+from revdistill.distill.strategies import SCHEDULES
+from revdistill.outer.data import Dataset, load
 
 FAITHFUL = Protocol()
 # Chosen by restarts with other seeds (from 1000) and 2,000 other test points, not by those of the tables.

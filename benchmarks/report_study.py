@@ -235,7 +235,7 @@ def draw_boundaries(parts: dict[str, Any]) -> plt.Figure:
 
 def draw_rates(parts: dict[str, Any]) -> plt.Figure:
     """Both settings, and strategy 1 on the talk's scale."""
-    from revdistill.distill.schedules import strategy1
+    from revdistill.distill.strategies import strategy1
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     for ax, setting in zip(axes, ("faithful", "ours"), strict=False):

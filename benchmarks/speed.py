@@ -106,8 +106,8 @@ def integer_work(parameters: int = 100_000, rounds: int = 50) -> dict[str, Any]:
     """ns per parameter of one step's fixed-point work, forward and back: decay, kick, drift, float, and their
     inverses.
     """
-    from revdistill.engine.fixedpoint import FixedPoint, add_rounded_
-    from revdistill.engine.scaling import COARSE
+    from revdistill.engine.integers.fixedpoint import FixedPoint, add_rounded_
+    from revdistill.engine.integers.radix import COARSE
 
     torch.set_num_threads(1)
     draw, fixed, n = torch.Generator().manual_seed(0), FixedPoint(), COARSE.quantise(0.9)

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import revdistill as rd
-from revdistill.distill.data import Dataset
-from revdistill.distill.population import predictions
-from revdistill.distill.schedules import plan
 from revdistill.distill.starts import real
+from revdistill.distill.strategies import plan
+from revdistill.outer.data import Dataset
+from revdistill.outer.networks import predictions
 
 Params = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import revdistill as rd
-from revdistill.distill import models
+from revdistill.outer import models
 
 ROWS = 10  # synthetic batches, gone through again and again
 MOMENTUM = 58982 / 2**16  # what revdistill makes of 0.9; all methods train alike

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revdistill.distill.data import Dataset
+from revdistill.outer.data import Dataset
 
 BATCH = 128
 HELD_OUT = 2_000  # held-out samples of each outer loss

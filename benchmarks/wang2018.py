@@ -27,13 +27,13 @@ from measuring import load as load_results
 
 from revdistill.distill.artifact import FILE_NAME, Artifact, read
 from revdistill.distill.config import Config
-from revdistill.distill.data import DATA_DIR, Dataset, load
-from revdistill.distill.directory import METRICS, read_metrics
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.evaluation import evaluate
 from revdistill.distill.plots import images
 from revdistill.distill.presets import PRESETS
 from revdistill.distill.run import Run, holds_run
+from revdistill.outer.data import DATA_DIR, Dataset, load
+from revdistill.outer.directory import METRICS, read_metrics
 
 RUNS = HERE.parent / "runs" / "wang2018"
 NETWORKS = 10  # fresh ones that an artifact is measured with

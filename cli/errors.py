@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from revdistill.distill.artifact import FILE_NAME, Artifact, read
-from revdistill.distill.data import NAMES
 from revdistill.engine import ArtifactError
+from revdistill.outer.data import NAMES
 
 
 class UserError(Exception):

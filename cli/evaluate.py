@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from revdistill.distill import evaluation as evaluations
-from revdistill.distill import models
-from revdistill.distill.data import load
-from revdistill.distill.schedules import SCHEDULES
+from revdistill.distill.strategies import SCHEDULES
+from revdistill.outer import models
+from revdistill.outer.data import load
 
 from . import options
 from .errors import dataset_of, read_run, user_input

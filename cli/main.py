@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import click
 
 import revdistill
-from revdistill.distill.unattended import NotSavedError
 from revdistill.engine import RevdistillError
+from revdistill.outer.job import NotSavedError
 
 from .errors import UserError
 from .evaluate import evaluate

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from revdistill.distill import models
 from revdistill.distill.config import check_device
-from revdistill.distill.data import DATA_DIR
-from revdistill.distill.image_files import FROM_FILES
+from revdistill.outer import models
+from revdistill.outer.data import DATA_DIR
+from revdistill.outer.image_files import FROM_FILES
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]

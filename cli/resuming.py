@@ -11,9 +11,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from revdistill.distill.directory import DirectoryInUseError
-from revdistill.distill.image_files import FROM_FILES
-from revdistill.distill.unattended import InterruptedRunError
+from revdistill.outer.directory import DirectoryInUseError
+from revdistill.outer.image_files import FROM_FILES
+from revdistill.outer.job import InterruptedRunError
 
 from .errors import UserError
 

@@ -8,9 +8,9 @@ import click
 import numpy as np
 
 from revdistill.distill.artifact import Artifact
-from revdistill.distill.data import Dataset, load
-from revdistill.distill.directory import METRICS, read_metrics
 from revdistill.distill.evaluation import check_compatible
+from revdistill.outer.data import Dataset, load
+from revdistill.outer.directory import METRICS, read_metrics
 
 from . import options
 from .errors import UserError, dataset_of, read_run, user_input

@@ -14,12 +14,12 @@ from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.distill.checkpoint import read_config, written_by
 from revdistill.distill.config import ADJOINTS, INITS, OPTIMIZERS, OUTER_DECAYS, Config
-from revdistill.distill.data import NAMES, load
-from revdistill.distill.directory import METRICS, read_metrics
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.presets import PRESETS, USUAL
 from revdistill.distill.run import Run, holds_run
 from revdistill.distill.starts import STARTS
+from revdistill.outer.data import NAMES, load
+from revdistill.outer.directory import METRICS, read_metrics
 
 from . import options
 from .errors import UserError, user_input

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from revdistill.distill.config import OPTIMIZERS
-from revdistill.distill.data import NAMES, load
+from revdistill.outer.data import NAMES, load
 from revdistill.tune.config import LEARNABLE, TuneConfig
 from revdistill.tune.run import CHECKPOINT, Tuning, read_config
 from revdistill.tune.schedule import Schedule

@@ -18,11 +18,11 @@ import revdistill as rd
 from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.artifact import read
 from revdistill.distill.config import Config
-from revdistill.distill.data import load
-from revdistill.distill.directory import Claim, DirectoryInUseError
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.run import Run
-from revdistill.distill.unattended import InterruptedRunError, NotSavedError
+from revdistill.outer.data import load
+from revdistill.outer.directory import Claim, DirectoryInUseError
+from revdistill.outer.job import InterruptedRunError, NotSavedError
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

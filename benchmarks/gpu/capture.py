@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpu.lines import attempt, in_words, options_of, write
 from gpu.place import here, milliseconds
-from revdistill.engine.ambient import repeatable
+from revdistill.engine.loss.determinism import repeatable
 
 TASKS = ("mlp", "convnet")
 WARM_UP, REPEATS = 3, 30

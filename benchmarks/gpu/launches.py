@@ -20,8 +20,8 @@ from torch import Tensor
 import revdistill as rd
 from gpu.lines import attempt, options_of, write
 from gpu.place import here, leave
-from revdistill.engine.gradient import graph_nodes
-from revdistill.engine.sweep import Sweep
+from revdistill.engine.adjoints.sweep import Sweep
+from revdistill.engine.loss.gradient import graph_nodes
 
 SHORT, LONG = 32, 64  # neither spills: at a momentum of 0.9 the first words leave after some 200 steps
 OPTIMIZERS: dict[str, Callable[[Tensor], Any]] = {

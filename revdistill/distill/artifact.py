@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import revdistill
-from revdistill.distill.hdf5 import Reader, reading, writing
+from revdistill.outer.hdf5 import Reader, reading, writing
 
 FORMAT_VERSION = 1
 WITH_OPTIMIZER = 2  # for another optimizer than SGD: readers that know of none must not take it for SGD's

@@ -13,7 +13,7 @@ from torch import Tensor
 import revdistill
 from revdistill.distill.config import Config
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.hdf5 import Reader, reading, writing
+from revdistill.outer.hdf5 import Reader, reading, writing
 
 FORMAT_VERSION = 2
 FILE_NAME = "checkpoint.h5"

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from revdistill.distill import models
 from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.starts import STARTS
 from revdistill.engine import Backprop, Checkpoint, Reversible, StoreAll
-from revdistill.engine.adjoints import Adjoint
+from revdistill.engine.adjoints.reversible import Adjoint
+from revdistill.outer import models
 
 ADJOINTS: dict[str, type[Adjoint]] = {
     "reversible": Reversible,

@@ -12,13 +12,13 @@ from torch import Tensor
 from revdistill.distill import augment
 from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS, Artifact
 from revdistill.distill.config import Config, check_device
-from revdistill.distill.data import Dataset
-from revdistill.distill.descent import Descent
-from revdistill.distill.draws import Batches, generator, mix
-from revdistill.distill.population import Population
 from revdistill.distill.synthetic import Synthetic
 from revdistill.engine import SGD, Adam, NonFiniteError, RangeError, unroll
-from revdistill.engine.ambient import repeatable
+from revdistill.engine.loss.determinism import repeatable
+from revdistill.outer.data import Dataset
+from revdistill.outer.descent import Descent
+from revdistill.outer.networks import Population
+from revdistill.outer.random_streams import Batches, generator, mix
 
 BETA2 = 0.999
 HALVINGS = 10  # Wang et al. halve every 40 of 400 epochs

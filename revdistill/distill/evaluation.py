@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS, Artifact
-from revdistill.distill.data import Dataset
 from revdistill.distill.distiller import fixed_network_seed
-from revdistill.distill.population import Population
-from revdistill.distill.schedules import plan
-from revdistill.engine.randomness import seeded
+from revdistill.distill.strategies import plan
+from revdistill.engine.loss.randomness import seeded
+from revdistill.outer.data import Dataset
+from revdistill.outer.networks import Population
 
 # Far from the seeds of training, so that no network evaluated was ever distilled for.
 SEED_OFFSET = 2**40

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from revdistill.distill.artifact import Artifact
-from revdistill.distill.data import Dataset
 from revdistill.distill.evaluation import train_plainly
-from revdistill.distill.files import replacing
-from revdistill.distill.population import Population, predictions
+from revdistill.outer.data import Dataset
+from revdistill.outer.files import replacing
+from revdistill.outer.networks import Population, predictions
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

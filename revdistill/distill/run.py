@@ -11,7 +11,7 @@ from revdistill.distill import artifact as artifacts
 from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.distiller import Distiller, OuterStep
 from revdistill.distill.evaluation import evaluate
-from revdistill.distill.unattended import run_unattended
+from revdistill.outer.job import run_unattended
 
 RESTARTS = 10
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from revdistill.distill.data import Dataset
+from revdistill.outer.data import Dataset
 
 
 def noise(data: Dataset, batches: int, per_class: int, generator: torch.Generator) -> Tensor:

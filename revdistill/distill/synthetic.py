@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from revdistill.distill.config import Config
-from revdistill.distill.data import Dataset
 from revdistill.distill.starts import STARTS
+from revdistill.outer.data import Dataset
 
 LABEL_SMOOTHING = 0.1  # of the start of learned labels: a softmax at exactly one-hot could not learn
 

@@ -1,8 +1,8 @@
 """Exact reversible unrolling; knows nothing of distillation, datasets, files or the command line."""
 
-from revdistill.engine.adam import Adam, AdamW
-from revdistill.engine.adjoints import Backprop, Checkpoint, Reversible, StoreAll
-from revdistill.engine.compiling import CompileWarning
+from revdistill.engine.adjoints.norms import BackwardNorms
+from revdistill.engine.adjoints.recordings import UnrollStats
+from revdistill.engine.adjoints.reversible import Backprop, Checkpoint, Reversible, StoreAll
 from revdistill.engine.errors import (
     ArtifactError,
     NonFiniteError,
@@ -11,11 +11,11 @@ from revdistill.engine.errors import (
     ReversalError,
     UnsupportedError,
 )
-from revdistill.engine.fixedpoint import FixedPoint
-from revdistill.engine.modules import from_module, stack_modules
-from revdistill.engine.norms import BackwardNorms
-from revdistill.engine.optimizers import SGD
-from revdistill.engine.recordings import UnrollStats
+from revdistill.engine.integers.fixedpoint import FixedPoint
+from revdistill.engine.loss.compiling import CompileWarning
+from revdistill.engine.loss.from_module import from_module, stack_modules
+from revdistill.engine.optimizers.adam import Adam, AdamW
+from revdistill.engine.optimizers.sgd import SGD
 from revdistill.engine.unroll import unroll
 
 __all__ = [

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revdistill.engine.adjoints import Backprop, FixedPointAdjoint
+from revdistill.engine.adjoints.reversible import Backprop, FixedPointAdjoint
 from revdistill.engine.errors import UnsupportedError
-from revdistill.engine.gradient import check_arity
-from revdistill.engine.optimizers import Optimizer
+from revdistill.engine.loss.gradient import check_arity
+from revdistill.engine.optimizers.sgd import Optimizer
 
 
 def check_arguments(

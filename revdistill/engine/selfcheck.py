@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from revdistill.engine.adam import AdamW
-from revdistill.engine.adjoints import Adjoint, Backprop, Checkpoint, FixedPointAdjoint, Reversible, StoreAll
-from revdistill.engine.bitstore import BitStore
+from revdistill.engine.adjoints.reversible import Adjoint, Backprop, Checkpoint, FixedPointAdjoint, Reversible, StoreAll
 from revdistill.engine.errors import RevdistillError
-from revdistill.engine.history import DeviceHistory
-from revdistill.engine.modules import from_module, stack_modules
-from revdistill.engine.optimizers import SGD, Optimizer
-from revdistill.engine.randomness import seeded
-from revdistill.engine.scaling import COARSE
+from revdistill.engine.integers.bitstore import BitStore
+from revdistill.engine.integers.history import DeviceHistory
+from revdistill.engine.integers.radix import COARSE
+from revdistill.engine.loss.from_module import from_module, stack_modules
+from revdistill.engine.loss.randomness import seeded
+from revdistill.engine.optimizers.adam import AdamW
+from revdistill.engine.optimizers.sgd import SGD, Optimizer
 from revdistill.engine.unroll import unroll
 
 EXACT_STEPS, GRADIENT_STEPS, BIT_STEPS = 1_000, 40, 10_000

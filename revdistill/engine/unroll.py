@@ -9,20 +9,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from revdistill.engine.adjoints import Adjoint, Backprop, FixedPointAdjoint, default_adjoint
-from revdistill.engine.ambient import Ambient
+from revdistill.engine.adjoints.backprop import unroll_with_graph
+from revdistill.engine.adjoints.recordings import Recording, UnrollStats
+from revdistill.engine.adjoints.reversible import Adjoint, Backprop, FixedPointAdjoint, default_adjoint
+from revdistill.engine.adjoints.sweep import Sweep
+from revdistill.engine.adjoints.trajectory import Kernels, OnStep, OnStepBack, Problem
 from revdistill.engine.arguments import check_arguments
-from revdistill.engine.backprop import unroll_with_graph
-from revdistill.engine.compiled import CompiledGradient
-from revdistill.engine.compiled_kernels import CompiledKernels
 from revdistill.engine.errors import ReversalError, UnsupportedError
-from revdistill.engine.gradient import CHANGED_IN_PLACE, Data, Gradient, Hyper, Loss
+from revdistill.engine.integers.compiled import CompiledKernels
 from revdistill.engine.layout import Layout
-from revdistill.engine.optimizers import Optimizer
-from revdistill.engine.randomness import draw_seed
-from revdistill.engine.recordings import Recording, UnrollStats
-from revdistill.engine.sweep import Sweep
-from revdistill.engine.trajectory import Kernels, OnStep, OnStepBack, Problem
+from revdistill.engine.loss.compiled import CompiledGradient
+from revdistill.engine.loss.determinism import Ambient
+from revdistill.engine.loss.gradient import CHANGED_IN_PLACE, Data, Gradient, Hyper, Loss
+from revdistill.engine.loss.randomness import draw_seed
+from revdistill.engine.optimizers.sgd import Optimizer
 
 Batches = Sequence[Tensor] | Callable[[int], Any]
 

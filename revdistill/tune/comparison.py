@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from revdistill.distill.data import Dataset
-from revdistill.distill.draws import Batches
 from revdistill.distill.evaluation import SEED_OFFSET, plain_optimizer, set_momentum
-from revdistill.distill.population import Population
-from revdistill.engine.randomness import seeded
+from revdistill.engine.loss.randomness import seeded
+from revdistill.outer.data import Dataset
+from revdistill.outer.networks import Population
+from revdistill.outer.random_streams import Batches
 from revdistill.tune.schedule import Schedule
 from revdistill.tune.tuner import sample_scaled
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from revdistill.distill import models
 from revdistill.distill.config import OPTIMIZERS, check_device
+from revdistill.outer import models
 
 LEARNABLE = ("lr", "momentum", "weight-decay", "init")
 _TUPLES = ("learn",)

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from revdistill.distill.files import replacing
+from revdistill.outer.files import replacing
 from revdistill.tune.schedule import Schedule
 
 matplotlib.use("Agg")

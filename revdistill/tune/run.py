@@ -9,8 +9,8 @@ from typing import Any
 
 import revdistill
 from revdistill.distill.checkpoint import read_tensors, restore_adam, write_adam
-from revdistill.distill.hdf5 import reading, writing
-from revdistill.distill.unattended import run_unattended
+from revdistill.outer.hdf5 import reading, writing
+from revdistill.outer.job import run_unattended
 from revdistill.tune import schedule as schedules
 from revdistill.tune.comparison import train
 from revdistill.tune.config import TuneConfig

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import revdistill
 from revdistill.distill.artifact import ADAM_EPS
 from revdistill.distill.evaluation import set_momentum
-from revdistill.distill.files import replacing
-from revdistill.distill.hdf5 import Reader, reading, writing
+from revdistill.outer.files import replacing
+from revdistill.outer.hdf5 import Reader, reading, writing
 
 FORMAT_VERSION = 1
 FILE_NAME, JSON_NAME = "schedule.h5", "schedule.json"

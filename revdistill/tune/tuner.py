@@ -10,12 +10,12 @@ from torch import Tensor
 
 from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS
 from revdistill.distill.config import check_device
-from revdistill.distill.data import Dataset
-from revdistill.distill.descent import Descent
-from revdistill.distill.draws import Batches, generator, mix
-from revdistill.distill.population import Params, Population
 from revdistill.engine import SGD, Adam, BackwardNorms, unroll
-from revdistill.engine.optimizers import Optimizer
+from revdistill.engine.optimizers.sgd import Optimizer
+from revdistill.outer.data import Dataset
+from revdistill.outer.descent import Descent
+from revdistill.outer.networks import Params, Population
+from revdistill.outer.random_streams import Batches, generator, mix
 from revdistill.tune.config import TuneConfig
 from revdistill.tune.schedule import ALL, Schedule, layer_of
 

@@ -20,8 +20,8 @@ import wang2018
 
 from revdistill.distill.artifact import Artifact, read
 from revdistill.distill.config import Config
-from revdistill.distill.data import load
 from revdistill.distill.evaluation import Evaluation
+from revdistill.outer.data import load
 from tests.distill.test_image_files import write_mnist
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

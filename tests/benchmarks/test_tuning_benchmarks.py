@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import trainings
 
 import revdistill as rd
-from revdistill.distill.data import load
+from revdistill.outer.data import load
 from tests.distill.test_image_files import write_mnist
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"

@@ -21,8 +21,8 @@ from revdistill.cli.main import cli
 
 import revdistill
 from revdistill.distill.artifact import read
-from revdistill.distill.directory import read_metrics
 from revdistill.distill.presets import PRESETS
+from revdistill.outer.directory import read_metrics
 from tests.distill.test_image_files import write_mnist
 
 QUICK = [

@@ -10,12 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from revdistill.engine.bitstore import BitStore
-from revdistill.engine.fixedpoint import FixedPoint, add_rounded_, add_rounded_by_passes_
-from revdistill.engine.history import DeviceHistory, FileHistory, History, HostHistory
-from revdistill.engine.scaling import COARSE, FINE, HEAD_BITS, WIDE, Scaling, divisor_of
-from revdistill.engine.scans import fingerprint, fingerprint_by_passes, largest, largest_on_device
-from revdistill.engine.wide import LOW_MASK, Wide, add_rounded_wide_, add_rounded_wide_by_passes_, to_float_by_passes
+from revdistill.engine.integers.bitstore import BitStore
+from revdistill.engine.integers.fingerprint import fingerprint, fingerprint_by_passes, largest, largest_on_device
+from revdistill.engine.integers.fixedpoint import FixedPoint, add_rounded_, add_rounded_by_passes_
+from revdistill.engine.integers.history import DeviceHistory, FileHistory, History, HostHistory
+from revdistill.engine.integers.radix import COARSE, FINE, HEAD_BITS, WIDE, Scaling, divisor_of
+from revdistill.engine.integers.wide import (
+    LOW_MASK,
+    Wide,
+    add_rounded_wide_,
+    add_rounded_wide_by_passes_,
+    to_float_by_passes,
+)
 from tests.cuda.cases import DEVICE
 
 pytestmark = pytest.mark.cuda

@@ -21,10 +21,10 @@ from revdistill.distill import augment
 from revdistill.distill import config as configuration
 from revdistill.distill import distiller as distilling
 from revdistill.distill.config import Config
-from revdistill.distill.data import load
 from revdistill.distill.distiller import Distiller
-from revdistill.engine.ambient import CUBLAS_VARIABLE, repeatable
-from revdistill.engine.randomness import generators_of
+from revdistill.engine.loss.determinism import CUBLAS_VARIABLE, repeatable
+from revdistill.engine.loss.randomness import generators_of
+from revdistill.outer.data import load
 from tests.cuda.cases import CPU, DEVICE, assert_same, case, hypergradient
 
 pytestmark = pytest.mark.cuda

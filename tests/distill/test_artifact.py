@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import revdistill as rd
 from revdistill.distill.artifact import Artifact, read, write
-from revdistill.distill.data import load
 from revdistill.distill.evaluation import SEED_OFFSET, evaluate, train_plainly
-from revdistill.distill.models import build
-from revdistill.distill.population import Population
+from revdistill.outer.data import load
+from revdistill.outer.models import build
+from revdistill.outer.networks import Population
 from tests.distill.fuzz import flip
 
 

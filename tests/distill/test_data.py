@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import revdistill as rd
-from revdistill.distill.data import BUILT_IN, load
+from revdistill.outer.data import BUILT_IN, load
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

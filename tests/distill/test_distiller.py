@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import revdistill as rd
-from revdistill.distill import models
-from revdistill.distill import population as populations
 from revdistill.distill.config import ADJOINTS, Config
-from revdistill.distill.data import load
-from revdistill.distill.descent import MAX_FAILURES
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.evaluation import evaluate, train_plainly
-from revdistill.distill.population import Population, classification_loss, predictions
-from revdistill.distill.schedules import SCHEDULES, momentum_for, plan, strategy1, strategy2, strategy3
 from revdistill.distill.starts import kmeans
+from revdistill.distill.strategies import SCHEDULES, momentum_for, plan, strategy1, strategy2, strategy3
+from revdistill.outer import models
+from revdistill.outer import networks as populations
+from revdistill.outer.data import load
+from revdistill.outer.descent import MAX_FAILURES
+from revdistill.outer.networks import Population, classification_loss, predictions
 
 SMALL = Config(
     dataset="moons",

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import revdistill as rd
-from revdistill.distill.data import load
-from revdistill.distill.image_files import read_cifar10, read_idx
+from revdistill.outer.data import load
+from revdistill.outer.image_files import read_cifar10, read_idx
 
 RNG = np.random.default_rng(0)
 COUNTS = {"train": 200, "t10k": 40}

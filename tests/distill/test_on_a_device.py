@@ -12,9 +12,9 @@ from torch import Tensor
 from revdistill.distill import distiller
 from revdistill.distill.artifact import Artifact
 from revdistill.distill.config import Config
-from revdistill.distill.data import load
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.evaluation import evaluate
+from revdistill.outer.data import load
 from tests import standin
 
 pytestmark = pytest.mark.standin

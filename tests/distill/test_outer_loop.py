@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from revdistill.distill import augment
 from revdistill.distill.config import Config
-from revdistill.distill.data import load
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.presets import PRESETS
-from revdistill.engine.gradient import graph_nodes
+from revdistill.engine.loss.gradient import graph_nodes
+from revdistill.outer.data import load
 
 SMALL = Config(
     dataset="moons",

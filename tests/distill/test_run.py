@@ -14,11 +14,11 @@ import revdistill as rd
 from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.artifact import read
 from revdistill.distill.config import Config
-from revdistill.distill.data import load
-from revdistill.distill.directory import METRICS, Log, read_metrics, resumed_log
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.plots import draw_all, images
 from revdistill.distill.run import Run
+from revdistill.outer.data import load
+from revdistill.outer.directory import METRICS, Log, read_metrics, resumed_log
 
 SMALL = Config(
     dataset="moons", architectures=("NonLinearNet",), steps=4, epochs=2, outer_steps=8, batch_size=64, learn_labels=True

@@ -18,9 +18,9 @@ import pytest
 from revdistill.cli import main as command
 
 import revdistill as rd
-from revdistill.distill import directory as directories
 from revdistill.distill.artifact import write
-from revdistill.distill.directory import read_metrics
+from revdistill.outer import directory as directories
+from revdistill.outer.directory import read_metrics
 from tests.distill.fuzz import artifact
 
 HERE = Path(__file__).resolve().parents[2]

@@ -25,11 +25,11 @@ from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.artifact import Artifact, read
 from revdistill.distill.checkpoint import read_config
 from revdistill.distill.config import Config
-from revdistill.distill.data import load
-from revdistill.distill.directory import LOCK, Claim, DirectoryInUseError, read_metrics
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.run import Run
-from revdistill.distill.unattended import InterruptedRunError, NotSavedError
+from revdistill.outer.data import load
+from revdistill.outer.directory import LOCK, Claim, DirectoryInUseError, read_metrics
+from revdistill.outer.job import InterruptedRunError, NotSavedError
 
 SMALL = Config(dataset="moons", architectures=("NonLinearNet",), steps=4, epochs=2, outer_steps=12, batch_size=64)
 FILES = ["checkpoint.h5", "distilled.h5", "metrics.jsonl"]

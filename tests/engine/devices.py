@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.history import FileHistory, History, HostHistory
-from revdistill.engine.sweep import Sweep
+from revdistill.engine.adjoints.sweep import Sweep
+from revdistill.engine.integers.history import FileHistory, History, HostHistory
 from tests import standin
 from tests.engine.problems import Case
 from tests.engine.small import CE, total

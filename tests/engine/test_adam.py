@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.adam import Adam
-from revdistill.engine.fixedpoint import FixedPoint
+from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.layout import Layout
+from revdistill.engine.optimizers.adam import Adam
 from tests.engine.problems import PROBLEMS, STEPS
 from tests.engine.reference import train
 from tests.engine.small import CE, data, mlp, total

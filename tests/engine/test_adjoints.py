@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import revdistill as rd
-from revdistill.engine.ambient import Ambient
+from revdistill.engine.loss.determinism import Ambient
 from tests.engine.problems import ADAMW_SETTINGS, PROBLEMS, SETTINGS, STEPS, Case, optimizer_of, tensors_of
 from tests.engine.reference import train
 

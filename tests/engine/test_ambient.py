@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine import ambient
-from revdistill.engine.precision import without_tf32
-from revdistill.engine.randomness import seeded
+from revdistill.engine.loss import determinism as ambient
+from revdistill.engine.loss.precision import without_tf32
+from revdistill.engine.loss.randomness import seeded
 from revdistill.engine.selfcheck import checks
 from tests.engine.small import CE, data, mlp
 

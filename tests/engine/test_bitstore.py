@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revdistill.engine.bitstore import BitStore
-from revdistill.engine.fixedpoint import INTEGER_BITS, FixedPoint, add_rounded_, add_rounded_by_passes_
-from revdistill.engine.history import DeviceHistory, FileHistory, HostHistory, NoHistory, open_history
-from revdistill.engine.scaling import COARSE, divisor_of
+from revdistill.engine.integers.bitstore import BitStore
+from revdistill.engine.integers.fixedpoint import INTEGER_BITS, FixedPoint, add_rounded_, add_rounded_by_passes_
+from revdistill.engine.integers.history import DeviceHistory, FileHistory, HostHistory, NoHistory, open_history
+from revdistill.engine.integers.radix import COARSE, divisor_of
 
 RADIX, quantise = COARSE.radix, COARSE.quantise
 CPU = torch.device("cpu")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.bitstore import BitStore
-from revdistill.engine.compiled_kernels import CompiledKernels
-from revdistill.engine.history import DeviceHistory
-from revdistill.engine.scaling import COARSE, FINE, WIDE, Scaling
-from revdistill.engine.trajectory import Kernels
+from revdistill.engine.adjoints.trajectory import Kernels
+from revdistill.engine.integers.bitstore import BitStore
+from revdistill.engine.integers.compiled import CompiledKernels
+from revdistill.engine.integers.history import DeviceHistory
+from revdistill.engine.integers.radix import COARSE, FINE, WIDE, Scaling
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler"

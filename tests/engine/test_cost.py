@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import revdistill as rd
-from revdistill.engine.gradient import EagerLinearization as Linearization
-from revdistill.engine.gradient import Gradient
-from revdistill.engine.trajectory import Trajectory
+from revdistill.engine.adjoints.trajectory import Trajectory
+from revdistill.engine.loss.gradient import EagerLinearization as Linearization
+from revdistill.engine.loss.gradient import Gradient
 from tests.engine.small import CE, data, mlp, total
 
 

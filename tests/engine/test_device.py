@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.bitstore import BitStore
-from revdistill.engine.history import DeviceHistory
-from revdistill.engine.scaling import COARSE, FINE, WIDE
-from revdistill.engine.scans import fingerprint
+from revdistill.engine.integers.bitstore import BitStore
+from revdistill.engine.integers.fingerprint import fingerprint
+from revdistill.engine.integers.history import DeviceHistory
+from revdistill.engine.integers.radix import COARSE, FINE, WIDE
 from tests import standin
 from tests.engine.devices import DTYPES, assert_same, classifier, go_back, least_quartics, mlp, outcome, stack
 from tests.engine.problems import SETTINGS, STEPS, optimizer_of, tensors_of

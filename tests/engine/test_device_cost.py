@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import revdistill as rd
-from revdistill.engine.history import HostHistory
+from revdistill.engine.integers.history import HostHistory
 from tests import standin
 from tests.engine.devices import least_quartics, mlp
 from tests.engine.small import total

@@ -136,7 +136,7 @@ def test_batched_checks_find_the_same_step(interval: int, monkeypatch: pytest.Mo
     """On a GPU the checks are read every so many steps, and the run is repeated to name the step: forced here on the
     CPU.
     """
-    from revdistill.engine.trajectory import Problem
+    from revdistill.engine.adjoints.trajectory import Problem
 
     def loss(params: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
         return params["a"].square().sum() - params["b"].square().sum()

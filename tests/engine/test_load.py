@@ -135,7 +135,7 @@ def test_a_thousand_stacked_networks() -> None:
 _AGAIN = """
 from revdistill.distill.checkpoint import save
 from revdistill.distill.config import Config
-from revdistill.distill.data import load
+from revdistill.outer.data import load
 from revdistill.distill.distiller import Distiller
 config = Config(dataset="moons", architectures=("NonLinearNet", "MoreNonLinearNet"), steps=4, epochs=3,
                 outer_steps=10**6,

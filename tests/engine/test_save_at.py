@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import revdistill as rd
-from revdistill.engine.gradient import Gradient
+from revdistill.engine.loss.gradient import Gradient
 from tests.engine.small import CE, data, mlp, total
 
 ADJOINTS: list[Any] = [

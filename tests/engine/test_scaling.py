@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revdistill.engine.bitstore import BitStore
-from revdistill.engine.history import DeviceHistory
-from revdistill.engine.scaling import COARSE, FINE, WIDE, Scaling, divisor_of
-from revdistill.engine.wide import (
+from revdistill.engine.integers.bitstore import BitStore
+from revdistill.engine.integers.history import DeviceHistory
+from revdistill.engine.integers.radix import COARSE, FINE, WIDE, Scaling, divisor_of
+from revdistill.engine.integers.wide import (
     FRACTIONAL_BITS,
     LOW_BITS,
     LOW_MASK,

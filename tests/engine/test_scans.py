@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revdistill.engine import scans
-from revdistill.engine.scans import Fingerprints, fingerprint, largest, largest_on_device
+from revdistill.engine.integers import fingerprint as scans
+from revdistill.engine.integers.fingerprint import Fingerprints, fingerprint, largest, largest_on_device
 
 floats = st.lists(st.floats(width=32), min_size=1, max_size=20)
 

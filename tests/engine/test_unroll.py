@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.adjoints import default_adjoint
-from revdistill.engine.ambient import Ambient
+from revdistill.engine.adjoints.reversible import default_adjoint
+from revdistill.engine.loss.determinism import Ambient
 from tests.engine.small import CE, data, mlp, total
 
 

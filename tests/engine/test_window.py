@@ -103,7 +103,7 @@ def test_a_loss_that_differs_within_the_window_is_caught() -> None:
 
 
 def test_a_bit_changed_between_the_passes_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from revdistill.engine.trajectory import Trajectory
+    from revdistill.engine.adjoints.trajectory import Trajectory
 
     undo = Trajectory.undo_drifts
 

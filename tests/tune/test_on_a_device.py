@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from revdistill.distill.data import load
+from revdistill.outer.data import load
 from revdistill.tune import tuner
 from revdistill.tune.comparison import Trained, train
 from revdistill.tune.config import TuneConfig

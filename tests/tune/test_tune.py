@@ -20,11 +20,11 @@ from revdistill.cli import main as command
 from torch import nn
 
 import revdistill as rd
-from revdistill.distill.data import load
-from revdistill.distill.directory import METRICS, read_metrics
-from revdistill.distill.draws import Batches
-from revdistill.distill.models import build
-from revdistill.distill.unattended import InterruptedRunError
+from revdistill.outer.data import load
+from revdistill.outer.directory import METRICS, read_metrics
+from revdistill.outer.job import InterruptedRunError
+from revdistill.outer.models import build
+from revdistill.outer.random_streams import Batches
 from revdistill.tune import run
 from revdistill.tune import schedule as schedules
 from revdistill.tune.comparison import train
@@ -289,7 +289,7 @@ def test_the_comparison_is_a_plain_loop() -> None:
     schedule = tuner().schedule()
     found = train(schedule, data, config.arch, batch_size=32, restarts=1, seed=5)
     from revdistill.distill.evaluation import SEED_OFFSET
-    from revdistill.distill.population import Population
+    from revdistill.outer.networks import Population
 
     population = Population(config.arch, 1, data.input_shape, data.classes, torch.device("cpu"))
     net = build(config.arch, data.input_shape, data.classes)

@@ -1,0 +1,1 @@
+"""How the way back gets theta_k back: a class and a file per adjoint."""

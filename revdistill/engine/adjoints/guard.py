@@ -1,0 +1,198 @@
+"""Nothing wraps around, saturates or turns NaN in silence (invariant 4 of the engine).
+
+The guard keeps a proved upper bound on |theta| and on each slot, advanced by the largest gradient entry of each step.
+Only where a bound reaches the limit is the data itself looked at, move by move, before the integers are touched.
+
+On the CPU every step is checked before it is made. On a GPU that would wait for the device at each step, so the largest
+entries are noted there and read every `interval` steps; what was wrong is then found by running again with interval 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.errors import NonFiniteError, RangeError
+from revdistill.engine.integers.fingerprint import largest, largest_on_device
+from revdistill.engine.integers.fixedpoint import FixedPoint
+from revdistill.engine.integers.wide import Wide
+from revdistill.engine.layout import Layout
+from revdistill.engine.optimizers.moves import GRADIENT, THETA, Add, State, Update
+
+GPU_INTERVAL = 32
+_SLOT_NAMES = {"v": "the velocity", "m": "the first moment", "s": "the second moment"}
+_SLACK = 1.0 + 1e-9  # the bounds are floats themselves
+
+
+class SuspicionError(Exception):
+    """Something in the last interval may have gone wrong: run again, checking each step."""
+
+
+class Guard:
+    """fixed: the number format; interval: steps between looks at the device."""
+
+    def __init__(self, update: Update, fixed: FixedPoint, interval: int) -> None:
+        self._update, self._fixed, self._interval = update, fixed, interval
+        self._bounds: dict[str, float] = {}
+        self._notes: list[Tensor] = []
+        self._first_note = 0
+
+    def start(self, theta: Tensor) -> None:
+        """Check the parameters at the start (float, [numel])."""
+        layout = self._update.layout
+        start = largest(theta)
+        if not math.isfinite(start):
+            name = layout.first_nonfinite(theta)
+            raise NonFiniteError(f"params[{name!r}] is not finite at the start", parameter=name, step=0)
+        if not start < self._fixed.limit:
+            self._raise_range(theta.double(), -1, "theta")
+        self._bounds = {THETA: start} | dict.fromkeys(self._update.slots, 0.0)
+        self._notes, self._first_note = [], 0
+
+    def before_step(self, k: int, loss: Tensor, gradient: Tensor, state: State) -> bool:
+        """Look at step k's loss and gradient before any integer changes. False: make the moves one at a time, with
+        `before_add`.
+        """
+        if self._interval > 1:
+            if len(self._notes) == self._interval:
+                self.flush(state)
+            self._notes.append(torch.stack([largest_on_device(gradient).double(), loss.double()]))
+            return True
+        entry, value = largest(gradient), float(loss)
+        if not (math.isfinite(entry) and math.isfinite(value)):
+            self._raise_nonfinite(k, value, gradient)
+        if self._advance(k, entry):
+            return True
+        self._tighten(state, self._largest(state).tolist())
+        return self._advance(k, entry)
+
+    def flush(self, state: State) -> None:
+        """Read the notes, all of steps that `state` has behind it. Raises SuspicionError."""
+        if not self._notes:
+            return
+        *notes, reached = _read([*self._notes, self._largest(state)])
+        for offset, (entry, value) in enumerate(notes):
+            if not (math.isfinite(entry) and math.isfinite(value)) or not self._advance(
+                self._first_note + offset, entry
+            ):
+                raise SuspicionError
+        self._first_note += len(self._notes)
+        self._notes = []
+        self._tighten(state, reached)
+
+    def before_add(self, k: int, add: Add, state: State, values: dict[str, Tensor]) -> None:
+        """Raise RangeError if this move would leave the range. values: of the sources that are no part of the state."""
+        source = values[add.source].double() if add.source in values else self._floats(add.source, state)
+        after = self._floats(add.target, state) + source * add.factor.at(k)
+        reached = largest(after)
+        if not reached < self._format(add.target).limit:
+            self._raise_range(after, k, add.target)
+        self._bounds[add.target] = reached
+
+    def _advance(self, k: int, largest_gradient: float) -> bool:
+        """Advance the bounds over step k; False, and no change, if one would reach the limit."""
+        bounds = self._bounds | {GRADIENT: largest_gradient}
+        for stage in self._update.stages:
+            for function in stage.derived:
+                bounds[function.name] = function.largest(k, bounds)
+            for decay in stage.decays:
+                resolution = self._format(decay.slot).resolution
+                bounds[decay.slot] = bounds[decay.slot] * decay.table.largest(k) * _SLACK + resolution
+            for add in stage.adds:
+                target = self._format(add.target)
+                amount = add.factor.largest(k) * bounds[add.source] + target.resolution
+                bounds[add.target] = (bounds[add.target] + amount) * _SLACK
+                if not bounds[add.target] < target.limit:
+                    return False
+            for peak in stage.peaks:
+                bounds[peak.slot] = max(bounds[peak.slot], bounds[peak.source])
+        self._bounds = {name: bounds[name] for name in self._bounds}
+        return True
+
+    def _largest(self, state: State) -> Tensor:
+        """Of theta and of each slot, float64."""
+        return torch.stack([largest_on_device(self._floats(name, state)) for name in state.fixed])
+
+    def _tighten(self, state: State, reached: list[float]) -> None:
+        self._bounds = {name: value * _SLACK for name, value in zip(state.fixed, reached, strict=True)}
+
+    def _floats(self, name: str, state: State) -> Tensor:
+        q = state.fixed[name]
+        return self._format(name).to_float(q, out=torch.empty(q.shape[-1], dtype=torch.float64, device=q.device))
+
+    def _format(self, name: str) -> FixedPoint | Wide:
+        return self._update.format_of(name, self._fixed)
+
+    def _raise_nonfinite(self, k: int, loss: float, gradient: Tensor) -> None:
+        name = self._update.layout.first_nonfinite(gradient)
+        what = f"the gradient of params[{name!r}] is not finite" if name else "the loss is not finite"
+        raise NonFiniteError(
+            f"{what} at step {k} (loss {loss:g}); a smaller lr, or a loss that stays finite there, avoids it",
+            parameter=name,
+            step=k,
+        )
+
+    def _raise_range(self, values: Tensor, k: int, target: str) -> None:
+        position = int(values.abs().argmax())
+        name, value = self._update.layout.name_at(position), float(values[position])
+        what = f"params[{name!r}]" if target == THETA else f"{_SLOT_NAMES.get(target, target)} of params[{name!r}]"
+        when = "at the start" if k < 0 else f"at step {k}"
+        limit = f"|value| < {self._format(target).limit:g}"
+        if target in self._update.wide:
+            limit += "; a loss on a smaller scale avoids it"
+        else:
+            bits = self._fixed.fractional_bits
+            limit += f" with fractional_bits={bits}; a smaller lr or fewer fractional_bits in the adjoint avoids it"
+        raise RangeError(
+            f"{what} left the fixed-point range {when}: {value:.6g}, where {limit}",
+            parameter=name,
+            step=k,
+            value=value,
+        )
+
+
+def _read(vectors: list[Tensor]) -> list[list[float]]:
+    """Float64 vectors as lists, in one wait for the device."""
+    numbers = iter(torch.cat(vectors).tolist())
+    return [[next(numbers) for _ in v] for v in vectors]
+
+
+class FiniteWatch:
+    """Notices a vector, or a loss, that is no longer finite, without waiting for a GPU at each step.
+
+    interval: steps between looks at the device; fail: raises, called with the first such step and the name of the first
+    parameter with an entry that is not finite there (None where only the loss is not).
+    """
+
+    def __init__(self, layout: Layout, interval: int, fail: Callable[[int, str | None], NoReturn]) -> None:
+        self._layout, self._interval, self._fail = layout, interval, fail
+        self._notes: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    def look(self, k: int, x: Tensor, loss: Tensor | None = None) -> None:
+        """x: float [numel], not empty; loss: 0-dim. Neither requires grad."""
+        if self._interval == 1:
+            fine = math.isfinite(largest(x))
+            if not fine or not (loss is None or math.isfinite(float(loss))):
+                self._fail(k, None if fine else self._layout.first_nonfinite(x))
+            return
+        bad, where = torch.max(x - x, 0)  # 0 for what is finite, else NaN, which is the largest; of these the first
+        self._notes.append((k, bad, where, bad if loss is None else loss))
+        if len(self._notes) >= self._interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the notes."""
+        if not self._notes:
+            return
+        steps, *columns = zip(*self._notes, strict=True)
+        self._notes = []
+        rows = torch.stack(
+            [torch.stack(column).double() for column in columns], dim=1
+        ).tolist()  # float64 holds the positions
+        for k, (bad, where, loss) in zip(steps, rows, strict=True):
+            if not (math.isfinite(bad) and math.isfinite(loss)):
+                self._fail(k, None if math.isfinite(bad) else self._layout.name_at(int(where)))

@@ -1,0 +1,1 @@
+"""Fixed-point numbers, and what is done with them to the bit."""

@@ -1,0 +1,259 @@
+"""What surrounds every call of the loss, made the same on the way forward and on the way back.
+
+Random numbers (seeded from (seed, step)), autocast, the number of threads, deterministic kernels, TensorFloat-32 off,
+the attention kernel that has second derivatives, and autograd on the calling thread. All of it is restored afterwards.
+
+torch keeps most of this for the whole process, so the unrolls of several threads take turns (`_TURN`), and a setting
+that one of them made stays until the last of them has left (`_ProcessWide`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from revdistill.engine.loss.precision import without_tf32
+from revdistill.engine.loss.randomness import generators_of
+
+CUBLAS_VARIABLE, CUBLAS_SETTINGS = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+# torch reads it once, at the process's first matrix product on a GPU, and refuses deterministic ones for good where it
+# was not set by then. So it is set as soon as this is imported, and stays.
+os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_SETTINGS[0])
+# Held by the thread that is in a passage. Re-entrant: a loss may hold an unroll of its own.
+_TURN = threading.RLock()
+
+
+def _forked() -> None:
+    """A child process has none of the other threads, and must not wait for them."""
+    global _TURN
+    if _TURN.acquire(blocking=False):
+        _TURN.release()  # nobody's, or that of the very thread that lives on here
+    else:
+        _TURN = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    _TURN.acquire()
+    try:
+        yield
+    finally:
+        _TURN.release()  # by its name: a child process may have another
+
+
+@dataclass
+class _Callers:
+    """What the caller of a pass had, while it lasts: the states of its generators, and whether autograd has threads."""
+
+    generators: list[Tensor] = field(default_factory=list)
+    multithreading: bool = True
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """seed: of this unroll; the rest is what the caller of the forward pass had set."""
+
+    device: torch.device
+    seed: int
+    threads: int
+    autocast: bool
+    autocast_dtype: torch.dtype
+    grad: bool
+    _callers: _Callers = field(default_factory=_Callers, compare=False, repr=False)
+
+    @classmethod
+    def capture(cls, device: torch.device, seed: int) -> Ambient:
+        kind = device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        return cls(device, seed, torch.get_num_threads(), *autocast, torch.is_grad_enabled())
+
+    @contextmanager
+    def passage(self) -> Iterator[None]:
+        """Around a whole pass, forward or back. One thread at a time; the others wait."""
+        with ExitStack() as stack:
+            stack.enter_context(_turn())
+            stack.enter_context(_threads(self.threads))
+            # autograd runs backward on one thread per device. A thread whose turn it is must not wait for that one: it
+            # may be in another unroll's way back, waiting for its turn.
+            on_this_thread = torch.autograd.set_multithreading_enabled(False)
+            stack.enter_context(on_this_thread)
+            self._callers.multithreading = on_this_thread.prev
+            for setting in _process_wide(self.device):
+                stack.enter_context(setting.held())
+            # Without its cache, which would keep casts of theta from one step to the next.
+            stack.enter_context(
+                torch.autocast(self.device.type, enabled=self.autocast, dtype=self.autocast_dtype, cache_enabled=False)
+            )
+            stack.enter_context(self._own_generators())
+            yield
+
+    @contextmanager
+    def step(self, k: int) -> Iterator[None]:
+        """Around one evaluation of the loss and its derivatives, in a passage: the same random numbers in both
+        directions.
+        """
+        # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
+        seed = (self.seed + k * 0x1E3779B97F4A7C15) % 2**63
+        for generator in generators_of(self.device):
+            generator.manual_seed(seed)
+        with torch.enable_grad():
+            yield
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Around a call of the user's for a batch, in a passage: with the random numbers and the grad mode that it has
+        outside.
+
+        (A pass is made without gradients; a batch that was computed from a tensor that wants one would not tell.)
+        Other threads may take their turn meanwhile, so that the user's code may wait for them.
+        """
+        generators = generators_of(self.device)
+        for generator, state in zip(generators, self._callers.generators, strict=True):
+            generator.set_state(state)
+        _TURN.release()
+        try:
+            with (
+                torch.autograd.set_multithreading_enabled(self._callers.multithreading),
+                torch.set_grad_enabled(self.grad),
+            ):
+                yield
+        finally:
+            _TURN.acquire()
+            self._callers.generators = [generator.get_state() for generator in generators]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a call of the user's that gives nothing back, in a passage: as `outside`, with torch's settings as
+        they were.
+        """
+        with ExitStack() as stack:
+            for setting in _process_wide(self.device):
+                stack.enter_context(setting.let_go())
+            stack.enter_context(self.outside())
+            yield
+
+    @contextmanager
+    def _own_generators(self) -> Iterator[None]:
+        """The caller's random numbers are put back afterwards."""
+        generators = generators_of(self.device)
+        self._callers.generators = [generator.get_state() for generator in generators]
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, self._callers.generators, strict=True):
+                generator.set_state(state)
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """torch's settings of a pass (deterministic kernels, no TensorFloat-32), for what an outer loop does around its
+    unrolls.
+    """
+    with ExitStack() as stack:
+        for setting in _process_wide(device):
+            stack.enter_context(setting.held())
+        yield
+
+
+def _process_wide(device: torch.device) -> tuple[_ProcessWide, ...]:
+    return (_REPEATABLE, _REPEATABLE_CUDA) if device.type == "cuda" else (_REPEATABLE,)
+
+
+class _ProcessWide:
+    """A setting of the whole process, made while anyone holds it: threads may leave in any order."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make, self._holders, self._made = make, 0, ExitStack()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._take()
+        try:
+            yield
+        finally:
+            self._give()
+
+    @contextmanager
+    def let_go(self) -> Iterator[None]:
+        """Not held by this holder for a while."""
+        self._give()
+        try:
+            yield
+        finally:
+            self._take()
+
+    def _take(self) -> None:
+        with _TURN:
+            if not self._holders:
+                self._made.enter_context(self._make())
+            self._holders += 1
+
+    def _give(self) -> None:
+        with _TURN:
+            self._holders -= 1
+            if not self._holders:
+                self._made.close()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Sums are split by thread, so another number of threads rounds differently."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    # The only attention kernel with second derivatives; the fused ones cannot give a Hessian product.
+    with _deterministic(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    # Not use_deterministic_algorithms: the same switch, but it imports torch's compiler, two seconds on the first call.
+    mode = torch.get_deterministic_debug_mode()
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    settings.fill_uninitialized_memory = False  # torch's aid for debugging; it costs a write per tensor
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def _repeatable_cuda() -> Iterator[None]:
+    """cuDNN's choice of kernel fixed, and no TensorFloat-32."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    with without_tf32():
+        cudnn.benchmark, cudnn.deterministic = False, True
+        try:
+            yield
+        finally:
+            cudnn.benchmark, cudnn.deterministic = before
+
+
+_REPEATABLE, _REPEATABLE_CUDA = _ProcessWide(_repeatable), _ProcessWide(_repeatable_cuda)

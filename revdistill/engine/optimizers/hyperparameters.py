@@ -1,0 +1,177 @@
+"""An optimizer's hyperparameter, resolved once into a table: a row per step, a column per group of parameters.
+
+A user gives a float, a tensor of shape () or [T], for the learning rate also [T, E] (a rate per stacked network), or a
+dict from parameter name to one of these. The table is built with differentiable operations, so its gradient goes back
+to whatever the user gave.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.integers.radix import Scaling
+from revdistill.engine.layout import Layout
+
+Value = float | Tensor
+Schedule = Value | Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Table:
+    """values: float64 [T or 1, G] on the parameters' device, maybe requiring grad. index: None where G is 1, else the
+    column of each element of the flat buffer, int64 [numel]. host: `values` as Python floats."""
+
+    values: Tensor
+    index: Tensor | None
+    host: list[list[float]] = field(repr=False)
+
+    def row(self, k: int) -> list[float]:
+        """The groups' values at step k."""
+        return self.host[k if len(self.host) > 1 else 0]
+
+    def at(self, k: int) -> float | Tensor:
+        """What multiplies the flat buffer at step k: a float, or float64 [numel]."""
+        if self.index is None:
+            return self.row(k)[0]
+        return self.values.detach()[k if len(self.host) > 1 else 0].index_select(0, self.index)
+
+    def largest(self, k: int) -> float:
+        return self._largest[k if len(self._largest) > 1 else 0]
+
+    @cached_property
+    def _largest(self) -> list[float]:
+        return [max(map(abs, row)) for row in self.host]
+
+    def is_zero(self) -> bool:
+        return not any(map(any, self.host))
+
+    def accumulate(self, k: int, a: Tensor, b: Tensor, gradient: Tensor, *, factor: float = 1.0) -> None:
+        """gradient[k] += factor * <a, b>, group by group; gradient has the shape of `values`."""
+        row = gradient[k if len(self.host) > 1 else 0]
+        if self.index is None:
+            row.add_(torch.dot(a, b), alpha=factor)
+        else:
+            row.index_add_(0, self.index, (a * b).to(row.dtype), alpha=factor)
+
+    def segments(self, layout: Layout) -> list[tuple[slice, int]]:
+        """(part of the flat buffer, column) for runs of neighbours that share a column."""
+        if self.index is None:
+            return [(slice(0, layout.numel), 0)]
+        columns, counts = torch.unique_consecutive(self.index, return_counts=True)
+        stops = counts.cumsum(0).tolist()
+        return [(slice(a, b), c) for a, b, c in zip([0, *stops], stops, columns.tolist(), strict=False)]
+
+
+def combined(function: Callable[..., Tensor], *tables: Table) -> Table:
+    """The table of an elementwise function of other tables' values, differentiable where they are."""
+    grouped = {id(t.index): t.index for t in tables if t.index is not None}
+    if len(grouped) <= 1:
+        values, index = function(*(t.values for t in tables)), next(iter(grouped.values()), None)
+    else:  # a column for each combination of columns that occurs
+        first = next(iter(grouped.values()))
+        code = torch.zeros_like(first)
+        for t in tables:
+            code = code * t.values.shape[1] + (0 if t.index is None else t.index)
+        present, index = torch.unique(code, return_inverse=True)
+        columns: list[Tensor] = []
+        for t in reversed(tables):
+            columns.insert(0, t.values[:, present % t.values.shape[1]])
+            present = present // t.values.shape[1]
+        values = function(*columns)
+    return Table(values, index, values.detach().tolist())
+
+
+def quantised(table: Table, scaling: Scaling) -> Table:
+    """Every entry at the nearest n / radix; the derivative is taken as that of the factor asked for."""
+    rounded = table.values.detach().mul(scaling.radix).round_().div_(scaling.radix)
+    values: Tensor = rounded
+    if table.values.requires_grad:
+        values = _StraightThrough.apply(table.values, rounded)  # type: ignore[no-untyped-call]
+    return Table(values, table.index, rounded.tolist())
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the rounded values, exactly. Backward: the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def resolve(
+    name: str, schedule: Schedule, layout: Layout, steps: int, *, stackable: bool, upper: float = math.inf
+) -> Table:
+    """The table of one hyperparameter. Errors name the argument, what came and what is accepted.
+
+    stackable: whether tensors of shape [T, E] are accepted. upper: the largest value accepted.
+    """
+    if isinstance(schedule, Mapping):
+        _check_names(name, schedule, layout)
+        per_parameter = [schedule[parameter] for parameter in layout.names]
+        labels = [f"{name}[{parameter!r}]" for parameter in layout.names]
+    else:
+        per_parameter = [schedule] * len(layout.names)
+        labels = [name] * len(layout.names)
+
+    columns: list[Tensor] = []
+    first_column: dict[object, int] = {}  # equal floats, and the same tensor given twice, share their columns
+    index: list[Tensor] = []
+    for value, label, shape in zip(per_parameter, labels, layout.shapes, strict=True):
+        key = ("tensor", id(value)) if isinstance(value, Tensor) else ("float", value)
+        block = _block(label, value, layout, steps, stackable=stackable)
+        networks = block.shape[1]
+        if networks > 1 and (not shape or shape[0] != networks):
+            raise ValueError(
+                f"{label} has shape {list(value.shape)} for {networks} stacked networks, "  # type: ignore[union-attr]
+                f"but a parameter has shape {list(shape)}; its leading dimension must be {networks}"
+            )
+        if key not in first_column:
+            first_column[key] = sum(c.shape[1] for c in columns)
+            columns.append(block)
+        column = torch.arange(networks, device=layout.device) + first_column[key]
+        index.append(column.repeat_interleave(shape.numel() // networks) if shape.numel() else column[:0])
+
+    rows = 1 if all(c.shape[0] == 1 for c in columns) else steps
+    values = torch.cat([c.expand(rows, -1) for c in columns], dim=1)
+    host = values.detach().tolist()
+    if not all(math.isfinite(v) and 0 <= v <= upper for row in host for v in row):
+        wrong = next(v for row in host for v in row if not (math.isfinite(v) and 0 <= v <= upper))
+        bounds = "at least 0" if math.isinf(upper) else f"between 0 and {upper:g}"
+        raise ValueError(f"{name} must be finite and {bounds}, got {wrong:g}")
+    return Table(values, torch.cat(index) if values.shape[1] > 1 else None, host)
+
+
+def _check_names(name: str, schedule: Mapping[str, Value], layout: Layout) -> None:
+    missing = [p for p in layout.names if p not in schedule]
+    unknown = [p for p in schedule if p not in layout.names]
+    if missing or unknown:
+        problems = [f"nothing for {missing}"] * bool(missing) + [f"unknown names {unknown}"] * bool(unknown)
+        raise ValueError(f"{name} is a dict with {' and '.join(problems)}; its keys must be the names in params")
+
+
+def _block(label: str, value: object, layout: Layout, steps: int, *, stackable: bool) -> Tensor:
+    """One value as float64 [T or 1, E or 1]."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{label} must be a float or a tensor, got {type(value).__name__}")
+        return torch.full((1, 1), float(value), dtype=torch.float64, device=layout.device)
+    if value.is_meta:
+        raise ValueError(f"{label} is on device meta and holds no numbers; make it on {layout.device}")
+    if not value.is_floating_point():
+        raise TypeError(f"{label} must be a floating-point tensor, got {value.dtype}")
+    accepted = f"[], [{steps}]" + (f" or [{steps}, networks]" if stackable else "")
+    if value.ndim > (2 if stackable else 1) or (value.ndim and value.shape[0] != steps):
+        raise ValueError(f"{label} has shape {list(value.shape)}; with steps={steps} it must be {accepted}")
+    moved = value.to(device=layout.device, dtype=torch.float64)
+    return moved.reshape(1, 1) if value.ndim == 0 else moved[:, None] if value.ndim == 1 else moved

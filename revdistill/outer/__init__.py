@@ -1,0 +1,1 @@
+"""What every outer loop shares."""

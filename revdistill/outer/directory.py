@@ -1,0 +1,148 @@
+"""A run's directory while the run goes on: one process at a time in it, and a log that outlives a full disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from revdistill.engine import ArtifactError
+from revdistill.outer.files import replacing
+
+MAX_METRICS = 64 * 2**20  # bytes; a run of 10^5 outer steps that all diverge writes half of it
+MAX_STEP = 2**53  # no run gets there; a file from somebody else may say so
+LOCK, METRICS = "run.lock", "metrics.jsonl"
+
+
+class DirectoryInUseError(Exception):
+    """Another process is running in the directory."""
+
+
+class Claim:
+    """The directory as this process's own, from `with` on. Made where it does not exist; made again where it is removed
+    meanwhile.
+
+    Errors: DirectoryInUseError, which names the other process; OSError where the directory cannot be written to. A
+    process
+    that is gone has no claim: the system lets go of its lock.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._path = directory, directory / LOCK
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Claim:
+        self._take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._is_held():
+                self._path.unlink(
+                    missing_ok=True
+                )  # before it is let go of: whoever opened it meanwhile sees that it is gone
+        except OSError:
+            pass  # a file without a lock on it claims nothing
+        finally:
+            self._close()
+
+    def renew(self) -> None:
+        """Take the directory again where somebody removed it, or the lock in it."""
+        if not self._is_held():
+            self._close()
+            self._take()
+
+    def _take(self) -> None:
+        import fcntl  # not on every system; only a run needs it
+
+        self._directory.mkdir(parents=True, exist_ok=True)
+        while not self._is_held():  # whose lock it was may have removed it between our opening and our locking it
+            self._close()
+            file = self._file = self._path.open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                process = file.read().strip() or "unknown"
+                self._close()
+                raise DirectoryInUseError(f"{self._directory} is in use by another run (process {process})") from None
+            except OSError as error:
+                self._close()
+                raise OSError(
+                    error.errno, f"cannot lock {self._path}: {error.strerror}; another --out may be on a disk that can"
+                ) from error
+        assert self._file is not None
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def _is_held(self) -> bool:
+        if self._file is None:
+            return False
+        try:
+            there = self._path.stat()
+        except OSError:
+            return False
+        ours = os.fstat(self._file.fileno())
+        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Log:
+    """A file of JSON lines. A line that could not be written whole does not spoil the next. JSON has no NaN: it is
+    null.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._torn = path, False
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Errors: OSError; the log is as it was, but for a line cut short, which `read_metrics` leaves out."""
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in entry.items()
+        }
+        torn, self._torn = self._torn, True
+        with self._path.open("a") as file:
+            file.write("\n" * torn + json.dumps(line) + "\n")
+        self._torn = False
+
+
+def resumed_log(path: Path, outer_step: int) -> tuple[Log, float]:
+    """The log, without the lines of steps that a checkpoint of this outer step does not have behind it; and the seconds
+    taken.
+    """
+    kept = [line for line in read_metrics(path) if line["step"] < outer_step]
+    taken = [line.get("seconds") for line in kept]
+    with replacing(path) as temporary:
+        log = Log(temporary)
+        for line in kept:
+            log.append(line)
+    return Log(path), max((float(t) for t in taken if isinstance(t, int | float) and 0 <= t < MAX_STEP), default=0.0)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The log's entries; lines cut short, by a kill or a full disk, are left out. Errors: ArtifactError."""
+    lines = []
+    try:
+        if path.stat().st_size > MAX_METRICS:
+            raise ArtifactError(f"{path}: has {path.stat().st_size} bytes; at most {MAX_METRICS} are read")
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error})") from error
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int and 0 <= entry["step"] < MAX_STEP:
+            lines.append(entry)
+    return lines

@@ -1,0 +1,151 @@
+"""E networks of one architecture, freshly drawn from P0 and evaluated side by side."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revdistill.engine import stack_modules
+from revdistill.engine.loss.randomness import seeded
+from revdistill.outer import models
+
+Params = dict[str, Tensor]
+# Samples evaluated at once, over all networks; and by convolutions on a CPU, few enough that activations stay in its
+# caches: with 2,048 images of CIFAR-10, ConvNet-3 takes twice as long.
+AT_ONCE, CACHED = 2048, 64
+
+
+def classification_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of logits [B, C] with classes [B] or probabilities [B, C]; binary where there is one logit [B,
+    1].
+    """
+    if logits.shape[-1] == 1:
+        target = y[..., 1] if y.is_floating_point() else y
+        return F.binary_cross_entropy_with_logits(logits[..., 0], target.to(logits.dtype))
+    return F.cross_entropy(logits, y)
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """The class of highest score, from logits [..., C] or [..., 1]."""
+    return (logits[..., 0] > 0).long() if logits.shape[-1] == 1 else logits.argmax(-1)
+
+
+class Population:
+    """name: the architecture; size: E. `loss(params, (x, y))` sums the networks' losses on one shared batch.
+
+    P0 is Xavier-normal weights and zero biases (scales of normalization layers 1) for the registered architectures, as
+    in the study and in Wang et al. 2018; a user's own factory draws its parameters itself.
+    """
+
+    def __init__(self, name: str, size: int, input_shape: tuple[int, ...], classes: int, device: torch.device) -> None:
+        self.name, self.size = name, size
+        self._input_shape, self._classes, self._device = input_shape, classes, device
+        with seeded(0, device):
+            self._net = models.build(name, input_shape, classes).to(device)
+        self.loss, _ = stack_modules([self._net] * size, classification_loss)
+        kinds = tuple(type(module) for module in self._net.modules())
+        self._convolves = device.type == "cpu" and any(issubclass(kind, nn.modules.conv._ConvNd) for kind in kinds)
+        self._batch_statistics = any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds)
+        self._shapes = {n: p.shape for n, p in self._net.named_parameters() if p.requires_grad}
+        self._check_output()
+        self._rest = {
+            n: p for n, p in (*self._net.named_parameters(), *self._net.named_buffers()) if n not in self._shapes
+        }
+
+    def _check_output(self) -> None:
+        accepted = {(2, self._classes)} | ({(2, 1)} if self._classes == 2 else set())
+        x = torch.zeros(2, *self._input_shape, device=self._device)
+        try:
+            with torch.no_grad(), seeded(0, self._device), _evaluating(self._net):
+                shape = tuple(copy.deepcopy(self._net)(x).shape)
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"architecture {self.name!r} does not take inputs {list(self._input_shape)}: {reason}"
+            ) from error
+        if shape not in accepted:
+            raise ValueError(
+                f"architecture {self.name!r} gives outputs of shape {list(shape[1:])} for {self._classes} classes; "
+                f"accepted are {' or '.join(str(list(s[1:])) for s in sorted(accepted))}"
+            )
+
+    def sample(self, seed: int) -> Params:
+        """Fresh parameters [E, ...], the same for the same seed, on every device."""
+        if self.name not in models.ARCHITECTURES:
+            return self._sample_own(seed)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {name: _xavier(name, self.size, shape, generator) for name, shape in self._shapes.items()}
+        return {name: p.to(self._device) for name, p in drawn.items()}
+
+    def parts(self, params: Params) -> Iterator[tuple[int, Population, Params]]:
+        """(number of its first network, population, parameters) of each part that is best evaluated side by side.
+
+        All of them, but one at a time where they have convolutions on a CPU: a stack's are grouped ones there, which
+        for ConvNet-3 take twice as long.
+        """
+        if self.size == 1 or not self._convolves:
+            yield 0, self, params
+            return
+        one = Population(self.name, 1, self._input_shape, self._classes, self._device)
+        for e in range(self.size):
+            yield e, one, {name: p[e : e + 1].detach().clone() for name, p in params.items()}
+
+    def _sample_own(self, seed: int) -> Params:
+        with seeded(seed, self._device):
+            nets = [models.build(self.name, self._input_shape, self._classes) for _ in range(self.size)]
+        states = [dict(net.named_parameters()) for net in nets]
+        return {name: torch.stack([s[name].detach() for s in states]).to(self._device) for name in self._shapes}
+
+    def logits(self, params: Params, x: Tensor) -> Tensor:
+        """[E, B, outputs] as in evaluation: dropout off; BatchNorm with the statistics of this very batch."""
+
+        def one(params: Params, rest: Params) -> Tensor:
+            found: Tensor = torch.func.functional_call(self._net, {**params, **rest}, (x,))
+            return found
+
+        # Copies, one per network: BatchNorm writes its running statistics into them.
+        rest = {name: t.detach().expand(self.size, *t.shape).clone() for name, t in self._rest.items()}
+        with _evaluating(self._net):
+            result: Tensor = torch.func.vmap(one, randomness="different")(params, rest)
+        return result
+
+    def mean_loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        """The networks' mean loss on real data, differentiable in params."""
+        losses: Tensor = torch.func.vmap(classification_loss, in_dims=(0, None))(self.logits(params, x), y)
+        return losses.mean()
+
+    @torch.no_grad()
+    def accuracies(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        """[E], each network's share of right answers."""
+        right = torch.zeros(self.size, device=self._device)
+        each = max(1, (CACHED if self._convolves and not self._batch_statistics else AT_ONCE) // self.size)
+        batches = -(-len(x) // each)
+        for i in range(batches):  # each n-th sample: where data are sorted by class, BatchNorm sees all of the classes
+            right += (predictions(self.logits(params, x[i::batches])) == y[i::batches]).sum(-1)
+        return right / len(x)
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in net.modules()}
+    for module in modes:
+        module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _xavier(name: str, size: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if len(shape) < 2:  # a bias, or the scale of a normalization layer
+        return torch.full((size, *shape), float(name.endswith("weight")))
+    receptive = math.prod(shape[2:])
+    std = math.sqrt(2.0 / ((shape[0] + shape[1]) * receptive))
+    return torch.randn(size, *shape, generator=generator) * std

@@ -9,8 +9,7 @@ import torch
 
 from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.starts import STARTS
-from revdistill.engine import Backprop, Checkpoint, Reversible, StoreAll
-from revdistill.engine.adjoints.reversible import Adjoint
+from revdistill.engine import Adjoint, Backprop, Checkpoint, Reversible, StoreAll
 from revdistill.outer import models
 
 ADJOINTS: dict[str, type[Adjoint]] = {

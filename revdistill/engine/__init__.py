@@ -1,8 +1,12 @@
 """Exact reversible unrolling; knows nothing of distillation, datasets, files or the command line."""
 
+from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
+from revdistill.engine.adjoints.backprop import Backprop
+from revdistill.engine.adjoints.checkpoint import Checkpoint
 from revdistill.engine.adjoints.norms import BackwardNorms
-from revdistill.engine.adjoints.recordings import UnrollStats
-from revdistill.engine.adjoints.reversible import Backprop, Checkpoint, Reversible, StoreAll
+from revdistill.engine.adjoints.reversible import Reversible
+from revdistill.engine.adjoints.store_all import StoreAll
+from revdistill.engine.compiling import CompileWarning
 from revdistill.engine.errors import (
     ArtifactError,
     NonFiniteError,
@@ -12,9 +16,10 @@ from revdistill.engine.errors import (
     UnsupportedError,
 )
 from revdistill.engine.integers.fixedpoint import FixedPoint
-from revdistill.engine.loss.compiling import CompileWarning
 from revdistill.engine.loss.from_module import from_module, stack_modules
 from revdistill.engine.optimizers.adam import Adam, AdamW
+from revdistill.engine.optimizers.optimizer import Optimizer
+from revdistill.engine.optimizers.rmsprop import RMSprop
 from revdistill.engine.optimizers.sgd import SGD
 from revdistill.engine.unroll import unroll
 
@@ -22,6 +27,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Adjoint",
     "ArtifactError",
     "Backprop",
     "BackwardNorms",
@@ -29,6 +35,8 @@ __all__ = [
     "CompileWarning",
     "FixedPoint",
     "NonFiniteError",
+    "Optimizer",
+    "RMSprop",
     "RangeError",
     "Reversible",
     "ReversalError",

@@ -9,60 +9,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revdistill.engine.adjoints.reversible import Backprop, FixedPointAdjoint
+from revdistill.engine.adjoints.adjoint import Adjoint
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.gradient import check_arity
-from revdistill.engine.optimizers.sgd import Optimizer
+from revdistill.engine.optimizers.optimizer import Optimizer
 
 
-def check_arguments(
-    loss: Any,
-    params: Any,
-    batches: Any,
-    optimizer: Any,
-    *,
-    steps: Any,
-    hyper: Any,
-    adjoint: Any,
-    on_step: Any,
-    seed: Any,
-    window: Any,
-    save_at: Any,
-    clip_back: Any,
-    on_step_back: Any,
-) -> None:
-    """Raise ValueError or TypeError on the first argument that will not do."""
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError on the first argument that will not do. given: rd.unroll's, by name."""
     if torch.is_inference_mode_enabled():
         raise UnsupportedError(
             "rd.unroll needs gradients inside and cannot run in torch.inference_mode(); use torch.no_grad()"
         )
-    check_arity(loss, hyper is not None)
-    device = _check_params(params)
-    _check_int("steps", steps, least=0)
-    _check_batches(batches, device)
-    _check_hyper(hyper, device)
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be rd.SGD(...), rd.Adam(...) or rd.AdamW(...), got {_kind(optimizer)}")
-    if adjoint is not None and not isinstance(adjoint, (FixedPointAdjoint, Backprop)):
+    check_arity(given["loss"], given["hyper"] is not None)
+    device = _check_params(given["params"])
+    _check_int("steps", given["steps"], least=0)
+    _check_batches(given["batches"], device)
+    _check_hyper(given["hyper"], device)
+    if not isinstance(given["optimizer"], Optimizer):
+        raise TypeError(
+            "optimizer must be rd.SGD(...), rd.Adam(...), rd.AdamW(...) or rd.RMSprop(...), "
+            f"got {_kind(given['optimizer'])}"
+        )
+    adjoint = given["adjoint"]
+    if adjoint is not None and not isinstance(adjoint, Adjoint):
         raise TypeError(
             "adjoint must be rd.Reversible(), rd.Checkpoint(), rd.StoreAll(), rd.Backprop() or None, "
             f"got {adjoint.__name__ if isinstance(adjoint, type) else _kind(adjoint)}"
         )
-    if on_step is not None and not callable(on_step):
-        raise TypeError(f"on_step must be callable as on_step(k, params, loss), got {_kind(on_step)}")
-    if on_step_back is not None and not callable(on_step_back):
-        raise TypeError(f"on_step_back must be callable as on_step_back(k, norm), got {_kind(on_step_back)}")
-    if clip_back is not None:
-        if isinstance(clip_back, bool) or not isinstance(clip_back, (int, float)):
-            raise TypeError(f"clip_back must be a float or None, got {_kind(clip_back)}")
-        if not 0 < clip_back < math.inf:
-            raise ValueError(f"clip_back must be above 0 and finite, got {clip_back}")
-    if seed is not None:
-        _check_int("seed", seed, least=0)
-    if window is not None:
-        _check_int("window", window, least=1)
-    if save_at is not None:
-        _check_save_at(save_at, steps)
+    for name, form in (("on_step", "on_step(k, params, loss)"), ("on_step_back", "on_step_back(k, norm)")):
+        if given[name] is not None and not callable(given[name]):
+            raise TypeError(f"{name} must be callable as {form}, got {_kind(given[name])}")
+    _check_clip(given["clip_back"])
+    if given["seed"] is not None:
+        _check_int("seed", given["seed"], least=0)
+    if given["window"] is not None:
+        _check_int("window", given["window"], least=1)
+    if given["save_at"] is not None:
+        _check_save_at(given["save_at"], given["steps"])
+
+
+def _check_clip(clip_back: Any) -> None:
+    if clip_back is None:
+        return
+    if isinstance(clip_back, bool) or not isinstance(clip_back, (int, float)):
+        raise TypeError(f"clip_back must be a float or None, got {_kind(clip_back)}")
+    if not 0 < clip_back < math.inf:
+        raise ValueError(f"clip_back must be above 0 and finite, got {clip_back}")
 
 
 def _check_params(params: Any) -> torch.device:

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from revdistill.engine.adjoints.reversible import Adjoint, Backprop, Checkpoint, FixedPointAdjoint, Reversible, StoreAll
+from revdistill.engine.adjoints.adjoint import Adjoint
+from revdistill.engine.adjoints.backprop import Backprop
+from revdistill.engine.adjoints.checkpoint import Checkpoint
+from revdistill.engine.adjoints.reversible import Reversible
+from revdistill.engine.adjoints.store_all import StoreAll
 from revdistill.engine.errors import RevdistillError
 from revdistill.engine.integers.bitstore import BitStore
 from revdistill.engine.integers.history import DeviceHistory
@@ -18,7 +22,8 @@ from revdistill.engine.integers.radix import COARSE
 from revdistill.engine.loss.from_module import from_module, stack_modules
 from revdistill.engine.loss.randomness import seeded
 from revdistill.engine.optimizers.adam import AdamW
-from revdistill.engine.optimizers.sgd import SGD, Optimizer
+from revdistill.engine.optimizers.optimizer import Optimizer
+from revdistill.engine.optimizers.sgd import SGD
 from revdistill.engine.unroll import unroll
 
 EXACT_STEPS, GRADIENT_STEPS, BIT_STEPS = 1_000, 40, 10_000
@@ -116,7 +121,7 @@ def _stacked_exactness(device: torch.device) -> tuple[str, bool]:
     return f"{EXACT_STEPS} steps back, every bit", True
 
 
-def _gradients(name: str, adjoint: FixedPointAdjoint, device: torch.device, *, adam: bool = False) -> tuple[str, bool]:
+def _gradients(name: str, adjoint: Adjoint, device: torch.device, *, adam: bool = False) -> tuple[str, bool]:
     found = _hypergradient(name, adjoint, device, adam)
     expected = _hypergradient(name, Backprop(), device, adam)
     worst = max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
@@ -147,13 +152,13 @@ def _outer(theta: dict[str, Tensor]) -> Tensor:
 
 def _bits(momentum: float, device: torch.device) -> tuple[str, bool]:
     n, size = COARSE.quantise(momentum), 64
-    store = BitStore((size,), device, DeviceHistory())
+    store = BitStore(size, device, DeviceHistory())
     draw = torch.Generator().manual_seed(0)
     v = torch.zeros(size, dtype=torch.int64, device=device)
     for _ in range(BIT_STEPS):
         store.decay_(v, n)
         v += torch.randint(-(2**40), 2**40, (size,), generator=draw).to(device)
-    kept, ideal = 8 * store.history.nbytes / (size * BIT_STEPS), math.log2(COARSE.radix / n)
+    kept, ideal = 8 * store.history.nbytes / (size * BIT_STEPS), math.log2(COARSE.base / n)
     return f"{kept:.4f} per parameter and step, entropy bound {ideal:.4f}", kept <= BIT_TOLERANCE * ideal
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS
 from revdistill.distill.config import check_device
-from revdistill.engine import SGD, Adam, BackwardNorms, unroll
-from revdistill.engine.optimizers.sgd import Optimizer
+from revdistill.engine import SGD, Adam, BackwardNorms, Optimizer, unroll
 from revdistill.outer.data import Dataset
 from revdistill.outer.descent import Descent
 from revdistill.outer.networks import Params, Population

@@ -17,14 +17,22 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.errors import NonFiniteError, RangeError
-from revdistill.engine.integers.fingerprint import largest, largest_on_device
+from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.fixedpoint import FixedPoint
-from revdistill.engine.integers.wide import Wide
+from revdistill.engine.integers.state import State
 from revdistill.engine.layout import Layout
-from revdistill.engine.optimizers.moves import GRADIENT, THETA, Add, State, Update
+from revdistill.engine.optimizers.moves import Move
+from revdistill.engine.optimizers.sources import GRADIENT, THETA
+from revdistill.engine.optimizers.update import Update
 
-GPU_INTERVAL = 32
-_SLOT_NAMES = {"v": "the velocity", "m": "the first moment", "s": "the second moment"}
+_SLOT_NAMES = {
+    "v": "the velocity",
+    "m": "the first moment",
+    "s": "the second moment",
+    "peak": "the largest second moment",
+    "a": "the mean gradient",
+    "b": "the velocity",
+}
 _SLACK = 1.0 + 1e-9  # the bounds are floats themselves
 
 
@@ -33,10 +41,15 @@ class SuspicionError(Exception):
 
 
 class Guard:
-    """fixed: the number format; interval: steps between looks at the device."""
+    """interval: steps between looks at the device."""
 
-    def __init__(self, update: Update, fixed: FixedPoint, interval: int) -> None:
-        self._update, self._fixed, self._interval = update, fixed, interval
+    def __init__(self, update: Update, fixed: FixedPoint, backend: Backend, interval: int) -> None:
+        self._update, self._fixed, self._backend, self._interval = update, fixed, backend, interval
+        self._formats = update.formats_with(fixed)
+        self._moves = [
+            (move, move.target, self._formats[move.target].resolution, self._formats[move.target].limit)
+            for move in update.moves
+        ]
         self._bounds: dict[str, float] = {}
         self._notes: list[Tensor] = []
         self._first_note = 0
@@ -44,25 +57,24 @@ class Guard:
     def start(self, theta: Tensor) -> None:
         """Check the parameters at the start (float, [numel])."""
         layout = self._update.layout
-        start = largest(theta)
+        start = float(self._backend.largest(theta))
         if not math.isfinite(start):
             name = layout.first_nonfinite(theta)
             raise NonFiniteError(f"params[{name!r}] is not finite at the start", parameter=name, step=0)
         if not start < self._fixed.limit:
-            self._raise_range(theta.double(), -1, "theta")
+            self._raise_range(theta.double(), -1, THETA)
         self._bounds = {THETA: start} | dict.fromkeys(self._update.slots, 0.0)
         self._notes, self._first_note = [], 0
 
     def before_step(self, k: int, loss: Tensor, gradient: Tensor, state: State) -> bool:
-        """Look at step k's loss and gradient before any integer changes. False: make the moves one at a time, with
-        `before_add`.
-        """
+        """Look at step k's loss and gradient before any integer changes. False: call `before_move` before each move."""
+        entry = self._backend.largest(gradient)
         if self._interval > 1:
             if len(self._notes) == self._interval:
                 self.flush(state)
-            self._notes.append(torch.stack([largest_on_device(gradient).double(), loss.double()]))
+            self._notes.append(torch.stack([torch.as_tensor(entry).double(), loss.double()]))
             return True
-        entry, value = largest(gradient), float(loss)
+        entry, value = float(entry), float(loss)
         if not (math.isfinite(entry) and math.isfinite(value)):
             self._raise_nonfinite(k, value, gradient)
         if self._advance(k, entry):
@@ -76,56 +88,40 @@ class Guard:
             return
         *notes, reached = _read([*self._notes, self._largest(state)])
         for offset, (entry, value) in enumerate(notes):
-            if not (math.isfinite(entry) and math.isfinite(value)) or not self._advance(
-                self._first_note + offset, entry
-            ):
+            finite = math.isfinite(entry) and math.isfinite(value)
+            if not finite or not self._advance(self._first_note + offset, entry):
                 raise SuspicionError
         self._first_note += len(self._notes)
         self._notes = []
         self._tighten(state, reached)
 
-    def before_add(self, k: int, add: Add, state: State, values: dict[str, Tensor]) -> None:
-        """Raise RangeError if this move would leave the range. values: of the sources that are no part of the state."""
-        source = values[add.source].double() if add.source in values else self._floats(add.source, state)
-        after = self._floats(add.target, state) + source * add.factor.at(k)
-        reached = largest(after)
-        if not reached < self._format(add.target).limit:
-            self._raise_range(after, k, add.target)
-        self._bounds[add.target] = reached
+    def before_move(self, k: int, move: Move, state: State, gradient: Tensor) -> None:
+        """Raise RangeError if this move would leave the range."""
+        after = move.reached(k, state, gradient)
+        if after is None:
+            return
+        reached = float(self._backend.largest(after))
+        if not reached < self._formats[move.target].limit:
+            self._raise_range(after, k, move.target)
+        self._bounds[move.target] = reached
 
     def _advance(self, k: int, largest_gradient: float) -> bool:
         """Advance the bounds over step k; False, and no change, if one would reach the limit."""
-        bounds = self._bounds | {GRADIENT: largest_gradient}
-        for stage in self._update.stages:
-            for function in stage.derived:
-                bounds[function.name] = function.largest(k, bounds)
-            for decay in stage.decays:
-                resolution = self._format(decay.slot).resolution
-                bounds[decay.slot] = bounds[decay.slot] * decay.table.largest(k) * _SLACK + resolution
-            for add in stage.adds:
-                target = self._format(add.target)
-                amount = add.factor.largest(k) * bounds[add.source] + target.resolution
-                bounds[add.target] = (bounds[add.target] + amount) * _SLACK
-                if not bounds[add.target] < target.limit:
-                    return False
-            for peak in stage.peaks:
-                bounds[peak.slot] = max(bounds[peak.slot], bounds[peak.source])
-        self._bounds = {name: bounds[name] for name in self._bounds}
+        bounds = {**self._bounds, GRADIENT: largest_gradient}
+        for move, target, resolution, limit in self._moves:
+            bounds[target] = bound = move.bound(k, bounds, resolution)
+            if not bound < limit:
+                return False
+        del bounds[GRADIENT]
+        self._bounds = bounds
         return True
 
     def _largest(self, state: State) -> Tensor:
         """Of theta and of each slot, float64."""
-        return torch.stack([largest_on_device(self._floats(name, state)) for name in state.fixed])
+        return torch.stack([torch.as_tensor(self._backend.largest(state.floats(name))) for name in state.numbers])
 
     def _tighten(self, state: State, reached: list[float]) -> None:
-        self._bounds = {name: value * _SLACK for name, value in zip(state.fixed, reached, strict=True)}
-
-    def _floats(self, name: str, state: State) -> Tensor:
-        q = state.fixed[name]
-        return self._format(name).to_float(q, out=torch.empty(q.shape[-1], dtype=torch.float64, device=q.device))
-
-    def _format(self, name: str) -> FixedPoint | Wide:
-        return self._update.format_of(name, self._fixed)
+        self._bounds = {name: value * _SLACK for name, value in zip(state.numbers, reached, strict=True)}
 
     def _raise_nonfinite(self, k: int, loss: float, gradient: Tensor) -> None:
         name = self._update.layout.first_nonfinite(gradient)
@@ -141,8 +137,8 @@ class Guard:
         name, value = self._update.layout.name_at(position), float(values[position])
         what = f"params[{name!r}]" if target == THETA else f"{_SLOT_NAMES.get(target, target)} of params[{name!r}]"
         when = "at the start" if k < 0 else f"at step {k}"
-        limit = f"|value| < {self._format(target).limit:g}"
-        if target in self._update.wide:
+        limit = f"|value| < {self._formats[target].limit:g}"
+        if target in self._update.formats:
             limit += "; a loss on a smaller scale avoids it"
         else:
             bits = self._fixed.fractional_bits
@@ -164,24 +160,24 @@ def _read(vectors: list[Tensor]) -> list[list[float]]:
 class FiniteWatch:
     """Notices a vector, or a loss, that is no longer finite, without waiting for a GPU at each step.
 
-    interval: steps between looks at the device; fail: raises, called with the first such step and the name of the first
-    parameter with an entry that is not finite there (None where only the loss is not).
+    fail: raises, called with the first such step and the name of the first parameter with an entry that is not finite
+    there (None where only the loss is not).
     """
 
-    def __init__(self, layout: Layout, interval: int, fail: Callable[[int, str | None], NoReturn]) -> None:
-        self._layout, self._interval, self._fail = layout, interval, fail
+    def __init__(self, layout: Layout, backend: Backend, fail: Callable[[int, str | None], NoReturn]) -> None:
+        self._layout, self._backend, self._fail = layout, backend, fail
         self._notes: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def look(self, k: int, x: Tensor, loss: Tensor | None = None) -> None:
         """x: float [numel], not empty; loss: 0-dim. Neither requires grad."""
-        if self._interval == 1:
-            fine = math.isfinite(largest(x))
+        if self._backend.interval == 1:
+            fine = math.isfinite(self._backend.largest(x))
             if not fine or not (loss is None or math.isfinite(float(loss))):
                 self._fail(k, None if fine else self._layout.first_nonfinite(x))
             return
         bad, where = torch.max(x - x, 0)  # 0 for what is finite, else NaN, which is the largest; of these the first
         self._notes.append((k, bad, where, bad if loss is None else loss))
-        if len(self._notes) >= self._interval:
+        if len(self._notes) >= self._backend.interval:
             self.flush()
 
     def flush(self) -> None:

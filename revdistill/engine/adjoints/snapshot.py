@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from revdistill.engine.optimizers.moves import THETA, State
+from revdistill.engine.integers.state import State
+from revdistill.engine.optimizers.sources import THETA
 
 
 class Snapshot:
     """theta, and with `with_slots` the running averages and the bit stores' heads too (not the words they spilled)."""
 
     def __init__(self, state: State, *, with_slots: bool) -> None:
-        self.theta = state.fixed[THETA].clone()
-        self._slots = {slot: q.clone() for slot, q in state.fixed.items() if slot != THETA} if with_slots else {}
+        self.theta = state.numbers[THETA].clone()
+        self._slots = {slot: q.clone() for slot, q in state.numbers.items() if slot != THETA} if with_slots else {}
         self._stores = [store.snapshot() for store in state.all_stores()] if with_slots else []
 
     @property
@@ -22,9 +23,9 @@ class Snapshot:
 
     def restore(self, state: State) -> None:
         """Put the state where the snapshot was taken."""
-        state.fixed[THETA].copy_(self.theta)
+        state.numbers[THETA].copy_(self.theta)
         for slot, values in self._slots.items():
-            state.fixed[slot].copy_(values)
+            state.numbers[slot].copy_(values)
         for store, snapshot in zip(state.all_stores(), self._stores, strict=False):
             store.restore(snapshot)
 
@@ -32,7 +33,7 @@ class Snapshot:
         """0-dim bool on the device: any bit of theta, slots or heads is another one than when the snapshot was
         taken.
         """
-        pairs = [(state.fixed[THETA], self.theta)]
-        pairs += [(state.fixed[slot], values) for slot, values in self._slots.items()]
+        pairs = [(state.numbers[THETA], self.theta)]
+        pairs += [(state.numbers[slot], values) for slot, values in self._slots.items()]
         pairs += [(store.head, head) for store, (head, _, _) in zip(state.all_stores(), self._stores, strict=False)]
         return torch.stack([(a != b).any() for a, b in pairs]).any()

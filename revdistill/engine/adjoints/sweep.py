@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.adjoints.guard import FiniteWatch
-from revdistill.engine.adjoints.trajectory import Problem
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.loss.gradient import Linearization
-from revdistill.engine.optimizers.moves import GRADIENT, THETA, Bars, Stage
+from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
+from revdistill.engine.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,11 @@ class Hypergradients:
 
 
 class Sweep:
-    """result_bar: dL/d(the unroll's result): of theta_T, float [numel], or of theta at each of `save_at`, [n,
-    numel].
+    """dL/d(theta_k, slots_k) at one step k, and what has been summed up over the steps after it.
+
+    Args:
+        problem: what was unrolled.
+        result_bar: dL/d(the unroll's result): of theta_T, float [numel], or of theta at each of `save_at`, [n, numel].
     """
 
     def __init__(self, problem: Problem, result_bar: Tensor) -> None:
@@ -43,44 +45,31 @@ class Sweep:
             self._entering[k] = self._entering[k] + bar if k in self._entering else bar
         zero = torch.zeros(update.layout.numel, dtype=result_bar.dtype, device=result_bar.device)
         flat = {THETA: self._entering.pop(problem.steps, zero).clone(), GRADIENT: torch.zeros_like(zero)}
-        flat |= {name: torch.zeros_like(zero) for name in (*update.slots, *(d.name for d in update.derived))}
+        flat |= {name: torch.zeros_like(zero) for name in update.slots}
         tables = {name: torch.zeros_like(t.values) for name, t in update.tables.items() if t.values.requires_grad}
         self.bars = Bars(flat, tables)
         self._batches = [torch.zeros_like(t) if t.requires_grad else None for t in data.tensors]
         self._hypers = [torch.zeros_like(t) if t.requires_grad else None for t in data.hypers]
-        self._watch = FiniteWatch(update.layout, problem.check_interval, _stopped_being_finite)
-        moves = (*update.kicks, *update.drifts)
-        multiplied = any(a.source == GRADIENT and tables.keys() & set(a.factor.names) for a in moves)
-        self._wants_gradient = multiplied or any(GRADIENT in d.inputs for d in update.derived)
+        self._watch = FiniteWatch(update.layout, problem.backend, _stopped_being_finite)
+        reads = update.vjp_reads()
+        self.wants_slots = not reads.isdisjoint(update.slots)
+        self._wants_gradient = GRADIENT in reads
+        late = update.before_the_step
+        self._moves = [move for move in reversed(update.moves) if move not in late]
+        self._late = late[::-1]
 
-    def step(
-        self,
-        k: int,
-        theta: Tensor,
-        at: Linearization,
-        after: dict[str, Tensor],
-        before: Callable[[], dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        """From dL/d(theta_{k+1}, slots_{k+1}) to dL/d(theta_k, slots_k).
+    def to_theta(self, k: int, theta: Tensor, linear: Linearization, slots: dict[str, Tensor]) -> None:
+        """From after step k to where the gradient was evaluated: through the moves, and through the gradient.
 
-        theta: theta_k; at: the loss linearised there; after: the slots after step k; before: gives them as before step
-        k, called last, when the gradient of step k is known, and returned. Both may be empty where `wants_slots` is
-        False.
+        theta: theta_k; linear: the loss linearised there; slots: after step k, {} where they are not wanted.
         """
-        update, bars = self.problem.update, self.bars
-        values = after | {THETA: theta}
+        bars, values = self.bars, slots | {THETA: theta}
         if self._wants_gradient:
-            values[GRADIENT] = at.gradient
-        for name in (GRADIENT, *(d.name for d in update.derived)):
-            bars.flat[name].zero_()
-        for derived in update.derived:
-            values[derived.name] = derived.value(values, lambda table: table.at(k)).to(theta.dtype)
-        kicks, drifts = update.stages
-        self._step_back(k, drifts, values)
-        for decay in drifts.decays:
-            decay.adjoint(k, values, bars)
-        self._step_back(k, kicks, values)
-        products = at.product(bars.flat[GRADIENT])
+            values[GRADIENT] = linear.gradient
+        bars.flat[GRADIENT].zero_()
+        for move in self._moves:
+            move.vjp(k, values, bars)
+        products = linear.product(bars.flat[GRADIENT])
         if products.theta is not None:
             bars.flat[THETA].add_(products.theta)
         for bar, product in zip(self._batches, products.batch, strict=False):
@@ -95,24 +84,17 @@ class Sweep:
         if self.problem.looks_back:
             with self.problem.ambient.watching():
                 bars.flat[THETA] = self.problem.look_back(k, bars.flat[THETA])
-        slots_before = before()
-        for decay in reversed(kicks.decays):
-            decay.adjoint(k, slots_before, bars)
-        return slots_before
 
-    def _step_back(self, k: int, stage: Stage, values: dict[str, Tensor]) -> None:
-        for peak in reversed(stage.peaks):
-            peak.adjoint(values, self.bars)
-        for add in reversed(stage.adds):
-            add.adjoint(k, values, self.bars)
-        for derived in reversed(stage.derived):
-            derived.adjoint(k, values, self.bars)
+    def to_start_of_step(self, k: int, slots: dict[str, Tensor]) -> None:
+        """On to before step k: through the decays of the slots. slots: before step k."""
+        for decay in self._late:
+            decay.vjp(k, slots, self.bars)
 
     def finish(self) -> Hypergradients:
+        """What was found, once the first step is behind."""
         self._watch.flush()
-        return Hypergradients(
-            None if self.problem.first else self.bars.flat[THETA], self.bars.tables, self._batches, self._hypers
-        )
+        theta = None if self.problem.first else self.bars.flat[THETA]
+        return Hypergradients(theta, self.bars.tables, self._batches, self._hypers)
 
 
 def _stopped_being_finite(k: int, name: str | None) -> NoReturn:
@@ -123,18 +105,3 @@ def _stopped_being_finite(k: int, name: str | None) -> NoReturn:
         parameter=name,
         step=k,
     )
-
-
-def wants_slots(problem: Problem) -> bool:
-    """Whether the sweep will need the slots: something is derived from one, or some wanted hyperparameter multiplies
-    one.
-    """
-    update = problem.update
-    if any(set(derived.inputs) & set(update.slots) for derived in update.derived):
-        return True
-    wanted = {name for name, table in update.tables.items() if table.values.requires_grad}
-    multiplied = {decay.name for decay in update.decays}
-    for add in (*update.kicks, *update.drifts):
-        if add.source in update.slots:
-            multiplied |= set(add.factor.names)
-    return bool(wanted & multiplied)

@@ -1,83 +1,109 @@
-"""The integer work of a step, fused by torch.compile, for devices other than the CPU, where it is compiled already."""
+"""The tensor operations of `passes`, collected over a step and fused by torch.compile.
+
+Integers have no rounding: anything but the same bits as eager passes drops the compiled function.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from revdistill.engine.adjoints.trajectory import Adds, Kernels, Pushes
-from revdistill.engine.integers.bitstore import BitStore
-from revdistill.engine.integers.radix import HEAD_BITS, Scaling, divisor_of
-from revdistill.engine.integers.wide import LOW_BITS, add_by_passes_
-from revdistill.engine.loss.compiling import compiling, warn
+from revdistill.engine.compiling import compiling, warn
+from revdistill.engine.integers.backend import Scalar
+from revdistill.engine.integers.fixedpoint import LOW_BITS
+from revdistill.engine.integers.passes import Passes, add_, divide_, multiply_
+from revdistill.engine.integers.radix import HEAD_BITS, Radix
 
-# As in `Kernels`, with scalars as 0-dim tensors on the device: a new value is then no reason to compile again.
-_Pushes = Sequence[tuple[Scaling, Tensor, Tensor, Tensor]]  # arithmetic, slot, head, divisor
-_Adds = Sequence[tuple[Tensor, Tensor, Tensor]]
-_Passes = Callable[[_Pushes, _Adds], None]
-
-_SLOT_BITS = 60  # of random operands: within what every arithmetic promises for
+_NUMBER_BITS = 60  # of random operands: within what every operation promises for
 _DISTINCT = 2**14  # of them; larger tensors repeat these
 _NUMERATORS = (1, 49, -1)  # n that random operands are compared for, besides the step's own; -1: the largest there is
 
 
-def _forward(pushes: _Pushes, adds: _Adds) -> None:
-    for scaling, slot, head, divisor in pushes:
-        scaling.multiply_by_passes_(slot, head, divisor.to(torch.int64), divisor)
-    for target, source, factor in adds:
-        add_by_passes_(target, source, factor, sign=1)
+@dataclass(frozen=True)
+class _Decay:
+    """Scalars are 0-dim tensors on the device: a new value is then no reason to compile again."""
+
+    v: Tensor
+    head: Tensor
+    divisor: Tensor
+    radix: Radix
+    back: bool
+
+    def run(self) -> None:
+        (divide_ if self.back else multiply_)(self.v, self.head, self.divisor.to(torch.int64), self.divisor, self.radix)
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        return self.radix.bits, self.radix.words, self.back
 
 
-def _inverse(pushes: _Pushes, adds: _Adds) -> None:
-    for target, source, factor in reversed(adds):
-        add_by_passes_(target, source, factor, sign=-1)
-    for scaling, slot, head, divisor in reversed(pushes):
-        scaling.divide_by_passes_(slot, head, divisor.to(torch.int64), divisor)
+@dataclass(frozen=True)
+class _Add:
+    target: Tensor
+    source: Tensor
+    factor: Tensor
+    sign: int
+
+    def run(self) -> None:
+        add_(self.target, self.source, self.factor, self.sign)
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        return self.target.ndim, self.sign
 
 
-class CompiledKernels(Kernels):
-    """Integers have no rounding: anything but the same bits as eager passes drops a compiled function."""
+_Operations = Sequence[_Decay | _Add]
+
+
+def _run(operations: _Operations) -> None:
+    for operation in operations:
+        operation.run()
+
+
+class Compiled(Passes):
+    """Puts decays and adds off until a number is looked at, or the step ends; then makes them at once.
+
+    Each combination of operations is compared with eager ones on its first use.
+    """
 
     def __init__(self) -> None:
-        self._forward = _Checked(_forward)
-        self._inverse = _Checked(_inverse)
+        super().__init__()
+        self._waiting: list[_Decay | _Add] = []
+        self._seen: set[tuple[tuple[int, ...], ...]] = set()
+        self.compiled: Callable[[_Operations], None] | None = torch.compile(_run, dynamic=False)
 
-    def forward(self, pushes: Pushes, adds: Adds) -> None:
-        self._forward(pushes, adds)
+    def multiply(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+        self._waiting.append(_Decay(v, head, self.divisor(n, head.device), radix, back=False))
 
-    def inverse(self, pushes: Pushes, adds: Adds) -> None:
-        self._inverse(pushes, adds)
+    def divide(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+        self._waiting.append(_Decay(v, head, self.divisor(n, head.device), radix, back=True))
 
+    def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:
+        if not isinstance(factor, Tensor):
+            factor = torch.full((), factor, dtype=torch.float64, device=target.device)
+        self._waiting.append(_Add(target, source, factor, sign))
 
-class _Checked:
-    """One in-place integer function, compiled; each combination of operands is compared on its first use."""
-
-    def __init__(self, eager: _Passes) -> None:
-        self._eager = eager
-        self._compiled: _Passes | None = torch.compile(eager, dynamic=False)
-        self._seen: set[tuple[int, ...]] = set()
-
-    def __call__(self, pushes: Pushes, adds: Adds) -> None:
-        own = [(store.scaling, slot, store.head, _divisor(store, n)) for store, slot, n in pushes]
-        operands = own, [(target, source, _scalar(factor, target.device)) for target, source, factor in adds]
-        key = (*(scaling.radix_bits for scaling, *_ in own), -1, *(target.ndim for target, *_ in adds))
-        if self._compiled is not None and key not in self._seen:
+    def settle(self) -> None:
+        if not self._waiting:
+            return
+        operations, self._waiting = self._waiting, []
+        key = tuple(operation.kind for operation in operations)
+        if self.compiled is not None and key not in self._seen:
             self._seen.add(key)
-            self._compare(*operands)
-        (self._compiled or self._eager)(*operands)
+            self._compare(operations)
+        (self.compiled or _run)(operations)
 
-    def _compare(self, pushes: _Pushes, adds: _Adds) -> None:
+    def _compare(self, operations: _Operations) -> None:
         """Drop the compiled function unless it has eager's bits for these operands, and for random ones in their place.
 
         At the first step slots and heads are 0, which says nothing about a decay.
         """
-        changed = [
-            *(target for target, *_ in adds),
-            *(slot for _, slot, *_ in pushes),
-            *(head for _, _, head, _ in pushes),
-        ]
+        decays = [o for o in operations if isinstance(o, _Decay)]
+        adds = [o for o in operations if isinstance(o, _Add)]
+        changed = [*(o.target for o in adds), *(o.v for o in decays), *(o.head for o in decays)]
         kept = [t.clone() for t in changed]
 
         def as_they_are() -> None:
@@ -85,58 +111,57 @@ class _Checked:
                 t.copy_(values)
 
         try:
-            if not self._same(as_they_are, changed, pushes, adds):
+            if not self._same(as_they_are, changed, operations):
                 return
-            for n in _NUMERATORS if pushes else ():
-                others = [(s, slot, head, torch.full_like(divisor, n % s.radix)) for s, slot, head, divisor in pushes]
-                if not self._same(lambda others=others: _randomise(others, adds), changed, others, adds):  # type: ignore[misc]
+            for n in _NUMERATORS if decays else ():
+                others = [_with_numerator(o, n) for o in operations]
+                if not self._same(lambda others=others: _randomise(others), changed, others):  # type: ignore[misc]
                     return
-            if pushes:
-                self._same(lambda: _randomise(pushes, adds), changed, pushes, adds)
+            if decays:
+                self._same(lambda: _randomise(operations), changed, operations)
         finally:
             as_they_are()
 
-    def _same(self, start: Callable[[], None], changed: list[Tensor], pushes: _Pushes, adds: _Adds) -> bool:
+    def _same(self, start: Callable[[], None], changed: list[Tensor], operations: _Operations) -> bool:
         """Whether both functions do the same from `start`; if not, the compiled one is dropped."""
-        assert self._compiled is not None
+        assert self.compiled is not None
         start()
-        self._eager(pushes, adds)
+        _run(operations)
         expected = [t.clone() for t in changed]
         start()
         try:
             with compiling():
-                self._compiled(pushes, adds)
+                self.compiled(operations)
         except Exception as error:  # whatever the compiler raises, eager is right
             warn("the fixed-point step could not be compiled", error)
-            self._compiled = None
+            self.compiled = None
             return False
         if not all(map(torch.equal, changed, expected)):
             warn("the compiled fixed-point step has other bits than eager")
-            self._compiled = None
+            self.compiled = None
             return False
         return True
 
 
-def _divisor(store: BitStore, n: int) -> Tensor:
-    divisor = store.divisor(n)
-    return divisor_of(n, store.head.device) if divisor is None else divisor
+def _with_numerator(operation: _Decay | _Add, n: int) -> _Decay | _Add:
+    if isinstance(operation, _Add):
+        return operation
+    divisor = torch.full_like(operation.divisor, n % operation.radix.base)
+    return _Decay(operation.v, operation.head, divisor, operation.radix, operation.back)
 
 
-def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
-
-
-def _randomise(pushes: _Pushes, adds: _Adds) -> None:
-    """Integers anywhere in the range that the arithmetics promise for; the same at each call."""
+def _randomise(operations: _Operations) -> None:
+    """Integers anywhere in the range that the operations promise for; the same at each call."""
     draw = torch.Generator().manual_seed(0)
 
     def fill(t: Tensor, low: int, high: int) -> None:
         drawn = torch.randint(low, high, (min(t.numel(), _DISTINCT),), generator=draw).to(t.device)
         t.copy_(drawn.repeat(-(-t.numel() // len(drawn)))[: t.numel()].view(t.shape))
 
-    for t in (*(target for target, *_ in adds), *(slot for _, slot, *_ in pushes)):
-        fill(t[0] if t.ndim == 2 else t, -(1 << _SLOT_BITS), 1 << _SLOT_BITS)
+    for t in (o.target if isinstance(o, _Add) else o.v for o in operations):
+        fill(t[0] if t.ndim == 2 else t, -(1 << _NUMBER_BITS), 1 << _NUMBER_BITS)
         if t.ndim == 2:
             fill(t[1], 0, 1 << LOW_BITS)
-    for scaling, _, head, divisor in pushes:
-        fill(head, 0, int(divisor) << HEAD_BITS - scaling.radix_bits)
+    for o in operations:
+        if isinstance(o, _Decay):
+            fill(o.head, 0, int(o.divisor) << HEAD_BITS - o.radix.bits)

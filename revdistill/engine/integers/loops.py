@@ -1,10 +1,9 @@
 """The integer work on the CPU: one loop per function, compiled by numba.
 
-The same formulas run as tensor operations on other devices (`scaling`, `fixedpoint`, `wide`), with the same bits; as
-some forty passes over memory they cost ten times as much on a CPU. Nothing here may be reordered or contracted: no
-fastmath.
+The same formulas run as tensor operations on other devices (`passes`), with the same bits; as some forty passes over
+memory they cost ten times as much on a CPU. Nothing here may be reordered or contracted: no fastmath.
 
-All arrays are one-dimensional and contiguous, and changed in place.
+The functions take arrays that are one-dimensional and contiguous, and change them in place.
 """
 
 from __future__ import annotations
@@ -13,12 +12,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import torch
 from numba import njit
+from torch import Tensor
+
+from revdistill.engine.integers.backend import Backend, Scalar
+from revdistill.engine.integers.fingerprint import FIRST, SECOND, STEP
+from revdistill.engine.integers.fixedpoint import Format
+from revdistill.engine.integers.radix import COARSE, Radix
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-# Odd constants of splitmix64 (Steele, Lea & Flood 2014), as signed 64-bit integers; sums and products wrap around.
-STEP, FIRST, SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _compiled(function: Function) -> Function:
@@ -32,7 +35,7 @@ def _compiled(function: Function) -> Function:
 
 @_compiled
 def multiply(v: Any, head: Any, n: int) -> None:
-    """`scaling.COARSE`: int64 v, head; 1 <= n < 2^16."""
+    """`Backend.multiply` by `COARSE`."""
     divisor = np.float64(n)
     for i in range(v.size):
         quotient = np.int64(np.float64(head[i]) / divisor)
@@ -55,7 +58,7 @@ def divide(v: Any, head: Any, n: int) -> None:
 
 @_compiled
 def multiply_fine(v: Any, head: Any, n: int) -> None:
-    """`scaling.FINE`: int64 v, head; 1 <= n < 2^30."""
+    """`Backend.multiply` by `FINE`."""
     divisor = np.float64(n)
     for i in range(v.size):
         quotient = np.int64(np.float64(head[i]) / divisor)
@@ -78,7 +81,7 @@ def divide_fine(v: Any, head: Any, n: int) -> None:
 
 @_compiled
 def multiply_wide(high: Any, low: Any, head: Any, n: int) -> None:
-    """`scaling.WIDE`: int64 high, 0 <= low < 2^60, head; 1 <= n < 2^30. Limbs of 30, 30 and 31 bits, and the rest."""
+    """`Backend.multiply` by `WIDE`: limbs of 30, 30 and 31 bits, and the rest."""
     divisor = np.float64(n)
     for i in range(high.size):
         quotient = np.int64(np.float64(head[i]) / divisor)
@@ -128,9 +131,7 @@ def divide_wide(high: Any, low: Any, head: Any, n: int) -> None:
 
 @_compiled
 def add_rounded(target: Any, source: Any, factor: float) -> None:
-    """`fixedpoint.add_rounded_`: int64 target; source of float32, float64 or int64. -factor undoes factor:
-    rint is odd.
-    """
+    """`Backend.add` to one word; sign is in the factor: rint is odd."""
     for i in range(target.size):
         target[i] += np.int64(np.rint(np.float64(source[i]) * factor))
 
@@ -144,7 +145,7 @@ def add_rounded_each(target: Any, source: Any, factors: Any) -> None:
 
 @_compiled
 def add_rounded_wide(high: Any, low: Any, source: Any, factor: float, sign: int) -> None:
-    """`wide.add_rounded_wide_`."""
+    """`Backend.add` to two words."""
     for i in range(high.size):
         amount = np.float64(source[i]) * factor
         upper = np.trunc(amount * 2.0**-60)
@@ -166,7 +167,7 @@ def add_rounded_wide_each(high: Any, low: Any, source: Any, factors: Any, sign: 
 
 @_compiled
 def wide_to_float(high: Any, low: Any, out: Any) -> None:
-    """`wide.Wide.to_float`."""
+    """`Backend.to_float` of two words."""
     for i in range(high.size):
         carry = low[i] >> 59  # the nearest multiple of 2^60: a small negative number is not a difference of large ones
         out[i] = np.float64(high[i] + carry) * 2.0**-34 + np.float64(low[i] - (carry << 60)) * 2.0**-94
@@ -174,14 +175,14 @@ def wide_to_float(high: Any, low: Any, out: Any) -> None:
 
 @_compiled
 def to_float(q: Any, out: Any, resolution: float) -> None:
-    """`fixedpoint.FixedPoint.to_float`: int64 q; out of float32 or float64."""
+    """`Backend.to_float` of one word."""
     for i in range(q.size):
         out[i] = np.float64(q[i]) * resolution
 
 
 @_compiled
-def direction(m: Any, s: Any, out: Any, c1: float, per_root_c2: float, eps: float) -> None:
-    """`adam._Direction.value`: float64 throughout. per_root_c2: 1 / sqrt(c2)."""
+def ratio(m: Any, s: Any, out: Any, c1: float, per_root_c2: float, eps: float) -> None:
+    """`Backend.ratio`: float64 throughout."""
     for i in range(m.size):
         out[i] = m[i] / ((np.sqrt(s[i]) * per_root_c2 + eps) * c1)
 
@@ -201,9 +202,71 @@ def largest_bits(bits: Any, magnitude: Any) -> Any:
 
 @_compiled
 def fingerprint(bits: Any) -> int:
-    """`scans.fingerprint`."""
+    """`Backend.fingerprint` of the bits, as int32 or int64."""
     total = 0
     for i in range(bits.size):
         mixed = (bits[i] + i * STEP) * FIRST
         total += (mixed ^ (mixed >> 32)) * SECOND
     return total
+
+
+_INTEGERS: dict[torch.dtype, Any] = {torch.float32: np.int32, torch.float64: np.int64}
+_FLOATS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
+_MAGNITUDE = {torch.float32: np.int32(2**31 - 1), torch.float64: np.int64(2**63 - 1)}
+
+
+class Loops(Backend):
+    """The loops above, on tensors of the CPU."""
+
+    interval = 1
+
+    def multiply(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+        if radix.words == 2:
+            multiply_wide(v[0].numpy(), v[1].numpy(), head.numpy(), n)
+        else:
+            (multiply if radix == COARSE else multiply_fine)(v.numpy(), head.numpy(), n)
+
+    def divide(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+        if radix.words == 2:
+            divide_wide(v[0].numpy(), v[1].numpy(), head.numpy(), n)
+        else:
+            (divide if radix == COARSE else divide_fine)(v.numpy(), head.numpy(), n)
+
+    def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:
+        if target.ndim == 1:
+            if isinstance(factor, Tensor):
+                add_rounded_each(target.numpy(), source.numpy(), (factor * sign).numpy())
+            else:
+                add_rounded(target.numpy(), source.numpy(), factor * sign)
+        elif isinstance(factor, Tensor):
+            add_rounded_wide_each(target[0].numpy(), target[1].numpy(), source.numpy(), factor.numpy(), sign)
+        else:
+            add_rounded_wide(target[0].numpy(), target[1].numpy(), source.numpy(), factor, sign)
+
+    def to_float(self, q: Tensor, out: Tensor, form: Format) -> Tensor:
+        if form.words == 1:
+            to_float(q.numpy(), out.numpy(), form.resolution)
+        else:
+            wide_to_float(q[0].numpy(), q[1].numpy(), out.numpy())
+        return out
+
+    def largest(self, x: Tensor) -> float | Tensor:
+        bits = x.numpy().reshape(-1).view(_INTEGERS[x.dtype])
+        found = largest_bits(bits, _MAGNITUDE[x.dtype])
+        return float(_INTEGERS[x.dtype](found).view(_FLOATS[x.dtype]))
+
+    def fingerprint(self, x: Tensor) -> int | Tensor:
+        return int(fingerprint(x.numpy().view(_INTEGERS[x.dtype])))
+
+    def root(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.sqrt(x.numpy()))  # torch's own (MKL's) is off by a last bit in 1 % of numbers
+
+    def ratio(self, m: Tensor, s: Tensor, c1: Scalar, per_root_c2: Scalar, eps: Scalar) -> Tensor:
+        if isinstance(c1, Tensor) or isinstance(per_root_c2, Tensor) or isinstance(eps, Tensor):
+            return super().ratio(m, s, c1, per_root_c2, eps)
+        out = torch.empty_like(m)
+        ratio(m.numpy(), s.numpy(), out.numpy(), c1, per_root_c2, eps)
+        return out
+
+
+LOOPS = Loops()

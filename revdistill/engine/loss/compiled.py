@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revdistill.engine.compiling import compiling, warn
 from revdistill.engine.layout import Layout
-from revdistill.engine.loss.compiling import compiling, warn
 from revdistill.engine.loss.determinism import Ambient
 from revdistill.engine.loss.gradient import Data, Gradient, Linearization, Loss, Products, named_errors
 

@@ -1,8 +1,8 @@
 """Adam and AdamW as lists of moves (Kingma & Ba 2015; Loshchilov & Hutter 2019).
 
-    m <- beta1 m,  s <- beta2 s                          decays
-    m <- m + (1 - beta1) g,  s <- s + (1 - beta2) g^2    kicks; g = gradient, in Adam + weight_decay theta
-    theta <- (1 - lr weight_decay) theta                 AdamW's decay of theta, a drift
+    m <- beta1 m,  s <- beta2 s
+    m <- m + (1 - beta1) g,  s <- s + (1 - beta2) g^2    g = gradient, in Adam + weight_decay theta
+    theta <- (1 - lr weight_decay) theta                 AdamW's
     theta <- theta - lr u,  u = (m / c1) / (sqrt(s / c2) + eps),  c = 1 - beta^(k + 1)
 
 u is a function of the new m and s: on the way back it is known before theta is, so the step can be undone explicitly.
@@ -11,23 +11,31 @@ u is a function of the new m and s: on the way back it is known before theta is,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from revdistill.engine.integers import loops
+from revdistill.engine.integers.fixedpoint import Wide
 from revdistill.engine.integers.radix import FINE, WIDE
-from revdistill.engine.integers.wide import Wide
+from revdistill.engine.integers.state import State
 from revdistill.engine.layout import Layout
-from revdistill.engine.optimizers.hyperparameters import Schedule, Table, combined, quantised, resolve
-from revdistill.engine.optimizers.moves import GRADIENT, THETA, Add, Bars, Decay, Factor, Lookup, Peak, Update
-from revdistill.engine.optimizers.sgd import Optimizer
-
-_SLACK = 1.0 + 1e-6  # bounds are floats, and so are the values that they bound
+from revdistill.engine.optimizers.hyperparameters import (
+    Factor,
+    Hyperparameter,
+    Table,
+    below_one,
+    combined,
+    quantised,
+    resolve,
+)
+from revdistill.engine.optimizers.moves import Add, Decay, Move, RunningMaximum
+from revdistill.engine.optimizers.optimizer import Optimizer
+from revdistill.engine.optimizers.sources import GRADIENT, SLACK, THETA, Bars, Read, Source, Square, Step, Values
+from revdistill.engine.optimizers.update import Update
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,10 @@ class Adam(Optimizer):
     Errors (when unrolled): ValueError and TypeError name the argument, what came and what is accepted.
     """
 
-    lr: Schedule
-    betas: tuple[Schedule, Schedule] = (0.9, 0.999)
-    eps: Schedule = 1e-8
-    weight_decay: Schedule = 0.0
+    lr: Hyperparameter
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
+    eps: Hyperparameter = 1e-8
+    weight_decay: Hyperparameter = 0.0
     amsgrad: bool = False
     decoupled: ClassVar[bool] = False
 
@@ -66,7 +74,7 @@ class Adam(Optimizer):
             raise TypeError(f"amsgrad must be a bool, got {type(self.amsgrad).__name__}")
         numbers = partial(resolve, layout=layout, steps=steps, stackable=False)
         lr = resolve("lr", self.lr, layout, steps, stackable=True)
-        beta1, beta2 = (_below_one(numbers(f"betas[{i}]", beta)) for i, beta in enumerate(self.betas))
+        beta1, beta2 = (below_one("betas", numbers(f"betas[{i}]", beta)) for i, beta in enumerate(self.betas))
         eps, weight_decay = numbers("eps", self.eps), numbers("weight_decay", self.weight_decay)
         if not all(map(all, eps.host)):
             raise ValueError("eps must be above 0 at every step")
@@ -79,32 +87,26 @@ class Adam(Optimizer):
         tables = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
         tables |= {"1-beta1": rest1, "1-beta2": rest2, "c1": c1, "c2": c2}
 
-        kicks = [Add("m", GRADIENT, Factor(1.0, 1.0, ("1-beta1",), (rest1,)))]
+        moves: list[Move] = [
+            Decay("m", "beta1", beta1, beta1.segments(layout), WIDE),
+            Decay("s", "beta2", beta2, beta2.segments(layout), WIDE),
+            Add("m", Read(GRADIENT), Factor(tables={"1-beta1": rest1})),
+        ]
         if penalty is not None:
-            kicks.append(Add("m", THETA, Factor(1.0, 1.0, ("1-beta1", "weight_decay"), (rest1, weight_decay))))
-        kicks.append(Add("s", _Square.name, Factor(1.0, 1.0, ("1-beta2",), (rest2,))))
-        shrink = []
+            moves.append(Add("m", Read(THETA), Factor(tables={"1-beta1": rest1, "weight_decay": penalty})))
+        moves.append(Add("s", Square(penalty), Factor(tables={"1-beta2": rest2})))
+        second = "s"
+        if self.amsgrad:
+            second = "peak"
+            moves.append(RunningMaximum(second, "s", "amsgrad=True"))
         if has_decay and self.decoupled:
             keep = quantised(combined(lambda lr, decay: 1 - lr * decay, lr, weight_decay), FINE)
             if not all(v >= 0 for row in keep.host for v in row):
                 raise ValueError("lr * weight_decay must be at most 1 at every step, or theta would change its sign")
-            tables["shrink"] = keep
-            shrink = [Decay(THETA, "shrink", keep, keep.segments(layout), FINE)]
-        return Update(
-            layout=layout,
-            tables=tables,
-            decays=(
-                Decay("m", "beta1", beta1, beta1.segments(layout), WIDE),
-                Decay("s", "beta2", beta2, beta2.segments(layout), WIDE),
-            ),
-            kicks=tuple(kicks),
-            drifts=(Add(THETA, _Direction.name, Factor(-1.0, -1.0, ("lr",), (lr,))),),
-            for_kicks=(_Square(penalty),),
-            for_drifts=(_Direction(beta1, beta2, c1, c2, eps, "peak" if self.amsgrad else "s"),),
-            peaks=(Peak("peak", "s"),) if self.amsgrad else (),
-            shrink=tuple(shrink),
-            wide=frozenset({"m", "s", "peak"}),
-        )
+            tables["keep"] = keep
+            moves.append(Decay(THETA, "keep", keep, keep.segments(layout), FINE))
+        moves.append(Add(THETA, _Direction(beta1, beta2, c1, c2, eps, second), Factor(-1.0, {"lr": lr})))
+        return Update(layout, tables, tuple(moves), dict.fromkeys(("m", "s", "peak"), Wide()))
 
 
 @dataclass(frozen=True)
@@ -116,59 +118,13 @@ class AdamW(Adam):
     own head.
     """
 
-    weight_decay: Schedule = 0.01
+    weight_decay: Hyperparameter = 0.01
     decoupled: ClassVar[bool] = True
 
 
-def _below_one(beta: Table) -> Table:
-    if any(v >= 1 for row in beta.host for v in row):
-        raise ValueError(f"betas must be at least 0 and below 1, got {max(map(max, beta.host)):g}")
-    largest = 1 - 1 / FINE.radix
-    capped = combined(lambda values: values.clamp(max=largest), beta)
-    return quantised(capped, FINE)
-
-
 @dataclass(frozen=True)
-class _Square:
-    """(gradient + weight_decay theta)^2"""
-
-    weight_decay: Table | None
-    name: ClassVar[str] = "square"
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (GRADIENT,) if self.weight_decay is None else (GRADIENT, THETA)
-
-    def _root(self, values: dict[str, Tensor], at: Lookup) -> Tensor:
-        gradient = values[GRADIENT]
-        return gradient if self.weight_decay is None else gradient + values[THETA] * at(self.weight_decay)
-
-    def value(self, values: dict[str, Tensor], at: Lookup) -> Tensor:
-        return self._root(values, at).square()
-
-    def adjoint(self, k: int, values: dict[str, Tensor], bars: Bars) -> None:
-        """g_bar += 2 g square_bar; theta_bar += weight_decay 2 g square_bar; weight_decay_bar += <2 g square_bar,
-        theta>.
-        """
-        bar = bars.flat[self.name]
-        root_bar = self._root(values, lambda table: table.at(k)).to(bar.dtype).mul(bar).mul_(2)
-        bars.flat[GRADIENT].add_(root_bar)
-        if self.weight_decay is None:
-            return
-        if "weight_decay" in bars.tables:
-            self.weight_decay.accumulate(k, root_bar, values[THETA], bars.tables["weight_decay"])
-        bars.flat[THETA].add_(root_bar * self.weight_decay.at(k))
-
-    def largest(self, k: int, bounds: dict[str, float]) -> float:
-        root = bounds[GRADIENT]
-        if self.weight_decay is not None:
-            root += self.weight_decay.largest(k) * bounds[THETA]
-        return root * root * _SLACK
-
-
-@dataclass(frozen=True)
-class _Direction:
-    """u = (m / c1) / (sqrt(s / c2) + eps); second: the name of s, or of its peak, which is no smaller."""
+class _Direction(Source):
+    """u = (m / c1) / (sqrt(s / c2) + eps); second: the name of s, or of its running maximum, which is no smaller."""
 
     beta1: Table
     beta2: Table
@@ -176,45 +132,51 @@ class _Direction:
     c2: Table
     eps: Table
     second: str
-    name: ClassVar[str] = "direction"
 
     @property
-    def inputs(self) -> tuple[str, ...]:
+    def reads(self) -> tuple[str, ...]:
         return ("m", self.second)
 
-    def value(self, values: dict[str, Tensor], at: Lookup) -> Tensor:
-        m, s, c1, eps = values["m"], values[self.second], at(self.c1), at(self.eps)
-        # Multiplied by, never divided by: where it is a number CUDA would divide as it likes (see `scaling`), and its
-        # bits would be others than the CPU's.
-        per_root_c2 = 1 / _sqrt(at(self.c2))
-        alone = m.dtype == torch.float64 and m.device.type == "cpu" and not (m.requires_grad or s.requires_grad)
-        if alone and isinstance(c1, float) and isinstance(per_root_c2, float) and isinstance(eps, float):
-            out = torch.empty_like(m)
-            loops.direction(m.numpy(), s.numpy(), out.numpy(), c1, per_root_c2, eps)
-            return out
-        return m / ((_root(s) * per_root_c2 + eps) * c1)
+    @property
+    def tables(self) -> Mapping[str, Table]:
+        return {"c1": self.c1, "c2": self.c2, "eps": self.eps}
 
-    def adjoint(self, k: int, values: dict[str, Tensor], bars: Bars) -> None:
-        """With D = sqrt(s / c2) + eps: m_bar += u_bar / (c1 D), D_bar = -u_bar u / D; from D_bar to s, c2 and eps."""
-        bar, u = bars.flat[self.name], values[self.name]
-        c1, c2, eps = self.c1.at(k), self.c2.at(k), self.eps.at(k)
-        root = _root(values[self.second])
+    def value(self, values: Values, step: Step) -> Tensor:
+        per_root_c2 = 1 / _sqrt(step.of(self.c2))
+        return values["m"] / ((step.root(values[self.second]) * per_root_c2 + step.of(self.eps)) * step.of(self.c1))
+
+    def exact(self, k: int, state: State, gradient: Tensor | None) -> Tensor:
+        per_root_c2 = 1 / _sqrt(self.c2.value(k))
+        m, s = state.floats("m"), state.floats(self.second)
+        return state.backend.ratio(m, s, self.c1.value(k), per_root_c2, self.eps.value(k))
+
+    def vjp(self, k: int, values: Values, bars: Bars, bar: Tensor, factor: float | Tensor) -> Tensor | None:
+        """With D = sqrt(s / c2) + eps: m_bar += u_bar / (c1 D), D_bar = -u_bar u / D; from D_bar to s, c2 and eps.
+
+        By hand: autograd over `value` takes twice as many operators.
+        """
+        u_bar = (bar * factor).to(bar.dtype)
+        c1, c2, eps = self.c1.value(k), self.c2.value(k), self.eps.value(k)
+        root = values[self.second].sqrt()
         per_root_c2 = 1 / _sqrt(c2)
         scaled = root * per_root_c2
         denominator = scaled + eps
-        bars.flat["m"].add_((bar / (denominator * c1)).to(bar.dtype))
-        denominator_bar = (-bar * u / denominator).to(bar.dtype)
+        divisor = denominator * c1
+        u = values["m"] / divisor
+        bars.flat["m"].add_((u_bar / divisor).to(bar.dtype))
+        denominator_bar = (-u_bar * u / denominator).to(bar.dtype)
         s_bar = torch.where(root > 0, denominator_bar / root, 0.0) * (per_root_c2 / 2)
         bars.flat[self.second].add_(s_bar.to(bar.dtype))
         for name, table, a, b in (
-            ("c1", self.c1, -bar * u, torch.ones_like(bar) * (1 / c1)),
+            ("c1", self.c1, -u_bar * u, torch.ones_like(bar) * (1 / c1)),
             ("c2", self.c2, denominator_bar, scaled * (-0.5 / c2)),
             ("eps", self.eps, denominator_bar, torch.ones_like(bar)),
         ):
             if name in bars.tables:
-                table.accumulate(k, a, b.to(bar.dtype), bars.tables[name])
+                table.accumulate(k, a.to(bar.dtype), b.to(bar.dtype), bars.tables[name])
+        return u
 
-    def largest(self, k: int, bounds: dict[str, float]) -> float:
+    def bound(self, k: int, bounds: Mapping[str, float]) -> float:
         return self._bounds[k]
 
     @cached_property
@@ -235,22 +197,12 @@ class _Direction:
             error = high1 * error + 3 * Wide.resolution
             c1, c2, eps = min(self.c1.row(k)), max(self.c2.row(k)), min(self.eps.row(k))
             size = math.sqrt(ratio)
-            found.append((math.sqrt(c2) * size + (size * math.sqrt(lost) + error) / eps) / c1 * _SLACK)
+            found.append((math.sqrt(c2) * size + (size * math.sqrt(lost) + error) / eps) / c1 * SLACK)
         return found
 
 
 def _ends(row: list[float]) -> tuple[float, float]:
     return min(row), max(row)
-
-
-def _root(s: Tensor) -> Tensor:
-    """sqrt(s), with derivative 0 where s is 0; correctly rounded, as in loops and on CUDA, and not always by torch on a
-    CPU.
-    """
-    if not s.requires_grad:
-        return torch.from_numpy(np.sqrt(s.numpy())) if s.device.type == "cpu" else s.sqrt()
-    positive = s > 0
-    return torch.where(positive, torch.where(positive, s, 1.0).sqrt(), 0.0)
 
 
 def _sqrt(value: float | Tensor) -> float | Tensor:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revdistill.engine.integers.radix import Scaling
+from revdistill.engine.integers.radix import FINE, Radix
 from revdistill.engine.layout import Layout
 
 Value = float | Tensor
-Schedule = Value | Mapping[str, Value]
+Hyperparameter = Value | Mapping[str, Value]
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,27 @@ class Table:
         """The groups' values at step k."""
         return self.host[k if len(self.host) > 1 else 0]
 
-    def at(self, k: int) -> float | Tensor:
+    def value(self, k: int) -> float | Tensor:
         """What multiplies the flat buffer at step k: a float, or float64 [numel]."""
         if self.index is None:
             return self.row(k)[0]
-        return self.values.detach()[k if len(self.host) > 1 else 0].index_select(0, self.index)
+        return self.row_of(k, self.values.detach()).index_select(0, self.index)
 
-    def largest(self, k: int) -> float:
-        return self._largest[k if len(self._largest) > 1 else 0]
+    def row_of(self, k: int, like: Tensor) -> Tensor:
+        """Step k's row of a tensor of the shape of `values`: [G], a view."""
+        return like[k if len(self.host) > 1 else 0]
+
+    def leaf(self, k: int) -> Tensor:
+        """Step k's values, differentiable where the table is: float64 [], or [numel]."""
+        row = self.row_of(k, self.values)
+        return row[0] if self.index is None else row[self.index]
+
+    def bound(self, k: int) -> float:
+        """The largest of the groups' magnitudes at step k."""
+        return self._bounds[k if len(self._bounds) > 1 else 0]
 
     @cached_property
-    def _largest(self) -> list[float]:
+    def _bounds(self) -> list[float]:
         return [max(map(abs, row)) for row in self.host]
 
     def is_zero(self) -> bool:
@@ -54,7 +64,7 @@ class Table:
 
     def accumulate(self, k: int, a: Tensor, b: Tensor, gradient: Tensor, *, factor: float = 1.0) -> None:
         """gradient[k] += factor * <a, b>, group by group; gradient has the shape of `values`."""
-        row = gradient[k if len(self.host) > 1 else 0]
+        row = self.row_of(k, gradient)
         if self.index is None:
             row.add_(torch.dot(a, b), alpha=factor)
         else:
@@ -67,6 +77,57 @@ class Table:
         columns, counts = torch.unique_consecutive(self.index, return_counts=True)
         stops = counts.cumsum(0).tolist()
         return [(slice(a, b), c) for a, b, c in zip([0, *stops], stops, columns.tolist(), strict=False)]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A product of a constant and of hyperparameters. constant: a float, or float64 [numel]; first: it at step 0."""
+
+    constant: float | Tensor = 1.0
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    first: float | None = None
+
+    def value(self, k: int, *, without: str | None = None) -> float | Tensor:
+        """At step k, as a float or float64 [numel]; `without` one of the hyperparameters."""
+        if without is None and self._numbers is not None:
+            return self._numbers[k if len(self._numbers) > 2 else min(k, 1)]
+        value = self.start(k)
+        for name, table in self.tables.items():
+            if name != without:
+                value = value * table.value(k)
+        return value
+
+    def start(self, k: int) -> float | Tensor:
+        """The constant at step k."""
+        return self.constant if k or self.first is None else self.first
+
+    def bound(self, k: int) -> float:
+        """The largest magnitude at step k."""
+        return self._bounds[k if len(self._bounds) > 2 else min(k, 1)]
+
+    # Of all steps at once: a training's steps are many, and each looks here several times. Two entries where all but
+    # step 0 are alike.
+
+    @cached_property
+    def _steps(self) -> range:
+        return range(max((2, *(len(t.host) for t in self.tables.values()))))
+
+    @cached_property
+    def _numbers(self) -> list[float] | None:
+        if isinstance(self.constant, Tensor) or any(t.index is not None for t in self.tables.values()):
+            return None
+        return [self._product(k, lambda table, k: table.row(k)[0]) for k in self._steps]
+
+    @cached_property
+    def _bounds(self) -> list[float]:
+        return [abs(self._product(k, lambda table, k: table.bound(k))) for k in self._steps]
+
+    def _product(self, k: int, of: Callable[[Table, int], float]) -> float:
+        constant = self.start(k)
+        value = float(constant.abs().max()) if isinstance(constant, Tensor) else constant
+        for table in self.tables.values():
+            value = value * of(table, k)
+        return value
 
 
 def combined(function: Callable[..., Tensor], *tables: Table) -> Table:
@@ -88,9 +149,9 @@ def combined(function: Callable[..., Tensor], *tables: Table) -> Table:
     return Table(values, index, values.detach().tolist())
 
 
-def quantised(table: Table, scaling: Scaling) -> Table:
+def quantised(table: Table, radix: Radix) -> Table:
     """Every entry at the nearest n / radix; the derivative is taken as that of the factor asked for."""
-    rounded = table.values.detach().mul(scaling.radix).round_().div_(scaling.radix)
+    rounded = table.values.detach().mul(radix.base).round_().div_(radix.base)
     values: Tensor = rounded
     if table.values.requires_grad:
         values = _StraightThrough.apply(table.values, rounded)  # type: ignore[no-untyped-call]
@@ -109,19 +170,27 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+def below_one(name: str, table: Table) -> Table:
+    """A moving average's rate, at least 0 and below 1, as the nearest n / 2^30. Raises: ValueError that names it."""
+    if any(v >= 1 for row in table.host for v in row):
+        raise ValueError(f"{name} must be at least 0 and below 1, got {max(map(max, table.host)):g}")
+    largest = 1 - 1 / FINE.base
+    return quantised(combined(lambda values: values.clamp(max=largest), table), FINE)
+
+
 def resolve(
-    name: str, schedule: Schedule, layout: Layout, steps: int, *, stackable: bool, upper: float = math.inf
+    name: str, given: Hyperparameter, layout: Layout, steps: int, *, stackable: bool, upper: float = math.inf
 ) -> Table:
     """The table of one hyperparameter. Errors name the argument, what came and what is accepted.
 
     stackable: whether tensors of shape [T, E] are accepted. upper: the largest value accepted.
     """
-    if isinstance(schedule, Mapping):
-        _check_names(name, schedule, layout)
-        per_parameter = [schedule[parameter] for parameter in layout.names]
+    if isinstance(given, Mapping):
+        _check_names(name, given, layout)
+        per_parameter = [given[parameter] for parameter in layout.names]
         labels = [f"{name}[{parameter!r}]" for parameter in layout.names]
     else:
-        per_parameter = [schedule] * len(layout.names)
+        per_parameter = [given] * len(layout.names)
         labels = [name] * len(layout.names)
 
     columns: list[Tensor] = []
@@ -152,9 +221,9 @@ def resolve(
     return Table(values, torch.cat(index) if values.shape[1] > 1 else None, host)
 
 
-def _check_names(name: str, schedule: Mapping[str, Value], layout: Layout) -> None:
-    missing = [p for p in layout.names if p not in schedule]
-    unknown = [p for p in schedule if p not in layout.names]
+def _check_names(name: str, given: Mapping[str, Value], layout: Layout) -> None:
+    missing = [p for p in layout.names if p not in given]
+    unknown = [p for p in given if p not in layout.names]
     if missing or unknown:
         problems = [f"nothing for {missing}"] * bool(missing) + [f"unknown names {unknown}"] * bool(unknown)
         raise ValueError(f"{name} is a dict with {' and '.join(problems)}; its keys must be the names in params")

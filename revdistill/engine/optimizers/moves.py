@@ -1,271 +1,245 @@
-"""The moves that a training step is made of: each has its forward, its inverse and its adjoint.
+"""The moves that a training step is made of. Each knows all of itself: forward, inverse, value in floats, derivative,
+bound.
 
-    Decay   s <- s n / radix                inverse: the digits come back from the bit store
-    Add     t <- t + round(factor source)   inverse: t <- t - round(factor source)
+    Decay           s <- s n / radix                    inverse: the digits come back from the bit store
+    Add             t <- t + round(factor source)       inverse: t <- t - round(factor source)
+    RunningMaximum  s <- max(s, source)                 no inverse: it forgets what it replaces
 
-An Add is a *kick* when it changes a running average from the gradient or from theta, and a *drift* when it changes
-theta; so is a Decay of theta. A step is its decays, then its kicks, then its drifts; the gradient is evaluated once, at
-theta, before all of them. A source may be *derived*, just before the kicks or the drifts that use it: Adam's squared
-gradient, Adam's direction.
+A step is an ordered list of moves (`update`). The gradient is evaluated once, at theta, before all of them; a move
+reads what is there when it is made. It never reads its own target if it is to be undone: on the way back, it reads the
+same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from revdistill.engine.integers.bitstore import BitStore
-from revdistill.engine.integers.fixedpoint import FixedPoint
-from revdistill.engine.integers.history import History
-from revdistill.engine.integers.radix import COARSE, Scaling
-from revdistill.engine.integers.wide import Wide
-from revdistill.engine.layout import Layout
-from revdistill.engine.optimizers.hyperparameters import Table
+from revdistill.engine.integers.radix import COARSE, Radix
+from revdistill.engine.integers.state import State
+from revdistill.engine.optimizers.hyperparameters import Factor, Table
+from revdistill.engine.optimizers.sources import Bars, Source, Step, Values
 
-THETA, GRADIENT = "theta", "gradient"
+_SLACK = 1.0 + 1e-9  # bounds are floats themselves
 
 
-@dataclass
-class State:
-    """What training changes. fixed: int64 [numel] for theta and for each running average ("slot"), [2, numel] for a
-    wide one;
-    stores: the bit stores of all that decays, one per segment."""
+class Move(ABC):
+    """One change of one number per parameter. target: theta or a slot; reads: what it sees besides."""
 
-    fixed: dict[str, Tensor]
-    stores: dict[str, list[BitStore]]
-
-    def all_stores(self) -> list[BitStore]:
-        return [store for stores in self.stores.values() for store in stores]
+    target: str
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.fixed.values()) + sum(s.head.nbytes for s in self.all_stores())
+    def reads(self) -> tuple[str, ...]:
+        return ()
 
+    @property
+    def irreversible(self) -> str | None:
+        """Why nothing undoes it, whatever is known; None where it can be undone."""
+        return None
 
-@dataclass
-class Bars:
-    """dL/d(...) during the way back. flat: float [numel] for theta, the slots, the gradient and what is derived;
-    tables: float64, shaped like the table of each hyperparameter that wants a gradient."""
+    @property
+    def needs_the_gradient(self) -> str:
+        """Why it cannot come before the gradient on the way back; for moves that see it or theta."""
+        return f"a change of {self.target} that needs the gradient at the very theta that is to be found"
 
-    flat: dict[str, Tensor]
-    tables: dict[str, Tensor]
+    @abstractmethod
+    def forward(self, k: int, state: State, gradient: Tensor) -> None:
+        """Make it, at step k."""
 
+    @abstractmethod
+    def inverse(self, k: int, state: State, gradient: Tensor | None) -> None:
+        """Undo it. gradient: bit-identical to the one of the way forward; None where it is not known yet."""
 
-def axpy_(target: Tensor, source: Tensor, factor: float | Tensor) -> None:
-    """target += factor * source."""
-    if isinstance(factor, Tensor):
-        target.add_(source * factor)
-    else:
-        target.add_(source, alpha=factor)
+    @abstractmethod
+    def value(self, values: Values, step: Step) -> Tensor:
+        """The target after it, in floats, differentiable."""
 
+    @abstractmethod
+    def vjp(self, k: int, values: Values, bars: Bars) -> None:
+        """From dL/d(after the move) to dL/d(before it). values: those of `vjp_reads` that the forward move saw."""
 
-@dataclass(frozen=True)
-class Factor:
-    """A product of one constant and of hyperparameters at step k; `first` is the constant at k = 0."""
+    @abstractmethod
+    def vjp_reads(self, wanted: frozenset[str]) -> frozenset[str]:
+        """What `vjp` needs the values of, where these hyperparameters want a gradient."""
 
-    constant: float | Tensor
-    first: float
-    names: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
+    @abstractmethod
+    def bound(self, k: int, bounds: Mapping[str, float], resolution: float) -> float:
+        """A proved bound on |target| after it, from bounds before it. resolution: of the target's format."""
 
-    def at(self, k: int, *, without: str | None = None) -> float | Tensor:
-        value: float | Tensor = self.constant if k else self.first
-        for name, table in zip(self.names, self.tables, strict=True):
-            if name != without:
-                value = value * table.at(k)
-        return value
-
-    def largest(self, k: int) -> float:
-        value = self.constant if k else self.first
-        bound = float(value.abs().max()) if isinstance(value, Tensor) else abs(value)
-        for table in self.tables:
-            bound *= table.largest(k)
-        return bound
+    def reached(self, k: int, state: State, gradient: Tensor) -> Tensor | None:
+        """Where it would take the target from here, float64 [numel]; None where that is no further from 0."""
+        return None
 
 
 @dataclass(frozen=True)
-class Decay:
-    """slot <- slot * factor, exactly invertible: radix * factor is an integer n (Maclaurin et al. 2015,
-    algorithm 3).
+class Decay(Move):
+    """target <- target factor, exactly invertible: radix factor is an integer n (Maclaurin et al. 2015, algorithm 3).
+
+    name: the factor's among the hyperparameters; segments: (part of the flat buffer, column of the table), as of
+    `Table.segments`.
     """
 
-    slot: str
+    target: str
     name: str
     table: Table
     segments: list[tuple[slice, int]] = field(repr=False)
-    scaling: Scaling = COARSE
+    radix: Radix = COARSE
 
-    def stores(self, device: torch.device, history: History) -> list[BitStore]:
-        return [BitStore((part.stop - part.start,), device, history, self.scaling) for part, _ in self.segments]
+    @cached_property
+    def _numerators(self) -> list[list[int]]:
+        return [[self.radix.quantise(row[column]) for _, column in self.segments] for row in self.table.host]
 
-    def parts(self, k: int, state: State) -> list[tuple[Tensor, BitStore, int]]:
-        """(slot, store, n) per segment."""
-        row, slot = self.table.row(k), state.fixed[self.slot]
-        stores, quantise = state.stores[self.slot], self.scaling.quantise
+    def numerators(self, k: int) -> list[int]:
+        """n of each segment at step k."""
+        return self._numerators[k if len(self._numerators) > 1 else 0]
+
+    def forward(self, k: int, state: State, gradient: Tensor) -> None:
+        for v, store, n in self._parts(k, state):
+            store.decay_(v, n)
+
+    def inverse(self, k: int, state: State, gradient: Tensor | None) -> None:
+        for v, store, n in reversed(self._parts(k, state)):
+            store.undecay_(v, n)
+
+    def _parts(self, k: int, state: State) -> list[tuple[Tensor, BitStore, int]]:
+        target, stores, numerators = state.numbers[self.target], state.stores[self.target], self.numerators(k)
+        if len(stores) == 1:
+            return [(target, stores[0], numerators[0])]
         return [
-            (slot[..., part], store, quantise(row[column]))
-            for (part, column), store in zip(self.segments, stores, strict=True)
+            (target[..., part], store, n) for (part, _), store, n in zip(self.segments, stores, numerators, strict=True)
         ]
 
-    def loses_everything(self, k: int) -> bool:
-        return not any(self.table.row(k))
+    def value(self, values: Values, step: Step) -> Tensor:
+        return values[self.target] * step.of(self.table)
 
-    def adjoint(self, k: int, before: dict[str, Tensor], bars: Bars) -> None:
-        """factor_bar_k += <slot_bar, slot before the decay>; slot_bar <- factor slot_bar."""
-        slot_bar = bars.flat[self.slot]
+    def vjp(self, k: int, values: Values, bars: Bars) -> None:
+        """factor_bar_k += <target_bar, target before>; target_bar <- factor target_bar."""
+        bar = bars.flat[self.target]
         if self.name in bars.tables:
-            self.table.accumulate(k, slot_bar, before[self.slot], bars.tables[self.name])
-        slot_bar.mul_(self.table.at(k))
+            self.table.accumulate(k, bar, values[self.target], bars.tables[self.name])
+        bar.mul_(self.table.value(k))
 
+    def vjp_reads(self, wanted: frozenset[str]) -> frozenset[str]:
+        return frozenset({self.target} if self.name in wanted else ())
 
-Lookup = Callable[
-    [Table], float | Tensor
-]  # a hyperparameter at one step, as a number or a tensor that broadcasts to [numel]
+    def bound(self, k: int, bounds: Mapping[str, float], resolution: float) -> float:
+        return bounds[self.target] * self.table.bound(k) * _SLACK + resolution
 
+    def forgets(self, steps: int) -> bool:
+        """Whether nothing of the target is left at any step."""
+        return not any(n for k in range(steps) for n in self.numerators(k))
 
-class Derived(Protocol):
-    """A function of the gradient, theta or slots, for an Add to use as its source; never stored, so that nothing undoes
-    it.
-    """
-
-    @property
-    def name(self) -> str:
-        """What Adds call it."""
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of what `value` reads."""
-
-    def value(self, values: dict[str, Tensor], at: Lookup) -> Tensor:
-        """[numel], in the inputs' dtype, differentiable where they are."""
-
-    def adjoint(self, k: int, values: dict[str, Tensor], bars: Bars) -> None:
-        """Carry bars.flat[name] on to the inputs and the hyperparameters. values: the inputs, and the value by name."""
-
-    def largest(self, k: int, bounds: dict[str, float]) -> float:
-        """A proved bound on the magnitude at step k, from bounds on the inputs."""
+    def keeps(self, steps: int) -> bool:
+        """Whether something of the target is left at every step, in every segment."""
+        return all(n for k in range(steps) for n in self.numerators(k))
 
 
 @dataclass(frozen=True)
-class Add:
-    """target <- target + round(factor * source). source: the gradient, theta, a slot, or something derived."""
+class Add(Move):
+    """target <- target + round(factor source). setting: what the user gave for it to be there, for messages."""
+
+    target: str
+    source: Source
+    factor: Factor = field(default_factory=Factor)
+    setting: str = ""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.source.reads
+
+    @property
+    def irreversible(self) -> str | None:
+        return self.needs_the_gradient if self.target in self.reads else None
+
+    @property
+    def needs_the_gradient(self) -> str:
+        its = f"{self.setting}: its" if self.setting else "a"
+        return f"{its} change of {self.target} needs the gradient at the very theta that is to be found"
+
+    def forward(self, k: int, state: State, gradient: Tensor) -> None:
+        self._add(k, state, gradient, 1)
+
+    def inverse(self, k: int, state: State, gradient: Tensor | None) -> None:
+        self._add(k, state, gradient, -1)
+
+    def _add(self, k: int, state: State, gradient: Tensor | None, sign: int) -> None:
+        source, unit = self.source.operand(k, state, gradient)
+        # One multiplication: the scales are powers of two, so the factor with them is exact.
+        factor = self.factor.value(k) * (unit * state.formats[self.target].scale)
+        state.backend.add(state.numbers[self.target], source, factor, sign)
+
+    def value(self, values: Values, step: Step) -> Tensor:
+        source, factor = self.source.value(values, step), self.factor.start(step.k)
+        if isinstance(factor, Tensor):
+            factor = factor.to(source.dtype)
+        for table in self.factor.tables.values():
+            factor = factor * step.of(table)
+        return values[self.target] + source * factor
+
+    def vjp(self, k: int, values: Values, bars: Bars) -> None:
+        """source_bar += factor target_bar; factor_bar += <target_bar, source>."""
+        bar = bars.flat[self.target]
+        if self.target in self.reads:
+            bar = bar.clone()  # as it was: the source's own bar is this one
+        source = self.source.vjp(k, values, bars, bar, self.factor.value(k))
+        for name, table in self.factor.tables.items():
+            if name in bars.tables:
+                assert source is not None
+                rest = self.factor.value(k, without=name)
+                weighted, scale = (bar * rest, 1.0) if isinstance(rest, Tensor) else (bar, rest)
+                table.accumulate(k, weighted.to(bar.dtype), source.to(bar.dtype), bars.tables[name], factor=scale)
+
+    def vjp_reads(self, wanted: frozenset[str]) -> frozenset[str]:
+        return self.source.vjp_reads(not wanted.isdisjoint(self.factor.tables))
+
+    def bound(self, k: int, bounds: Mapping[str, float], resolution: float) -> float:
+        amount = self.factor.bound(k) * self.source.bound(k, bounds) + resolution
+        return (bounds[self.target] + amount) * _SLACK
+
+    def reached(self, k: int, state: State, gradient: Tensor) -> Tensor | None:
+        return state.floats(self.target) + self.source.exact(k, state, gradient) * self.factor.value(k)
+
+
+@dataclass(frozen=True)
+class RunningMaximum(Move):
+    """target <- max(target, source), both in two words: AMSGrad's."""
 
     target: str
     source: str
-    factor: Factor
-
-    def adjoint(self, k: int, values: dict[str, Tensor], bars: Bars) -> None:
-        """source_bar += factor target_bar; factor_bar += <target_bar, source>. values: those the forward move saw."""
-        target_bar = bars.flat[self.target]
-        for name, table in zip(self.factor.names, self.factor.tables, strict=True):
-            if name in bars.tables:
-                rest = self.factor.at(k, without=name)
-                weighted, scale = (target_bar * rest, 1.0) if isinstance(rest, Tensor) else (target_bar, rest)
-                table.accumulate(k, weighted.to(target_bar.dtype), values[self.source], bars.tables[name], factor=scale)
-        axpy_(bars.flat[self.source], target_bar, self.factor.at(k))
-
-
-@dataclass(frozen=True)
-class Peak:
-    """slot <- max(slot, source), both wide: AMSGrad's. What it overwrites is gone, so no step that has one is walked
-    back.
-    """
-
-    slot: str
-    source: str
-
-    def forward(self, state: State) -> None:
-        slot, source = state.fixed[self.slot], state.fixed[self.source]
-        higher = (source[0] > slot[0]) | ((source[0] == slot[0]) & (source[1] > slot[1]))
-        torch.where(higher, source, slot, out=slot)
-
-    def value(self, values: dict[str, Tensor]) -> Tensor:
-        """In floating point, differentiable: of equal ones the source has the derivative."""
-        return torch.where(values[self.source] >= values[self.slot], values[self.source], values[self.slot])
-
-    def adjoint(self, after: dict[str, Tensor], bars: Bars) -> None:
-        """Where the source won, slot_bar is the source's."""
-        won = after[self.source] >= after[self.slot]
-        bars.flat[self.source].add_(bars.flat[self.slot] * won)
-        bars.flat[self.slot].mul_(~won)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One half of a step: what is derived, then what decays, then what is added, then the peaks."""
-
-    derived: tuple[Derived, ...]
-    decays: tuple[Decay, ...]
-    adds: tuple[Add, ...]
-    peaks: tuple[Peak, ...] = ()
-
-
-@dataclass(frozen=True)
-class Update:
-    """One optimizer's step as a list of moves.
-
-    layout: of the flat buffer; tables: by name, every hyperparameter that can have a gradient. decays, kicks: of the
-    slots, kicks with sources derived before any of them; peaks: of slots, after the kicks; shrink: theta's own decay,
-    the first of the drifts; wide: slots in two words.
-    """
-
-    layout: Layout
-    tables: dict[str, Table]
-    decays: tuple[Decay, ...]
-    kicks: tuple[Add, ...]
-    drifts: tuple[Add, ...]
-    for_kicks: tuple[Derived, ...] = ()
-    for_drifts: tuple[Derived, ...] = ()
-    peaks: tuple[Peak, ...] = ()
-    shrink: tuple[Decay, ...] = ()
-    wide: frozenset[str] = frozenset()
+    setting: str
 
     @property
-    def slots(self) -> tuple[str, ...]:
-        return (*(decay.slot for decay in self.decays), *(peak.slot for peak in self.peaks))
+    def reads(self) -> tuple[str, ...]:
+        return (self.source,)
 
     @property
-    def derived(self) -> tuple[Derived, ...]:
-        return (*self.for_kicks, *self.for_drifts)
+    def irreversible(self) -> str | None:
+        return f"{self.setting}: its maximum forgets what it replaces"
 
-    @property
-    def stages(self) -> tuple[Stage, Stage]:
-        """(kicks, drifts)"""
-        return Stage(self.for_kicks, self.decays, self.kicks, self.peaks), Stage(
-            self.for_drifts, self.shrink, self.drifts
-        )
+    def forward(self, k: int, state: State, gradient: Tensor) -> None:
+        state.backend.maximum(state.numbers[self.target], state.numbers[self.source])
 
-    @property
-    def no_way_back(self) -> str | None:
-        """Why the step cannot be undone explicitly; None where drifts see slots only, and no slot forgets."""
-        if self.peaks:
-            return "amsgrad=True: its maximum forgets what it replaces"
-        of_slots = {d.name for d in self.for_drifts if set(d.inputs) <= set(self.slots)} | set(self.slots)
-        if not all(drift.source in of_slots for drift in self.drifts):
-            return "nesterov=True: its change of theta needs the gradient at the very theta that is to be found"
-        return None
+    def inverse(self, k: int, state: State, gradient: Tensor | None) -> None:
+        raise NotImplementedError(self.irreversible)
 
-    def keeps_memory(self, steps: int) -> bool:
-        """Whether any slot's or head's old value ever matters (momentum above 0 somewhere)."""
-        return bool(self.shrink or self.peaks) or not all(
-            decay.loses_everything(k) for decay in self.decays for k in range(steps)
-        )
+    def value(self, values: Values, step: Step) -> Tensor:
+        """Of equal ones the source has the derivative."""
+        return torch.where(values[self.source] >= values[self.target], values[self.source], values[self.target])
 
-    def always_decays(self, steps: int) -> bool:
-        """Whether momentum is above 0 at every step, in every group."""
-        return all(d.scaling.quantise(m) > 0 for d in self.decays for k in range(steps) for m in d.table.row(k))
+    def vjp(self, k: int, values: Values, bars: Bars) -> None:
+        """Where the source won, target_bar is the source's."""
+        won = values[self.source] >= values[self.target]  # as after the move
+        bars.flat[self.source].add_(bars.flat[self.target] * won)
+        bars.flat[self.target].mul_(~won)
 
-    def format_of(self, name: str, fixed: FixedPoint) -> FixedPoint | Wide:
-        """The number format of theta or a slot, where the others have `fixed`."""
-        return Wide() if name in self.wide else fixed
+    def vjp_reads(self, wanted: frozenset[str]) -> frozenset[str]:
+        return frozenset({self.source, self.target})
 
-    def initial_state(self, theta: Tensor, history: History) -> State:
-        """theta: int64 [numel]; the slots start at 0 and the stores empty."""
-        fixed = {THETA: theta}
-        for slot in self.slots:
-            fixed[slot] = Wide.zeros(len(theta), theta.device) if slot in self.wide else torch.zeros_like(theta)
-        return State(fixed, {decay.slot: decay.stores(theta.device, history) for decay in (*self.decays, *self.shrink)})
+    def bound(self, k: int, bounds: Mapping[str, float], resolution: float) -> float:
+        return max(bounds[self.target], bounds[self.source])

@@ -1,8 +1,10 @@
-"""Optimizers as lists of moves."""
+"""SGD as a list of moves (torch.optim.SGD's).
+
+v <- momentum v;  v <- v + (1 - dampening) (gradient + weight_decay theta);  theta <- theta - lr v
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,16 +12,11 @@ from torch import Tensor
 
 from revdistill.engine.integers.radix import COARSE
 from revdistill.engine.layout import Layout
-from revdistill.engine.optimizers.hyperparameters import Schedule, Table, quantised, resolve
-from revdistill.engine.optimizers.moves import GRADIENT, THETA, Add, Decay, Factor, Update
-
-
-class Optimizer(ABC):
-    """What rd.unroll takes: `SGD`, `Adam` or `AdamW`."""
-
-    @abstractmethod
-    def resolve(self, layout: Layout, steps: int) -> Update:
-        """The moves for `steps` steps of parameters laid out like `layout`."""
+from revdistill.engine.optimizers.hyperparameters import Factor, Hyperparameter, Table, quantised, resolve
+from revdistill.engine.optimizers.moves import Add, Decay, Move
+from revdistill.engine.optimizers.optimizer import Optimizer
+from revdistill.engine.optimizers.sources import GRADIENT, THETA, Read
+from revdistill.engine.optimizers.update import Update
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,11 @@ class SGD(Optimizer):
     Errors (when unrolled): ValueError and TypeError name the argument, what came and what is accepted.
     """
 
-    lr: Schedule
-    momentum: Schedule = 0.9
+    lr: Hyperparameter
+    momentum: Hyperparameter = 0.9
     dampening: float = 0.0
     nesterov: bool = False
-    weight_decay: Schedule = 0.0
+    weight_decay: Hyperparameter = 0.0
 
     def resolve(self, layout: Layout, steps: int) -> Update:
         lr = resolve("lr", self.lr, layout, steps, stackable=True)
@@ -55,25 +52,22 @@ class SGD(Optimizer):
         has_decay = weight_decay.values.requires_grad or not weight_decay.is_zero()
 
         kick = Factor(constant, first=1.0)  # torch's first step sets v to the gradient, without dampening
-        kicks = [Add("v", GRADIENT, kick)]
+        step = Factor(-1.0, {"lr": lr})
+        moves: list[Move] = [
+            Decay("v", "momentum", momentum, momentum.segments(layout)),
+            Add("v", Read(GRADIENT), kick),
+        ]
         if has_decay:
-            kicks.append(Add("v", THETA, replace(kick, names=("weight_decay",), tables=(weight_decay,))))
-
-        def step(names: tuple[str, ...] = (), tables: tuple[Table, ...] = ()) -> Factor:
-            return Factor(-1.0, -1.0, ("lr", *names), (lr, *tables))
-
-        drifts = [Add(THETA, "v", step())]
+            moves.append(Add("v", Read(THETA), replace(kick, tables={"weight_decay": weight_decay})))
         if self.nesterov:
-            drifts = [Add(THETA, GRADIENT, step()), Add(THETA, "v", step(("momentum",), (momentum,)))]
-            if has_decay:  # first: it must see theta as the gradient saw it
-                drifts.insert(0, Add(THETA, THETA, step(("weight_decay",), (weight_decay,))))
-        return Update(
-            layout=layout,
-            tables={"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
-            decays=(Decay("v", "momentum", momentum, momentum.segments(layout)),),
-            kicks=tuple(kicks),
-            drifts=tuple(drifts),
-        )
+            looking_ahead = "nesterov=True"
+            if has_decay:
+                decaying = Factor(-1.0, {"lr": lr, "weight_decay": weight_decay})
+                moves.append(Add(THETA, Read(THETA), decaying, looking_ahead))
+            moves.append(Add(THETA, Read(GRADIENT), step, looking_ahead))
+            step = Factor(-1.0, {"lr": lr, "momentum": momentum})
+        moves.append(Add(THETA, Read("v"), step))
+        return Update(layout, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, tuple(moves))
 
     def _kick_factor(self, momentum: Table) -> float | Tensor:
         if isinstance(self.dampening, bool) or not isinstance(self.dampening, (int, float)):

@@ -1,0 +1,163 @@
+"""What every adjoint is, and the autograd.Function that those in fixed point share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
+from revdistill.engine.adjoints.trajectory import Trajectory
+from revdistill.engine.errors import ReversalError, UnsupportedError
+from revdistill.engine.integers.fixedpoint import FixedPoint
+from revdistill.engine.integers.history import NoHistory
+from revdistill.engine.loss.gradient import CHANGED_IN_PLACE
+from revdistill.engine.problem import Problem
+
+
+@dataclass(frozen=True)
+class UnrollStats:
+    """What one forward pass kept.
+
+    state_bytes: theta, the running averages and the bit store's heads. history_bytes: the words spilled so far
+    (Reversible), or the snapshots (Checkpoint, StoreAll); None for Backprop, whose graphs are not counted.
+    """
+
+    steps: int
+    parameters: int
+    state_bytes: int
+    history_bytes: int | None
+
+    @property
+    def history_bits_per_parameter_step(self) -> float | None:
+        """8 history_bytes / (parameters steps); None for Backprop."""
+        if self.history_bytes is None:
+            return None
+        return 8 * self.history_bytes / max(1, self.parameters * self.steps)
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, history_bytes: int) -> UnrollStats:
+        """The figures of a forward pass in fixed point."""
+        problem = trajectory.problem
+        return cls(problem.steps, problem.update.layout.numel, trajectory.state.nbytes, history_bytes)
+
+
+class Adjoint(ABC):
+    """How the backward pass of an unroll gets theta_k back: `Reversible`, `Checkpoint`, `StoreAll` or `Backprop`."""
+
+    @abstractmethod
+    def run(self, problem: Problem, theta0: Tensor) -> tuple[Tensor, UnrollStats]:
+        """The unroll's result from theta_0 [numel], differentiable with respect to all that went in."""
+
+
+class Recording(ABC):
+    """A forward pass that can be gone back over once."""
+
+    theta: Tensor  # theta_T, float [numel], or theta at save_at [n, numel]
+    stats: UnrollStats
+
+    @abstractmethod
+    def backward(self, sweep: Sweep) -> Hypergradients:
+        """Carry the sweep from the last step to the first."""
+
+
+class FixedPointAdjoint(Adjoint):
+    """What the adjoints in fixed-point arithmetic share: their forward passes agree bit for bit."""
+
+    fractional_bits: int
+
+    @property
+    def fixed(self) -> FixedPoint:
+        """The number format of theta and v."""
+        return FixedPoint(self.fractional_bits)
+
+    @abstractmethod
+    def record(self, problem: Problem, theta0: Tensor) -> Recording:
+        """Go forward, keeping what the way back needs."""
+
+    def run(self, problem: Problem, theta0: Tensor) -> tuple[Tensor, UnrollStats]:
+        tables = [table.values for table in problem.update.tables.values()]
+        inputs = (*tables, *problem.data.tensors, *problem.data.hypers)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (theta0, *inputs)):
+            unrolled = Unrolled(problem, self)
+            theta = _Unroll.apply(unrolled, theta0, *inputs)  # type: ignore[no-untyped-call]
+            assert unrolled.recording is not None
+            return theta, unrolled.recording.stats
+        with torch.no_grad(), problem.ambient.passage():
+            trajectory = Trajectory(problem, theta0, self.fixed, NoHistory())
+            trajectory.run()
+            return trajectory.result(), UnrollStats.of(trajectory, trajectory.history.nbytes)
+
+
+@dataclass
+class Unrolled:
+    """One unroll between its forward and its backward pass."""
+
+    problem: Problem
+    adjoint: FixedPointAdjoint
+    recording: Recording | None = None
+    versions: tuple[int, ...] = ()
+
+    def data_versions(self) -> tuple[int, ...]:
+        """torch counts the in-place changes of each tensor."""
+        return tuple(t._version for t in (*self.problem.data.tensors, *self.problem.data.hypers))
+
+
+class _Unroll(torch.autograd.Function):
+    """Inputs: the unroll, theta_0 and every differentiable tensor; output theta_T. The mathematics is the adjoint's."""
+
+    @staticmethod
+    def forward(ctx: Any, unrolled: Unrolled, theta0: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.unrolled = unrolled
+        ctx.save_for_backward(theta0, *inputs)
+        unrolled.versions = unrolled.data_versions()
+        with unrolled.problem.ambient.passage():
+            unrolled.recording = unrolled.adjoint.record(unrolled.problem, theta0.detach())
+        if unrolled.data_versions() != unrolled.versions:
+            raise UnsupportedError(CHANGED_IN_PLACE.format("a tensor in batches or hyper"))
+        return unrolled.recording.theta
+
+    @staticmethod
+    def backward(ctx: Any, theta_bar: Tensor) -> tuple[Tensor | None, ...]:
+        unrolled: Unrolled = ctx.unrolled
+        problem = unrolled.problem
+        recording, unrolled.recording = unrolled.recording, None  # used up, even if the way back fails
+        if recording is None:
+            raise UnsupportedError(
+                "this unroll was already gone back through, which used it up; add the losses before one backward(), "
+                "call rd.unroll again, or use adjoint=rd.Backprop() with retain_graph=True"
+            )
+        if unrolled.data_versions() != unrolled.versions:
+            raise ReversalError(
+                "a tensor in batches or hyper was changed in place between the forward and the backward pass, so the "
+                "way back would see other data; change it after backward(), or pass a clone"
+            )
+        with torch.no_grad(), problem.ambient.passage():
+            found = recording.backward(Sweep(problem, theta_bar.contiguous()))
+        tables = [found.tables.get(name) for name in problem.update.tables]
+        gradients = (found.theta, *tables, *found.batches, *found.hypers)
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            inputs = ctx.saved_tensors
+            gradients = tuple(None if g is None else _OnceOnly.apply(g, *inputs) for g in gradients)  # type: ignore[no-untyped-call]
+        return (None, *gradients)
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Passes a hypergradient through, and says what to do when it is differentiated in its turn.
+
+    It hangs on everything that the hypergradient depends on: a derivative with respect to any of it comes past here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise UnsupportedError(
+            "a hypergradient of rd.unroll cannot be differentiated again with this adjoint; use adjoint=rd.Backprop(), "
+            "or backward() without create_graph=True"
+        )

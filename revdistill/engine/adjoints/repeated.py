@@ -1,0 +1,49 @@
+"""A gradient evaluated again must be the one of the forward pass, to the bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.errors import ReversalError
+from revdistill.engine.problem import Problem
+
+NONDETERMINISTIC = (
+    "The loss must be deterministic: no random numbers but torch's (the engine seeds those, and torch has one "
+    "generator for "
+    "all threads: a thread outside an unroll may not draw from it meanwhile), no counters or other state "
+    "that changes between calls, the module in the same training mode, batches given as a function must return the "
+    "same "
+    "tensors for the same k. adjoint=rd.Backprop() needs no second evaluation"
+)
+
+
+class Repeated:
+    """Raises ReversalError where a gradient evaluated again is not the one of the forward pass, to the bit."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._fingerprints = problem.gradient.fingerprints
+        self._first: Tensor | None = (
+            None  # of the steps checked, the first that was not the same; -1: none. One for all steps
+        )
+
+    def check(self, k: int, gradient: Tensor) -> None:
+        """At once on the CPU; elsewhere noted, so that nothing waits for the device."""
+        matches = self._fingerprints.matches(k, gradient)
+        if isinstance(matches, Tensor):
+            first = torch.full((), -1, device=matches.device) if self._first is None else self._first
+            self._first = torch.where(matches | (first >= 0), first, k)
+        elif not matches:
+            self._raise(k)
+
+    def finish(self) -> None:
+        """Read what was noted."""
+        if self._first is not None and int(self._first) >= 0:
+            self._raise(int(self._first))
+
+    def _raise(self, k: int) -> None:
+        raise ReversalError(
+            f"the gradient at step {k} was not the same bit for bit when it was evaluated again, so the way back "
+            "cannot end "
+            f"bit-exactly at the start and no hypergradient is returned. {NONDETERMINISTIC}"
+        )

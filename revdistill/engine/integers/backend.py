@@ -1,0 +1,102 @@
+"""What a device does with integers: one protocol, an implementation per file, and the one place that chooses between
+them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.integers.fixedpoint import Format
+from revdistill.engine.integers.radix import Radix
+
+Scalar = float | Tensor  # one for all elements, or float64 [numel]
+WORD_BITS = 16  # of what leaves a head at once
+_WORD = (1 << WORD_BITS) - 1
+
+
+class Backend(ABC):
+    """The integer work of a step, in place. All backends have the bits of `reference`.
+
+    Numbers are int64 [numel], or [2, numel] of two words: (high, low) with 0 <= low < 2^60. `interval`: steps between
+    two looks at the device's numbers; where it is 1, looking costs nothing, and `largest` and `fingerprint` return
+    numbers.
+    """
+
+    interval: int
+
+    @abstractmethod
+    def multiply(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+        """v <- v n / radix, the lost bits to head (see `radix`)."""
+
+    @abstractmethod
+    def divide(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+        """The inverse of `multiply`."""
+
+    @abstractmethod
+    def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:
+        """target <- target + sign round(factor source): one product in float64, one rounding; -sign undoes sign.
+
+        source: float32, float64 or int64 [numel], left as it is; factor: a float, or float64 [numel].
+        """
+
+    @abstractmethod
+    def to_float(self, q: Tensor, out: Tensor, form: Format) -> Tensor:
+        """The values of q, rounded to float64 and then to out's dtype (float32 or float64, [numel]), in `out`."""
+
+    @abstractmethod
+    def largest(self, x: Tensor) -> float | Tensor:
+        """The largest magnitude in the floats x; NaN or inf where there is one, 0 where x is empty."""
+
+    @abstractmethod
+    def fingerprint(self, x: Tensor) -> int | Tensor:
+        """64 bits that tell x [numel] (float32 or float64) from any other tensor, up to a chance of about 2^-64."""
+
+    @abstractmethod
+    def root(self, x: Tensor) -> Tensor:
+        """sqrt(x) of float64 x, correctly rounded: the same bits on every device."""
+
+    def ratio(self, m: Tensor, s: Tensor, c1: Scalar, per_root_c2: Scalar, eps: Scalar) -> Tensor:
+        """m / ((sqrt(s) per_root_c2 + eps) c1), float64 [numel]: the direction of Adam."""
+        # Multiplied by, never divided by: where it is a number CUDA would divide as it likes, with other bits than the
+        # CPU.
+        return m / ((self.root(s) * per_root_c2 + eps) * c1)
+
+    def maximum(self, target: Tensor, source: Tensor) -> None:
+        """target <- max(target, source), both of two words."""
+        self.settle()
+        higher = (source[0] > target[0]) | ((source[0] == target[0]) & (source[1] > target[1]))
+        torch.where(higher, source, target, out=target)
+
+    def spill(self, head: Tensor) -> Tensor:
+        """Take the low WORD_BITS of every head, as int16."""
+        self.settle()
+        words = head.to(torch.int16)  # the conversion wraps
+        head.bitwise_right_shift_(WORD_BITS)
+        return words
+
+    def refill(self, head: Tensor, words: Tensor) -> None:
+        """The inverse of `spill`."""
+        self.settle()
+        head.bitwise_left_shift_(WORD_BITS).bitwise_or_(words.to(torch.int64).bitwise_and_(_WORD))
+
+    def settle(self) -> None:
+        """Everything asked for so far is in the tensors: a backend may put work off until then."""
+        return
+
+
+def backend_for(device: torch.device, *, compile: bool = False) -> Backend:
+    """The backend of a device: loops on the CPU, where they are compiled always; elsewhere tensor operations.
+
+    compile: fuse these by torch.compile.
+    """
+    if device.type == "cpu":
+        from revdistill.engine.integers.loops import LOOPS
+
+        return LOOPS
+    from revdistill.engine.integers.compiled import Compiled
+    from revdistill.engine.integers.passes import Passes
+
+    return Compiled() if compile else Passes()

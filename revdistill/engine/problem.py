@@ -1,0 +1,60 @@
+"""Everything that defines one unroll, whatever its adjoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.integers.backend import Backend
+from revdistill.engine.loss.determinism import Ambient
+from revdistill.engine.loss.gradient import Data, Gradient
+from revdistill.engine.optimizers.update import Update
+
+OnStep = Callable[[int, dict[str, Tensor], Tensor], object]
+OnStepBack = Callable[[int, float], object]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The gradient of a loss, an optimizer, data and a number of steps.
+
+    backend: what does the integer work; first: the way back goes no further: dL/d(...) of the steps before it is left
+    out;
+    clip_back: the largest norm of dL/d(theta_k) that is carried on; save_at: the result is theta at these steps,
+    stacked, or where it is None theta_T alone.
+    """
+
+    gradient: Gradient
+    update: Update
+    data: Data
+    ambient: Ambient
+    backend: Backend
+    steps: int
+    on_step: OnStep | None = None
+    first: int = 0
+    clip_back: float | None = None
+    on_step_back: OnStepBack | None = None
+    save_at: tuple[int, ...] | None = None
+
+    @cached_property
+    def saved_steps(self) -> frozenset[int]:
+        """`save_at`, to be looked into at each step."""
+        return frozenset(self.save_at or ())
+
+    @cached_property
+    def looks_back(self) -> bool:
+        """Whether something is done with dL/d(theta_k) on the way back."""
+        return self.clip_back is not None or self.on_step_back is not None
+
+    def look_back(self, k: int, theta_bar: Tensor) -> Tensor:
+        """dL/d(theta_k) [numel] as it is carried on: its norm told, and scaled down to `clip_back`."""
+        norm = float(torch.linalg.vector_norm(theta_bar.detach(), dtype=torch.float64))
+        if self.on_step_back is not None:
+            self.on_step_back(k, norm)
+        if self.clip_back is None or not norm > self.clip_back:
+            return theta_bar
+        return theta_bar * (self.clip_back / norm)

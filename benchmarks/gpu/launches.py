@@ -21,7 +21,7 @@ import revdistill as rd
 from gpu.lines import attempt, options_of, write
 from gpu.place import here, leave
 from revdistill.engine.adjoints.sweep import Sweep
-from revdistill.engine.loss.gradient import graph_nodes
+from revdistill.engine.loss.graph import graph_nodes
 
 SHORT, LONG = 32, 64  # neither spills: at a momentum of 0.9 the first words leave after some 200 steps
 OPTIMIZERS: dict[str, Callable[[Tensor], Any]] = {

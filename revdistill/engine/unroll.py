@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -19,12 +19,12 @@ from revdistill.engine.errors import ReversalError, UnsupportedError
 from revdistill.engine.integers.compiled import CompiledKernels
 from revdistill.engine.layout import Layout
 from revdistill.engine.loss.compiled import CompiledGradient
-from revdistill.engine.loss.determinism import Ambient
-from revdistill.engine.loss.gradient import CHANGED_IN_PLACE, Data, Gradient, Hyper, Loss
+from revdistill.engine.loss.data import Batches, Data, Hyper, Loss
+from revdistill.engine.loss.determinism import Determinism
+from revdistill.engine.loss.gradient import Gradient
+from revdistill.engine.loss.operators import CHANGED_IN_PLACE
 from revdistill.engine.loss.randomness import draw_seed
 from revdistill.engine.optimizers.sgd import Optimizer
-
-Batches = Sequence[Tensor] | Callable[[int], Any]
 
 
 @overload
@@ -142,7 +142,7 @@ def unroll(
     )
     layout = Layout.of(params)
     data = Data(batches, hyper)
-    ambient = Ambient.capture(layout.device, draw_seed() if seed is None else seed)
+    ambient = Determinism.capture(layout.device, draw_seed() if seed is None else seed)
     theta0 = layout.flatten(params)
     problem = Problem(
         gradient=(CompiledGradient if compile else Gradient)(loss, layout, data, ambient, steps),

@@ -12,7 +12,9 @@ from torch import Tensor
 from revdistill.engine.adjoints.guard import FiniteWatch
 from revdistill.engine.adjoints.trajectory import Problem
 from revdistill.engine.errors import NonFiniteError
-from revdistill.engine.loss.gradient import Loss, check_loss, named_errors
+from revdistill.engine.loss.data import Loss
+from revdistill.engine.loss.gradient import check_loss
+from revdistill.engine.loss.operators import named_errors
 from revdistill.engine.optimizers.hyperparameters import Table
 from revdistill.engine.optimizers.moves import GRADIENT, THETA, Add, Factor
 

@@ -15,8 +15,9 @@ from revdistill.engine.integers.bitstore import BitStore
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import History
 from revdistill.engine.integers.wide import Wide, add_
-from revdistill.engine.loss.determinism import Ambient
-from revdistill.engine.loss.gradient import Data, Gradient, Linearization
+from revdistill.engine.loss.data import Data
+from revdistill.engine.loss.determinism import Determinism
+from revdistill.engine.loss.gradient import Gradient, Linearization
 from revdistill.engine.optimizers.moves import GRADIENT, THETA, Add, Decay, Derived, Stage, Update
 
 # (bit store, slot, n) for each decay; (target, source, factor) for each kick or drift, a target [2, numel] being a wide
@@ -59,7 +60,7 @@ class Problem:
     gradient: Gradient
     update: Update
     data: Data
-    ambient: Ambient
+    ambient: Determinism
     steps: int
     kernels: Kernels
     on_step: OnStep | None = None

@@ -21,7 +21,7 @@ import revdistill as rd
 from gpu.lines import attempt, options_of, write
 from gpu.place import here, leave
 from revdistill.engine.adjoints.sweep import Sweep
-from revdistill.engine.loss.gradient import graph_nodes
+from revdistill.engine.loss.graph import graph_nodes
 
 SHORT, LONG = 32, 64  # neither spills: at a momentum of 0.9 the first words leave after some 200 steps
 OPTIMIZERS: dict[str, Callable[[Tensor], Any]] = {
@@ -92,7 +92,7 @@ def sweep_alone(value: Tensor) -> None:
     run = node.run
     recording, run.recording = run.recording, None
     (bar,) = torch.autograd.grad(value, torch.autograd.graph.GradientEdge(node, 0))
-    with torch.no_grad(), run.problem.ambient.passage():
+    with torch.no_grad(), run.problem.determinism.passage():
         recording.backward(Sweep(run.problem, bar.contiguous()))
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.integers.backend import Backend
-from revdistill.engine.loss.determinism import Ambient
-from revdistill.engine.loss.gradient import Data, Gradient
+from revdistill.engine.loss.data import Data
+from revdistill.engine.loss.determinism import Determinism
+from revdistill.engine.loss.gradient import Gradient
 from revdistill.engine.optimizers.update import Update
 
 OnStep = Callable[[int, dict[str, Tensor], Tensor], object]
@@ -31,7 +32,7 @@ class Problem:
     gradient: Gradient
     update: Update
     data: Data
-    ambient: Ambient
+    determinism: Determinism
     backend: Backend
     steps: int
     on_step: OnStep | None = None

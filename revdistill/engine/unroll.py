@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -14,16 +14,15 @@ from revdistill.engine.arguments import check_arguments
 from revdistill.engine.integers.backend import backend_for
 from revdistill.engine.layout import Layout
 from revdistill.engine.loss.compiled import CompiledGradient
-from revdistill.engine.loss.determinism import Ambient
-from revdistill.engine.loss.gradient import Data, Gradient, Hyper, Loss
+from revdistill.engine.loss.data import Batches, Data, Hyper, Loss
+from revdistill.engine.loss.determinism import Determinism
+from revdistill.engine.loss.gradient import Gradient
 from revdistill.engine.loss.randomness import draw_seed
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.problem import OnStep, OnStepBack, Problem
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Batches = Sequence[Tensor] | Callable[[int], Any]
 
 
 class _Options(TypedDict, total=False):
@@ -136,12 +135,12 @@ def unroll(
     layout = Layout.of(params)
     backend = backend_for(layout.device, compile=compile)
     data = Data(batches, hyper)
-    ambient = Ambient.capture(layout.device, draw_seed() if seed is None else seed)
+    determinism = Determinism.capture(layout.device, draw_seed() if seed is None else seed)
     problem = Problem(
-        gradient=(CompiledGradient if compile else Gradient)(loss, layout, data, ambient, steps),
+        gradient=(CompiledGradient if compile else Gradient)(loss, layout, data, determinism, steps),
         update=optimizer.resolve(layout, steps),
         data=data,
-        ambient=ambient,
+        determinism=determinism,
         backend=backend,
         steps=steps,
         on_step=on_step,

@@ -12,7 +12,7 @@ from revdistill.distill import augment
 from revdistill.distill.config import Config
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.presets import PRESETS
-from revdistill.engine.loss.gradient import graph_nodes
+from revdistill.engine.loss.graph import graph_nodes
 from revdistill.outer.data import load
 
 SMALL = Config(

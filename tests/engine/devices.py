@@ -127,5 +127,5 @@ def go_back(run: Any) -> None:
     raises.
     """
     theta = run.recording.theta
-    with torch.no_grad(), run.problem.ambient.passage():
+    with torch.no_grad(), run.problem.determinism.passage():
         run.recording.backward(Sweep(run.problem, torch.ones_like(theta)))

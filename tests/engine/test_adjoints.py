@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import revdistill as rd
-from revdistill.engine.loss.determinism import Ambient
+from revdistill.engine.loss.determinism import Determinism
 from tests.engine.problems import ADAMW_SETTINGS, PROBLEMS, SETTINGS, STEPS, Case, optimizer_of, tensors_of
 from tests.engine.reference import train
 
@@ -38,7 +38,7 @@ def gradients(theta: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, 
 
 def seed_like_the_engine(k: int) -> None:
     """The documented promise is (seed, step); the reference draws the same numbers through the engine's own context."""
-    with Ambient.capture(torch.device("cpu"), SEED).step(k):
+    with Determinism.capture(torch.device("cpu"), SEED).step(k):
         state = torch.get_rng_state()
     torch.set_rng_state(state)
 

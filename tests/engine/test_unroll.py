@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import revdistill as rd
 from revdistill.engine.adjoints.reversible import default_adjoint
-from revdistill.engine.loss.determinism import Ambient
+from revdistill.engine.loss.determinism import Determinism
 from tests.engine.small import CE, data, mlp, total
 
 
@@ -272,7 +272,7 @@ def test_callbacks_have_the_callers_grad_mode(adjoint: Any) -> None:
 
 
 def test_step_seeds_differ() -> None:
-    captured = Ambient.capture(torch.device("cpu"), 0)
+    captured = Determinism.capture(torch.device("cpu"), 0)
     draws = []
     for k in range(50):
         with captured.step(k):

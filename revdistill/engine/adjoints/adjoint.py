@@ -14,7 +14,7 @@ from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.errors import ReversalError, UnsupportedError
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory
-from revdistill.engine.loss.gradient import CHANGED_IN_PLACE
+from revdistill.engine.loss.operators import CHANGED_IN_PLACE
 from revdistill.engine.problem import Problem
 
 
@@ -86,7 +86,7 @@ class FixedPointAdjoint(Adjoint):
             theta = _Unroll.apply(unrolled, theta0, *inputs)  # type: ignore[no-untyped-call]
             assert unrolled.recording is not None
             return theta, unrolled.recording.stats
-        with torch.no_grad(), problem.ambient.passage():
+        with torch.no_grad(), problem.determinism.passage():
             trajectory = Trajectory(problem, theta0, self.fixed, NoHistory())
             trajectory.run()
             return trajectory.result(), UnrollStats.of(trajectory, trajectory.history.nbytes)
@@ -114,7 +114,7 @@ class _Unroll(torch.autograd.Function):
         ctx.unrolled = unrolled
         ctx.save_for_backward(theta0, *inputs)
         unrolled.versions = unrolled.data_versions()
-        with unrolled.problem.ambient.passage():
+        with unrolled.problem.determinism.passage():
             unrolled.recording = unrolled.adjoint.record(unrolled.problem, theta0.detach())
         if unrolled.data_versions() != unrolled.versions:
             raise UnsupportedError(CHANGED_IN_PLACE.format("a tensor in batches or hyper"))
@@ -135,7 +135,7 @@ class _Unroll(torch.autograd.Function):
                 "a tensor in batches or hyper was changed in place between the forward and the backward pass, so the "
                 "way back would see other data; change it after backward(), or pass a clone"
             )
-        with torch.no_grad(), problem.ambient.passage():
+        with torch.no_grad(), problem.determinism.passage():
             found = recording.backward(Sweep(problem, theta_bar.contiguous()))
         tables = [found.tables.get(name) for name in problem.update.tables]
         gradients = (found.theta, *tables, *found.batches, *found.hypers)

@@ -13,7 +13,8 @@ from torch import Tensor
 from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
 from revdistill.engine.adjoints.guard import FiniteWatch
 from revdistill.engine.errors import NonFiniteError
-from revdistill.engine.loss.gradient import check_loss, named_errors
+from revdistill.engine.loss.gradient import check_loss
+from revdistill.engine.loss.operators import named_errors
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Differentiable
 from revdistill.engine.problem import Problem
 
@@ -28,7 +29,7 @@ class Backprop(Adjoint):
     """
 
     def run(self, problem: Problem, theta0: Tensor) -> tuple[Tensor, UnrollStats]:
-        with problem.ambient.passage():
+        with problem.determinism.passage():
             theta = _unroll_with_graph(problem, theta0)
         state_bytes = (1 + len(problem.update.slots)) * theta0.nbytes
         return theta, UnrollStats(problem.steps, theta0.numel(), state_bytes, None)
@@ -52,7 +53,7 @@ def _unroll_with_graph(problem: Problem, theta: Tensor) -> Tensor:
         if data.function is None:
             batch: Any = tuple(r[data.row(k)] for r in rows)
         else:
-            with problem.ambient.outside():
+            with problem.determinism.outside():
                 batch = data.from_function(k)
         start = values[THETA]
         leaf = start if start.requires_grad else start.detach().requires_grad_()
@@ -60,14 +61,14 @@ def _unroll_with_graph(problem: Problem, theta: Tensor) -> Tensor:
             start = leaf
             start.register_hook(partial(problem.look_back, k))  # type: ignore[no-untyped-call]
             leaf = start.view_as(start)  # the hook is for the way back, not for this step's gradient
-        with problem.ambient.step(k), named_errors():
+        with problem.determinism.step(k), named_errors():
             value = loss(layout.views(leaf), batch, *hyper)
             if k == 0:
                 check_loss(value)
             (gradient,) = torch.autograd.grad(value, leaf, create_graph=keep_graph and k >= problem.first)
         watch.look(k, gradient.detach(), value.detach())
         if problem.on_step is not None:
-            with problem.ambient.watching():
+            with problem.determinism.watching():
                 problem.on_step(k, layout.views(start.detach()), value.detach())
         values |= {THETA: start, GRADIENT: gradient}
         step = Differentiable(k, theta.dtype)

@@ -82,7 +82,7 @@ class Sweep:
             bars.flat[THETA].add_(self._entering.pop(k))
         self._watch.look(k, bars.flat[THETA])
         if self.problem.looks_back:
-            with self.problem.ambient.watching():
+            with self.problem.determinism.watching():
                 bars.flat[THETA] = self.problem.look_back(k, bars.flat[THETA])
 
     def to_start_of_step(self, k: int, slots: dict[str, Tensor]) -> None:

@@ -77,7 +77,7 @@ class Trajectory:
             else:
                 theta = self.theta().clone()
                 linear = self.step(k)
-                with self.problem.ambient.watching():
+                with self.problem.determinism.watching():
                     on_step(k, self.problem.update.layout.views(theta), linear.loss)
             after_step(k, linear)
         self._save(self.problem.steps)

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from revdistill.engine.compiling import compiling, warn
 from revdistill.engine.layout import Layout
-from revdistill.engine.loss.determinism import Ambient
-from revdistill.engine.loss.gradient import Data, Gradient, Linearization, Loss, Products, named_errors
+from revdistill.engine.loss.data import Data, Loss
+from revdistill.engine.loss.determinism import Determinism
+from revdistill.engine.loss.gradient import Gradient, Linearization, Products
+from revdistill.engine.loss.operators import named_errors
 
 # Normwise relative difference that reordered sums explain; a wrong kernel is off by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
@@ -43,8 +45,8 @@ _functions: weakref.WeakKeyDictionary[Loss, dict[Any, _Functions]] = weakref.Wea
 class CompiledGradient(Gradient):
     """Gradient, with both functions compiled where that works."""
 
-    def __init__(self, loss: Loss, layout: Layout, data: Data, ambient: Ambient, steps: int) -> None:
-        super().__init__(loss, layout, data, ambient, steps)
+    def __init__(self, loss: Loss, layout: Layout, data: Data, determinism: Determinism, steps: int) -> None:
+        super().__init__(loss, layout, data, determinism, steps)
         self.wanted = tuple(t.requires_grad for t in (*data.tensors, *data.hypers))
         self._hypers = [t.detach() for t in data.hypers]
         key = (layout, self.wanted, data.hyper_names, data.hyper_kind, data.function is None)
@@ -97,7 +99,7 @@ class CompiledGradient(Gradient):
     def _gradient_agrees(self, k: int, theta: Tensor, extra: tuple[Tensor, ...], batch: Any, eager: Tensor) -> bool:
         assert self.functions.gradient is not None
         try:
-            with self.ambient.step(k), compiling():
+            with self.determinism.step(k), compiling():
                 found, _ = self.functions.gradient(theta.detach(), extra, batch)
         except Exception as error:  # whatever the compiler raises, eager is right
             warn("the gradient could not be compiled", error)
@@ -119,7 +121,7 @@ class CompiledLinearization:
     def _gradient_and_loss(self) -> tuple[Tensor, Tensor]:
         function = self._owner.functions.gradient
         assert function is not None
-        with self._owner.ambient.step(self._k), named_errors():
+        with self._owner.determinism.step(self._k), named_errors():
             found, loss = function(self._theta, self._extra, self._batch)
         return found.detach(), loss.detach()
 
@@ -153,7 +155,7 @@ class CompiledLinearization:
     def _compiled_product(self, vector: Tensor) -> Products:
         function, wanted = self._owner.functions.product, self._owner.wanted
         assert function is not None
-        with self._owner.ambient.step(self._k):
+        with self._owner.determinism.step(self._k):
             found, products = function(self._theta, self._extra, self._batch, vector.detach())
         if found.device.type == "cpu":
             self._from_product = found.detach()

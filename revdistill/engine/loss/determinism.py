@@ -1,10 +1,10 @@
-"""What surrounds every call of the loss, made the same on the way forward and on the way back.
+"""Determinism: torch's settings around every call of the loss, so that the way back repeats the way forward to the bit.
 
 Random numbers (seeded from (seed, step)), autocast, the number of threads, deterministic kernels, TensorFloat-32 off,
 the attention kernel that has second derivatives, and autograd on the calling thread. All of it is restored afterwards.
 
 torch keeps most of this for the whole process, so the unrolls of several threads take turns (`_TURN`), and a setting
-that one of them made stays until the last of them has left (`_ProcessWide`).
+that one of them made stays until the last of them has left (`_ProcessSetting`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CUBLAS_VARIABLE, CUBLAS_SETTINGS = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8
 # torch reads it once, at the process's first matrix product on a GPU, and refuses deterministic ones for good where it
 # was not set by then. So it is set as soon as this is imported, and stays.
 os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_SETTINGS[0])
-# Held by the thread that is in a passage. Re-entrant: a loss may hold an unroll of its own.
+# Held by the thread that is in a pass. Re-entrant: a loss may hold an unroll of its own.
 _TURN = threading.RLock()
 
 
@@ -54,16 +54,23 @@ def _turn() -> Iterator[None]:
 
 
 @dataclass
-class _Callers:
-    """What the caller of a pass had, while it lasts: the states of its generators, and whether autograd has threads."""
+class _CallerState:
+    """What the caller of a pass had set before it: the states of the generators, and whether autograd has threads."""
 
     generators: list[Tensor] = field(default_factory=list)
     multithreading: bool = True
 
 
 @dataclass(frozen=True)
-class Ambient:
-    """seed: of this unroll; the rest is what the caller of the forward pass had set."""
+class Determinism:
+    """torch's settings for one unroll, in both directions: `passage` around a pass, `step` around an evaluation.
+
+    Attributes:
+        device: of the parameters.
+        seed: of the random numbers inside the loss.
+        threads, autocast, autocast_dtype, grad: what the caller of the forward pass had set: torch's number of threads,
+            whether autocast was on and its dtype, and whether gradients were on.
+    """
 
     device: torch.device
     seed: int
@@ -71,17 +78,23 @@ class Ambient:
     autocast: bool
     autocast_dtype: torch.dtype
     grad: bool
-    _callers: _Callers = field(default_factory=_Callers, compare=False, repr=False)
+    _caller: _CallerState = field(default_factory=_CallerState, compare=False, repr=False)
 
     @classmethod
-    def capture(cls, device: torch.device, seed: int) -> Ambient:
+    def capture(cls, device: torch.device, seed: int) -> Determinism:
+        """The settings as they are now.
+
+        Args:
+            device: of the parameters.
+            seed: of the random numbers inside the loss.
+        """
         kind = device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         return cls(device, seed, torch.get_num_threads(), *autocast, torch.is_grad_enabled())
 
     @contextmanager
     def passage(self) -> Iterator[None]:
-        """Around a whole pass, forward or back. One thread at a time; the others wait."""
+        """The context of a whole pass, forward or back. One thread at a time is in one; the others wait."""
         with ExitStack() as stack:
             stack.enter_context(_turn())
             stack.enter_context(_threads(self.threads))
@@ -89,8 +102,8 @@ class Ambient:
             # may be in another unroll's way back, waiting for its turn.
             on_this_thread = torch.autograd.set_multithreading_enabled(False)
             stack.enter_context(on_this_thread)
-            self._callers.multithreading = on_this_thread.prev
-            for setting in _process_wide(self.device):
+            self._caller.multithreading = on_this_thread.prev
+            for setting in _process_settings(self.device):
                 stack.enter_context(setting.held())
             # Without its cache, which would keep casts of theta from one step to the next.
             stack.enter_context(
@@ -99,112 +112,120 @@ class Ambient:
             stack.enter_context(self._own_generators())
             yield
 
-    @contextmanager
-    def step(self, k: int) -> Iterator[None]:
-        """Around one evaluation of the loss and its derivatives, in a passage: the same random numbers in both
-        directions.
+    def step(self, k: int) -> AbstractContextManager[None]:
+        """The context of one evaluation of the loss and its derivatives, inside `passage`.
+
+        The call itself seeds torch's generators, so that both directions draw the same random numbers; enter at once.
+
+        Args:
+            k: the step, from 0.
+
+        Returns:
+            The context, with gradients on.
         """
         # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
         seed = (self.seed + k * 0x1E3779B97F4A7C15) % 2**63
         for generator in generators_of(self.device):
             generator.manual_seed(seed)
-        with torch.enable_grad():
-            yield
+        return torch.enable_grad()
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Around a call of the user's for a batch, in a passage: with the random numbers and the grad mode that it has
-        outside.
+        """The context of a user's function that gives a batch, inside `passage`.
 
-        (A pass is made without gradients; a batch that was computed from a tensor that wants one would not tell.)
-        Other threads may take their turn meanwhile, so that the user's code may wait for them.
+        It has the caller's random numbers and grad mode. (A pass is made without gradients: a batch computed from a
+        tensor that requires grad would then not require it, and nobody would notice.) Other threads may take their
+        turn meanwhile, so that the user's code may wait for them.
         """
         generators = generators_of(self.device)
-        for generator, state in zip(generators, self._callers.generators, strict=True):
+        for generator, state in zip(generators, self._caller.generators, strict=True):
             generator.set_state(state)
         _TURN.release()
         try:
             with (
-                torch.autograd.set_multithreading_enabled(self._callers.multithreading),
+                torch.autograd.set_multithreading_enabled(self._caller.multithreading),
                 torch.set_grad_enabled(self.grad),
             ):
                 yield
         finally:
             _TURN.acquire()
-            self._callers.generators = [generator.get_state() for generator in generators]
+            self._caller.generators = [generator.get_state() for generator in generators]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around a call of the user's that gives nothing back, in a passage: as `outside`, with torch's settings as
-        they were.
+        """The context of a user's function that only looks on (on_step), inside `passage`.
+
+        As `outside`, and torch's settings are the caller's too.
         """
         with ExitStack() as stack:
-            for setting in _process_wide(self.device):
-                stack.enter_context(setting.let_go())
+            for setting in _process_settings(self.device):
+                stack.enter_context(setting.released())
             stack.enter_context(self.outside())
             yield
 
     @contextmanager
     def _own_generators(self) -> Iterator[None]:
-        """The caller's random numbers are put back afterwards."""
+        """The caller's generators are put back afterwards."""
         generators = generators_of(self.device)
-        self._callers.generators = [generator.get_state() for generator in generators]
+        self._caller.generators = [generator.get_state() for generator in generators]
         try:
             yield
         finally:
-            for generator, state in zip(generators, self._callers.generators, strict=True):
+            for generator, state in zip(generators, self._caller.generators, strict=True):
                 generator.set_state(state)
 
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """torch's settings of a pass (deterministic kernels, no TensorFloat-32), for what an outer loop does around its
-    unrolls.
+    """The context of what an outer loop does around its unrolls: deterministic kernels, no TensorFloat-32.
+
+    Args:
+        device: on which the outer loop computes.
     """
     with ExitStack() as stack:
-        for setting in _process_wide(device):
+        for setting in _process_settings(device):
             stack.enter_context(setting.held())
         yield
 
 
-def _process_wide(device: torch.device) -> tuple[_ProcessWide, ...]:
+def _process_settings(device: torch.device) -> tuple[_ProcessSetting, ...]:
     return (_REPEATABLE, _REPEATABLE_CUDA) if device.type == "cuda" else (_REPEATABLE,)
 
 
-class _ProcessWide:
-    """A setting of the whole process, made while anyone holds it: threads may leave in any order."""
+class _ProcessSetting:
+    """A setting of the whole process, in force while anyone holds it: threads may leave in any order."""
 
-    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
-        self._make, self._holders, self._made = make, 0, ExitStack()
+    def __init__(self, setting: Callable[[], AbstractContextManager[None]]) -> None:
+        self._setting, self._holders, self._in_force = setting, 0, ExitStack()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        self._take()
+        self._hold()
         try:
             yield
         finally:
-            self._give()
+            self._release()
 
     @contextmanager
-    def let_go(self) -> Iterator[None]:
-        """Not held by this holder for a while."""
-        self._give()
+    def released(self) -> Iterator[None]:
+        """Not held by this one of its holders."""
+        self._release()
         try:
             yield
         finally:
-            self._take()
+            self._hold()
 
-    def _take(self) -> None:
+    def _hold(self) -> None:
         with _TURN:
             if not self._holders:
-                self._made.enter_context(self._make())
+                self._in_force.enter_context(self._setting())
             self._holders += 1
 
-    def _give(self) -> None:
+    def _release(self) -> None:
         with _TURN:
             self._holders -= 1
             if not self._holders:
-                self._made.close()
+                self._in_force.close()
 
 
 @contextmanager
@@ -256,4 +277,4 @@ def _repeatable_cuda() -> Iterator[None]:
             cudnn.benchmark, cudnn.deterministic = before
 
 
-_REPEATABLE, _REPEATABLE_CUDA = _ProcessWide(_repeatable), _ProcessWide(_repeatable_cuda)
+_REPEATABLE, _REPEATABLE_CUDA = _ProcessSetting(_repeatable), _ProcessSetting(_repeatable_cuda)

@@ -2,8 +2,8 @@
 
 torch 2.9 and newer keep it twice: in the old switches (`allow_tf32`, `set_float32_matmul_precision`) and in the new
 ones (`fp32_precision`, of an operator, of the backend, of all). Where the two disagree, reading the old ones is a
-RuntimeError, and
-torch itself reads them: in `torch.backends.cudnn.flags`, and in its compiler. So both are set, to the same.
+RuntimeError, and torch itself reads them: in `torch.backends.cudnn.flags`, and in its compiler. So both are set, to the
+same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _OFF = "ieee"
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Float32 products and convolutions on CUDA in float32; of the whole process."""
+    """The context in which float32 products and convolutions on CUDA are made in float32, for the whole process."""
     restore = _turn_off() if hasattr(torch.backends.cuda.matmul, "fp32_precision") else _turn_off_old()
     try:
         yield
@@ -45,8 +45,7 @@ def _turn_off() -> Callable[[], None]:
     cudnn, matmul, on_cpu = backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul
     owners = (backends, cudnn, cudnn.conv, cudnn.rnn, matmul, on_cpu)
     shown = [owner.fp32_precision for owner in owners]
-    # An owner that has none of its own shows its parent's: each is read with its parents, which come first, out of the
-    # way.
+    # An owner without a value of its own shows its parent's, so the parents, which come first, are cleared first.
     own = []
     for owner in owners:
         own.append(owner.fp32_precision)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.loss import determinism as ambient
+from revdistill.engine.loss import determinism
 from revdistill.engine.loss.precision import without_tf32
 from revdistill.engine.loss.randomness import seeded
 from revdistill.engine.selfcheck import checks
@@ -118,7 +118,9 @@ def test_tf32_is_off_can_be_read_and_is_put_back() -> None:
     raised.
     """
     code = _FORKS.format(
-        before="from tests.engine.test_ambient import check_setting", names=list(SETTINGS), check="check_setting(name)"
+        before="from tests.engine.test_determinism import check_setting",
+        names=list(SETTINGS),
+        check="check_setting(name)",
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -127,8 +129,8 @@ def test_tf32_is_off_can_be_read_and_is_put_back() -> None:
 def test_tf32_is_off_in_passages_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The switches can be thrown without a GPU."""
     before = everything()
-    monkeypatch.setattr(ambient, "generators_of", lambda device: [torch.default_generator])
-    around = ambient.Ambient.capture(torch.device("cuda"), 0)
+    monkeypatch.setattr(determinism, "generators_of", lambda device: [torch.default_generator])
+    around = determinism.Determinism.capture(torch.device("cuda"), 0)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: without_tf32())  # torch's own warns without a GPU
     cudnn = backends.cudnn.benchmark, backends.cudnn.deterministic
     with around.passage():
@@ -137,7 +139,7 @@ def test_tf32_is_off_in_passages_for_cuda(monkeypatch: pytest.MonkeyPatch) -> No
         with around.watching():
             assert (backends.cudnn.benchmark, backends.cudnn.deterministic) == cudnn
     assert everything() == before
-    with ambient.repeatable(torch.device("cuda")):  # what an outer loop does around its unrolls
+    with determinism.repeatable(torch.device("cuda")):  # what an outer loop does around its unrolls
         assert backends.cudnn.allow_tf32 is backends.cuda.matmul.allow_tf32 is False
         assert torch.get_deterministic_debug_mode() == 2
     assert everything() == before
@@ -166,7 +168,7 @@ VARIABLES = [
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_the_workspace_of_cublas_is_set_by_the_import_and_stays() -> None:
     """Regression: torch reads it once, at the first matrix product, and it was set inside a passage only."""
-    variable = ambient.CUBLAS_VARIABLE
+    variable = determinism.CUBLAS_VARIABLE
     check = (
         f"code, value, expected = name; {{}} if value is None else os.environ.update({variable}=value); "
         f"exec(code); assert os.environ.get({variable!r}) == expected, os.environ.get({variable!r})"
@@ -194,7 +196,7 @@ _CUBLAS_SAYS = (
 def test_a_product_before_the_import_is_named_as_the_cause(
     monkeypatch: pytest.MonkeyPatch, value: str, cause: str
 ) -> None:
-    monkeypatch.setenv(ambient.CUBLAS_VARIABLE, value)
+    monkeypatch.setenv(determinism.CUBLAS_VARIABLE, value)
     _, params = rd.from_module(mlp(), CE)
 
     def refused(p: dict[str, Tensor], batch: Any) -> Tensor:

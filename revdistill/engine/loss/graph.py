@@ -1,0 +1,64 @@
+"""Looking into an autograd graph: its nodes, what they hold, and whether they have second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def graph_nodes(value: Tensor) -> list[Any]:
+    """Every node of the autograd graph behind `value`.
+
+    Args:
+        value: any tensor; without a graph there are no nodes.
+
+    Returns:
+        The nodes, each once, in no particular order.
+    """
+    seen: set[Any] = set()
+    queue: list[Any] = [value.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        queue.extend(parent for parent, _ in node.next_functions)
+    return list(seen)
+
+
+def saved_tensors(value: Tensor) -> Iterator[Tensor]:
+    """Every tensor that the autograd graph behind `value` holds for its backward.
+
+    Args:
+        value: any tensor.
+
+    Returns:
+        The tensors, one after another; one that several nodes hold comes several times.
+    """
+    for node in graph_nodes(value):
+        held = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        held += getattr(node, "saved_tensors", ())
+        for entry in held:
+            yield from (t for t in (entry if isinstance(entry, (tuple, list)) else (entry,)) if isinstance(t, Tensor))
+
+
+def is_once_differentiable(node: Any) -> bool:
+    """Whether torch.autograd.function.once_differentiable wraps the backward of a custom Function.
+
+    Such a backward drops what its result depends on through saved tensors: a second derivative would be 0, and nothing
+    would say so.
+
+    Args:
+        node: of an autograd graph.
+
+    Returns:
+        True for such a Function, False for every other node.
+    """
+    function = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return getattr(function, "__code__", None) is _ONCE_DIFFERENTIABLE
+
+
+_ONCE_DIFFERENTIABLE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__

@@ -1,0 +1,83 @@
+"""torch's errors about operators that cannot be differentiated twice or repeated, as UnsupportedErrors that say why."""
+
+from __future__ import annotations
+
+import os
+
+from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.loss.determinism import CUBLAS_SETTINGS, CUBLAS_VARIABLE
+
+CHANGED_IN_PLACE = (
+    "the loss (or on_step) changes {} in place, so a second evaluation would see other values; compute new tensors "
+    "instead"
+)
+
+
+class _NamedErrors:
+    """A class and not a generator, because every gradient and every product enters one."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RuntimeError):
+            reason = _reason(str(error))
+            if reason is not None:
+                raise UnsupportedError(f"{reason}. torch said: {error}") from error
+
+
+_NAMED_ERRORS = _NamedErrors()
+
+
+def named_errors() -> _NamedErrors:
+    """The context of an evaluation of the loss or its derivatives: torch's errors become UnsupportedErrors.
+
+    Raises:
+        UnsupportedError: within the context, in the place of a RuntimeError about an operator that has no second
+            derivatives, that does not repeat itself to the bit, whose gradient is sparse, or whose argument was
+            changed in place.
+    """
+    return _NAMED_ERRORS
+
+
+def _reason(text: str) -> str | None:
+    """Why the operator cannot serve and what to do; None for any other error."""
+    if "CuBLAS" in text and CUBLAS_VARIABLE in text:
+        return _why_cublas_refuses()
+    if "does not have a deterministic implementation" in text:
+        return (
+            "the loss uses an operator that has no deterministic implementation on this device, so the way back could "
+            "differ; replace it, or use adjoint=rd.Backprop(), which needs no second evaluation"
+        )
+    if (
+        "differentiate twice" in text
+        or ("derivative for" in text and "is not implemented" in text)
+        or ("double backwards is not supported" in text)
+    ):
+        return (
+            "the loss uses an operator without second derivatives, which a hypergradient needs; replace it by one "
+            "built of differentiable operations (for cuDNN recurrent layers: torch.backends.cudnn.flags(enabled=False))"
+        )
+    if "not implemented for sparse tensors" in text:
+        return (
+            "the loss has a sparse gradient, which has no way back; make it dense: "
+            "torch.nn.Embedding(..., sparse=False)"
+        )
+    if "is a view and its base or another view of its base has been modified inplace" in text:
+        return CHANGED_IN_PLACE.format("params or a batch")
+    return None
+
+
+def _why_cublas_refuses() -> str:
+    accepted, found = " or ".join(CUBLAS_SETTINGS), os.environ.get(CUBLAS_VARIABLE)
+    if found not in CUBLAS_SETTINGS:
+        return (
+            "matrix products on a GPU repeat themselves to the bit only where the environment variable "
+            f"{CUBLAS_VARIABLE} is {accepted}, and here it is {found!r}; set it so before the process starts, or unset "
+            "it (importing revdistill sets it)"
+        )
+    return (
+        f"torch reads the environment variable {CUBLAS_VARIABLE} once, at the process's first matrix product on a GPU, "
+        "and it was not set by then: import revdistill, which sets it, before anything is computed there, or start the "
+        f"process with {CUBLAS_VARIABLE}={CUBLAS_SETTINGS[0]}"
+    )

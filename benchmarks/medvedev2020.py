@@ -32,7 +32,7 @@ from measuring import load as load_results
 from measuring import machine, save, versions
 from stacked import STUDIED, UNSEEN, Distilled, Job, Protocol, boundary, distil, evaluate, train_on_real
 
-from revdistill.distill.strategies import SCHEDULES
+from revdistill.distill.strategies import STRATEGIES
 from revdistill.outer.data import Dataset, load
 
 FAITHFUL = Protocol()
@@ -106,7 +106,7 @@ def study(setting: str, data: Dataset, protocol: Protocol, restarts: int, tests:
     distilled = distil(jobs, protocol, progress=progress)
     seconds = time.perf_counter() - started
     cells = []
-    for schedule in SCHEDULES:
+    for schedule in STRATEGIES:
         for test in tests:
             found = evaluate(jobs, distilled, schedule, test, protocol.momentum).reshape(len(groups), restarts)
             cells += [cell(setting, name, schedule, test, row) for name, row in zip(groups, found, strict=True)]

@@ -21,6 +21,7 @@ import revdistill as rd
 from revdistill.distill.starts import real
 from revdistill.distill.strategies import plan
 from revdistill.outer.data import Dataset
+from revdistill.outer.descent import Descent, clip_to, cosine, total_norm
 from revdistill.outer.networks import predictions
 
 Params = dict[str, Tensor]
@@ -172,70 +173,110 @@ def distil(
     jobs: Sequence[Job], protocol: Protocol, *, compile: bool = True, progress: Progress | None = None
 ) -> Distilled:
     """All jobs at once. progress(outer step, of, each job's outer loss [J])."""
-    inputs, classes = jobs[0].data.x[0].numel(), jobs[0].data.classes
-    generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
-    networks = [(name, j) for j, job in enumerate(jobs) for name in job.architectures]
-    stack = Stack({name: [j for other, j in networks if other == name] for name in ARCHITECTURES}, inputs, classes)
-    labels = torch.arange(classes).repeat_interleave(protocol.per_class)
-    y = labels.expand(protocol.batches, len(jobs), -1).contiguous()
-    x = torch.stack([_start(job, protocol, g) for job, g in zip(jobs, generators, strict=True)], 1).requires_grad_()
-    raw = torch.full((protocol.steps, len(jobs)), math.log(math.expm1(protocol.rate))).requires_grad_()
-    shares = (1.0, protocol.rates_share)
-    groups = [
-        {"params": [leaf], "lr": protocol.outer_rate * share} for leaf, share in zip((x, raw), shares, strict=True)
-    ]
-    optimizer = torch.optim.Adam(groups, betas=protocol.betas)
-    adjoint: rd.Adjoint = rd.Reversible() if protocol.momentum else rd.StoreAll()
-    pace = torch.tensor([job.pace for job in jobs])[:, None, None]
-    counts = torch.tensor([float(len(job.architectures)) for job in jobs])
-    per_epoch = math.ceil(len(jobs[0].data.x) / protocol.outer_batch)
-    total = protocol.outer_epochs * per_epoch
-    loss = stack.loss  # one object, so that it is compiled once
-    first_averaged, averages, bits = (
-        total - int(protocol.average * total),
-        [torch.zeros_like(x), torch.zeros_like(raw)],
-        None,
+    loop = _Loop(jobs, protocol, compile)
+    rate = {"x": protocol.outer_rate, "raw": protocol.outer_rate * protocol.rates_share}
+    descent = Descent(
+        loop.leaves,
+        lr=rate,
+        betas=protocol.betas,
+        decay=lambda k: cosine(k, loop.total) if protocol.cosine else 1.0,
+        clip=loop.clip if protocol.clip else clip_to(0.0),
+        after_step=loop.after_step,
     )
-    for step in range(total):
-        if step % per_epoch == 0:
-            orders = [torch.randperm(len(job.data.x), generator=g) for job, g in zip(jobs, generators, strict=True)]
-        window = slice(step % per_epoch * protocol.outer_batch, (step % per_epoch + 1) * protocol.outer_batch)
-        real_x = torch.stack([job.data.x[order[window]].flatten(1) for job, order in zip(jobs, orders, strict=True)])
-        real_y = torch.stack([job.data.y[order[window]] for job, order in zip(jobs, orders, strict=True)])
+    for step in range(loop.total):
+        outcome = descent.step(loop.outer_loss)
+        if outcome.diverged:
+            raise RuntimeError(f"outer step {step}: {outcome.diverged}")
+        if progress:
+            progress(step + 1, loop.total, loop.each)
+    end = loop.averages if protocol.average else {name: leaf.detach() for name, leaf in loop.leaves.items()}
+    return Distilled(end["x"], loop.y, F.softplus(end["raw"]), loop.bits)
+
+
+class _Loop:
+    """What is learned by all jobs, leaves x [s, J, B, inputs] and raw [T, J], and what the descent needs to know of it.
+
+    each: the jobs' last outer losses [J]; averages: the mean of the last iterates; bits: as `Distilled` has them.
+    """
+
+    def __init__(self, jobs: Sequence[Job], protocol: Protocol, compile: bool) -> None:
+        self._jobs, self._protocol, self._compile = jobs, protocol, compile
+        inputs, classes = jobs[0].data.x[0].numel(), jobs[0].data.classes
+        self._generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
+        networks = [(name, j) for j, job in enumerate(jobs) for name in job.architectures]
+        self._stack = Stack(
+            {name: [j for other, j in networks if other == name] for name in ARCHITECTURES}, inputs, classes
+        )
+        self._loss = self._stack.loss  # one object, so that it is compiled once
+        labels = torch.arange(classes).repeat_interleave(protocol.per_class)
+        self.y = labels.expand(protocol.batches, len(jobs), -1).contiguous()
+        starts = [_start(job, protocol, g) for job, g in zip(jobs, self._generators, strict=True)]
+        self.leaves = {
+            "x": torch.stack(starts, 1).requires_grad_(),
+            "raw": torch.full((protocol.steps, len(jobs)), math.log(math.expm1(protocol.rate))).requires_grad_(),
+        }
+        self._pace = torch.tensor([job.pace for job in jobs])[:, None, None]
+        self._counts = torch.tensor([float(len(job.architectures)) for job in jobs])
+        self._per_epoch = math.ceil(len(jobs[0].data.x) / protocol.outer_batch)
+        self.total = protocol.outer_epochs * self._per_epoch
+        self._first_averaged = self.total - int(protocol.average * self.total)
+        self.averages = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
+        self.each = torch.zeros(len(jobs))
+        self.bits: float | None = None
+
+    def outer_loss(self, step: int) -> Tensor:
+        """The sum over jobs of the mean loss of their networks on a batch of their real data."""
+        jobs, protocol, x = self._jobs, self._protocol, self.leaves["x"]
+        self._before = x.detach().clone()
+        real_x, real_y = self._real_batch(step)
         theta, stats = rd.unroll(
-            loss,
-            stack.sample(generators),
-            (x, y),
-            rd.SGD(stack.per_network(F.softplus(raw)), protocol.momentum),
+            self._loss,
+            self._stack.sample(self._generators),
+            (x, self.y),
+            rd.SGD(self._stack.per_network(F.softplus(self.leaves["raw"])), protocol.momentum),
             steps=protocol.steps,
-            adjoint=adjoint,
-            compile=compile,
+            adjoint=rd.Reversible() if protocol.momentum else rd.StoreAll(),
+            compile=self._compile,
             return_stats=True,
         )
+        self.bits = stats.history_bits_per_parameter_step if protocol.momentum else None
         each = torch.zeros(len(jobs))
-        for name, losses in stack.losses(theta, real_x, real_y).items():
-            each = each.index_add(0, stack.owners[name], losses)
-        each = each / counts
-        optimizer.zero_grad()
-        each.sum().backward()  # type: ignore[no-untyped-call]
-        if protocol.clip:
-            _clip(x, raw, protocol.clip)
-        if protocol.cosine:
-            decay = 0.5 * (1 + math.cos(math.pi * step / total))
-            for group, share in zip(optimizer.param_groups, shares, strict=True):
-                group["lr"] = protocol.outer_rate * share * decay
-        before = x.detach().clone()
-        optimizer.step()
+        for name, losses in self._stack.losses(theta, real_x, real_y).items():
+            each = each.index_add(0, self._stack.owners[name], losses)
+        each = each / self._counts
+        self.each = each.detach()
+        return each.sum()
+
+    def _real_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Each job's own: x [J, B, inputs], y [J, B]."""
+        epoch_step, size = step % self._per_epoch, self._protocol.outer_batch
+        if epoch_step == 0:
+            pairs = zip(self._jobs, self._generators, strict=True)
+            self._orders = [torch.randperm(len(job.data.x), generator=g) for job, g in pairs]
+        window = slice(epoch_step * size, (epoch_step + 1) * size)
+        chosen = [(job.data, order[window]) for job, order in zip(self._jobs, self._orders, strict=True)]
+        return torch.stack([data.x[i].flatten(1) for data, i in chosen]), torch.stack([data.y[i] for data, i in chosen])
+
+    def clip(self, leaves: dict[str, Tensor]) -> float:
+        """Scale each job's hypergradient to at most the protocol's norm; what is not finite of it is left out."""
+        x, raw = leaves["x"], leaves["raw"]
+        assert x.grad is not None
+        assert raw.grad is not None
+        assert self._protocol.clip
+        norms = (x.grad.square().sum((0, 2, 3)) + raw.grad.square().sum(0)).sqrt()
+        factors = (self._protocol.clip / norms).clamp(max=1.0).nan_to_num(0.0)
+        x.grad = x.grad.nan_to_num(0.0, 0.0, 0.0) * factors[:, None, None]
+        raw.grad = raw.grad.nan_to_num(0.0, 0.0, 0.0) * factors
+        return total_norm(leaves)
+
+    def after_step(self, step: int) -> None:
+        """Let the points move at their job's pace, and average the last iterates."""
+        x = self.leaves["x"]
         with torch.no_grad():
-            x.copy_(before + (x - before) * pace)
-        if step >= first_averaged:
-            for average, leaf in zip(averages, (x, raw), strict=True):
-                average.add_(leaf.detach(), alpha=1 / (total - first_averaged))
-        bits = stats.history_bits_per_parameter_step if protocol.momentum else None
-        if progress:
-            progress(step + 1, total, each.detach())
-    end_x, end_raw = averages if protocol.average else (x.detach(), raw.detach())
-    return Distilled(end_x, y, F.softplus(end_raw), bits)
+            x.copy_(self._before + (x - self._before) * self._pace)
+        if step >= self._first_averaged:
+            for name, average in self.averages.items():
+                average.add_(self.leaves[name].detach(), alpha=1 / (self.total - self._first_averaged))
 
 
 def _start(job: Job, protocol: Protocol, generator: torch.Generator) -> Tensor:
@@ -244,16 +285,6 @@ def _start(job: Job, protocol: Protocol, generator: torch.Generator) -> Tensor:
     if protocol.start == "noise":
         return torch.randn(protocol.batches, per_batch, inputs, generator=generator)
     return real(job.data, protocol.batches, protocol.per_class, generator).flatten(2)
-
-
-def _clip(x: Tensor, raw: Tensor, largest: float) -> None:
-    """Scale each job's hypergradient to at most this norm."""
-    assert x.grad is not None
-    assert raw.grad is not None
-    norms = (x.grad.square().sum((0, 2, 3)) + raw.grad.square().sum(0)).sqrt()
-    factors = (largest / norms).clamp(max=1.0).nan_to_num(0.0)
-    x.grad = x.grad.nan_to_num(0.0, 0.0, 0.0) * factors[:, None, None]
-    raw.grad = raw.grad.nan_to_num(0.0, 0.0, 0.0) * factors
 
 
 def evaluate(jobs: Sequence[Job], distilled: Distilled, schedule: str, test: str, momentum: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revdistill.outer.data import Dataset
+from revdistill.outer.descent import Descent, clip_to, cosine
 
 BATCH = 128
 HELD_OUT = 2_000  # held-out samples of each outer loss
@@ -94,16 +95,13 @@ def descend(
     leaves: dict[str, Tensor], outer_loss: Callable[[int], Tensor], *, rate: float, steps: int
 ) -> dict[str, Any]:
     """Adam steps on the leaves; the curve of outer losses, and the seconds."""
-    optimizer = torch.optim.Adam(list(leaves.values()), lr=rate, betas=(0.9, 0.99))
+    descent = Descent(leaves, lr=rate, betas=(0.9, 0.99), decay=lambda k: cosine(k, steps), clip=clip_to(1.0))
     curve, started = [], time.perf_counter()
     for k in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * k / steps))
-        optimizer.zero_grad()
-        loss = outer_loss(k)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(list(leaves.values()), 1.0)
-        optimizer.step()
-        curve.append(loss.item())
+        outcome = descent.step(outer_loss)
+        if outcome.diverged:
+            raise RuntimeError(f"outer step {k}: {outcome.diverged}")
+        curve.append(outcome.loss)
         print(f"  outer step {k}: {curve[-1]:.4f}", flush=True)
     return {"curve": curve, "seconds": time.perf_counter() - started}
 

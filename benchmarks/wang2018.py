@@ -27,11 +27,11 @@ from measuring import load as load_results
 
 from revdistill.distill.artifact import FILE_NAME, Artifact, read
 from revdistill.distill.config import Config
+from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.evaluation import evaluate
 from revdistill.distill.plots import images
 from revdistill.distill.presets import PRESETS
-from revdistill.distill.run import Run, holds_run
 from revdistill.outer.data import DATA_DIR, Dataset, load
 from revdistill.outer.directory import METRICS, read_metrics
 
@@ -181,7 +181,8 @@ def run_row(name: str, row: Row, data: Dataset, quick: bool) -> dict[str, Any]:
     if quick:
         shutil.rmtree(directory, ignore_errors=True)
     if not (directory / FILE_NAME).exists():
-        Run(directory, Distiller(config, data), resume=holds_run(directory)).distil()
+        resume = Distillation.started_in(directory)
+        Distillation(directory, Distiller(config, data), resume=resume).run()
     artifact = read(directory / FILE_NAME)
     seconds = [line["seconds"] for line in read_metrics(directory / METRICS)]
     if not quick:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from revdistill.distill import evaluation as evaluations
-from revdistill.distill.strategies import SCHEDULES
+from revdistill.distill.strategies import STRATEGIES
 from revdistill.outer import models
 from revdistill.outer.data import load
 
@@ -23,7 +23,7 @@ from .table import evaluation_table
 @click.option("--restarts", type=click.IntRange(min=1), default=10, show_default=True, help="Fresh networks to train.")
 @click.option(
     "--schedule",
-    type=click.Choice(list(SCHEDULES)),
+    type=click.Choice(list(STRATEGIES)),
     default="raw",
     show_default=True,
     help="raw: the learned step sizes; the strategies train for 50 epochs (1: rates of its own, "

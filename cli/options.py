@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from revdistill.distill.config import check_device
 from revdistill.outer import models
 from revdistill.outer.data import DATA_DIR
+from revdistill.outer.device import check_device
 from revdistill.outer.image_files import FROM_FILES
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from revdistill.distill.artifact import Artifact
 from revdistill.distill.evaluation import check_compatible
 from revdistill.outer.data import Dataset, load
 from revdistill.outer.directory import METRICS, read_metrics
+from revdistill.outer.optimizers import OPTIMIZERS
 
 from . import options
 from .errors import UserError, dataset_of, read_run, user_input
@@ -58,10 +59,10 @@ def _summary(a: Artifact) -> str:
         ("distilled for", ", ".join(a.architectures)),
         ("synthetic data", f"{a.batches} batches of {a.x.shape[1]}, each {' x '.join(map(str, a.x.shape[2:]))}"),
         ("labels", "soft" if a.has_soft_labels else "hard"),
-        ("inner steps", f"{a.steps} ({a.epochs} epochs)"),
+        ("inner steps", f"{a.inner_steps} ({a.epochs} epochs)"),
         ("step sizes", span(a.lr)),
         ("optimizer", a.optimizer),
-        ("momentum" if a.optimizer == "sgd" else "beta1", span(a.momentum)),
+        (OPTIMIZERS[a.optimizer].momentum_name, span(a.momentum)),
         ("weight decay", f"{a.weight_decay:.4g}"),
         ("seed", str(a.seed)),
         ("written by", f"revdistill {a.revdistill_version}, torch {a.torch_version}"),

@@ -12,14 +12,16 @@ import click
 import revdistill
 from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
-from revdistill.distill.checkpoint import read_config, written_by
-from revdistill.distill.config import ADJOINTS, INITS, OPTIMIZERS, OUTER_DECAYS, Config
+from revdistill.distill.checkpoint import read_config
+from revdistill.distill.config import ADJOINTS, INITS, OUTER_DECAYS, Config
+from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.presets import PRESETS, USUAL
-from revdistill.distill.run import Run, holds_run
 from revdistill.distill.starts import STARTS
+from revdistill.outer.checkpoint import written_by
 from revdistill.outer.data import NAMES, load
 from revdistill.outer.directory import METRICS, read_metrics
+from revdistill.outer.optimizers import OPTIMIZERS
 
 from . import options
 from .errors import UserError, user_input
@@ -122,13 +124,13 @@ def train(
     with user_input():
         distiller = Distiller(config, data)
     with user_input("--out"):
-        run = Run(out, distiller, resume=resume, save_every=save_every)
+        run = Distillation(out, distiller, resume=resume, save_every=save_every)
     click.echo(_headline(distiller))
     if resume:
         click.echo(f"resuming after outer step {distiller.outer_step} of {config.outer_steps}")
     started = time.monotonic()
     with stopping(ctx, config, out, data_dir):
-        result = run.distil()
+        result = run.run()
     click.echo(f"distilled in {time.monotonic() - started:.0f} s; test accuracy of fresh networks trained on it:")
     click.echo(evaluation_table(result.evaluation))
     from revdistill.distill.plots import draw_all
@@ -143,7 +145,7 @@ def _default_directory(dataset: str, resume: bool) -> Path:
     taken: Path | None = None
     for i in itertools.count(1):
         directory = Path("runs") / (name if i == 1 else f"{name}-{i}")
-        if not holds_run(directory):
+        if not Distillation.started_in(directory):
             return taken if resume and taken else directory
         taken = directory
     raise AssertionError("unreachable")

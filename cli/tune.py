@@ -8,12 +8,14 @@ from typing import Any
 
 import click
 
-from revdistill.distill.config import OPTIMIZERS
 from revdistill.outer.data import NAMES, load
+from revdistill.outer.optimizers import OPTIMIZERS
+from revdistill.tune.checkpoint import FILE_NAME as CHECKPOINT
+from revdistill.tune.checkpoint import read_config
 from revdistill.tune.config import LEARNABLE, TuneConfig
-from revdistill.tune.run import CHECKPOINT, Tuning, read_config
 from revdistill.tune.schedule import Schedule
 from revdistill.tune.tuner import Tuner
+from revdistill.tune.tuning import Tuning
 
 from . import options
 from .errors import user_input
@@ -86,7 +88,7 @@ def tune(
     )
     started = time.monotonic()
     with stopping(ctx, config, out, data_dir):
-        result = tuning.tune()
+        result = tuning.run()
     click.echo(f"tuned in {time.monotonic() - started:.0f} s; fresh networks on the test data:")
     click.echo(_table(result))
     from revdistill.tune.plots import draw

@@ -18,10 +18,10 @@ import revdistill as rd
 from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.artifact import read
 from revdistill.distill.config import Config
+from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.run import Run
 from revdistill.outer.data import load
-from revdistill.outer.directory import Claim, DirectoryInUseError
+from revdistill.outer.directory import DirectoryInUseError, DirectoryLock
 from revdistill.outer.job import InterruptedRunError, NotSavedError
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -83,14 +83,14 @@ def _no_compiler(*_: Any, **__: Any) -> Any:
     return call
 
 
-def run(folder: Path) -> Run:
+def run(folder: Path) -> Distillation:
     config = Config(dataset="moons", architectures=("LinearNet",), steps=2, epochs=1, outer_steps=4, batch_size=16)
-    return Run(folder / "run", Distiller(config, load("moons")))
+    return Distillation(folder / "run", Distiller(config, load("moons")))
 
 
 def in_use(folder: Path) -> None:
-    with Claim(folder / "run"):
-        run(folder).distil(progress=False)
+    with DirectoryLock(folder / "run"):
+        run(folder).run(progress=False)
 
 
 def not_saved(folder: Path) -> None:
@@ -106,7 +106,7 @@ def not_saved(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "save", full)
         patch.setattr("tempfile.tempdir", str(folder / "tmp"))
-        made.distil(progress=False)
+        made.run(progress=False)
 
 
 def interrupted(folder: Path) -> None:
@@ -121,7 +121,7 @@ def interrupted(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Distiller, "step", stopping)
-        made.distil(progress=False)
+        made.run(progress=False)
 
 
 # error -> how it comes about; what its text must say: what, where, what to do

@@ -12,11 +12,11 @@ import torch
 
 import revdistill
 from revdistill.outer.hdf5 import Reader, reading, writing
+from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
 
 FORMAT_VERSION = 1
 WITH_OPTIMIZER = 2  # for another optimizer than SGD: readers that know of none must not take it for SGD's
 WITH_DECAY = 3  # likewise for a weight decay; has an optimizer too
-ADAM_BETA2, ADAM_EPS = 0.999, 1e-8
 FILE_NAME = "distilled.h5"
 
 
@@ -40,7 +40,7 @@ class Artifact:
     normalization: dict[str, Any]
     config: dict[str, Any]
     evaluation: dict[str, Any] = field(default_factory=dict)
-    optimizer: str = "sgd"
+    optimizer: str = DEFAULT
     weight_decay: float = 0.0
     revdistill_version: str = ""
     torch_version: str = ""
@@ -51,7 +51,7 @@ class Artifact:
         return len(self.x)
 
     @property
-    def steps(self) -> int:
+    def inner_steps(self) -> int:
         """T"""
         return len(self.lr)
 
@@ -85,7 +85,7 @@ def _version(artifact: Artifact) -> int:
     """The least that says all there is, for readers of earlier releases."""
     if artifact.weight_decay:
         return WITH_DECAY
-    return FORMAT_VERSION if artifact.optimizer == "sgd" else WITH_OPTIMIZER
+    return FORMAT_VERSION if artifact.optimizer == DEFAULT else WITH_OPTIMIZER
 
 
 def read(path: str | Path) -> Artifact:
@@ -104,7 +104,7 @@ def read(path: str | Path) -> Artifact:
             normalization=file.json("normalization", dict),
             config=file.json("config", dict),
             evaluation=file.json("evaluation", dict),
-            optimizer=file.text("optimizer") if version >= WITH_OPTIMIZER else "sgd",
+            optimizer=file.text("optimizer") if version >= WITH_OPTIMIZER else DEFAULT,
             weight_decay=file.number("weight_decay") if version >= WITH_DECAY else 0.0,
             revdistill_version=file.text("revdistill_version"),
             torch_version=file.text("torch_version"),
@@ -118,7 +118,7 @@ def _check(file: Reader, a: Artifact) -> None:
         raise file.fail(f"'x' has shape {list(a.x.shape)}; expected [batches, batch size, ...]")
     if a.y.shape[:2] != a.x.shape[:2] or a.y.ndim != (3 if a.y.dtype.kind == "f" else 2):
         raise file.fail(f"'y' has shape {list(a.y.shape)}, which does not go with x of shape {list(a.x.shape)}")
-    if not 1 <= a.epochs <= 10**6 or a.steps != a.batches * a.epochs or a.momentum.shape != a.lr.shape:
+    if not 1 <= a.epochs <= 10**6 or a.inner_steps != a.batches * a.epochs or a.momentum.shape != a.lr.shape:
         raise file.fail(
             f"'lr' has shape {list(a.lr.shape)} and 'momentum' {list(a.momentum.shape)}; expected "
             f"[{a.batches * a.epochs}], "
@@ -126,8 +126,10 @@ def _check(file: Reader, a: Artifact) -> None:
         )
     if (a.lr < 0).any() or (a.momentum < 0).any() or (a.momentum > 1).any():
         raise file.fail("'lr' must be at least 0 and 'momentum' between 0 and 1")
-    if a.optimizer not in ("sgd", "adam") or (a.optimizer == "adam" and (a.momentum >= 1).any()):
-        raise file.fail(f"attribute 'optimizer' is {a.optimizer!r}; expected sgd, or adam with 'momentum' below 1")
+    if a.optimizer not in OPTIMIZERS:
+        raise file.fail(f"attribute 'optimizer' is {a.optimizer!r}; expected {accepted()}")
+    if OPTIMIZERS[a.optimizer].momentum_below_one and (a.momentum >= 1).any():
+        raise file.fail(f"'momentum' must be below 1 where attribute 'optimizer' is {a.optimizer!r}")
     if a.weight_decay < 0:
         raise file.fail(f"attribute 'weight_decay' is {a.weight_decay}; expected a number of at least 0")
     if not a.has_soft_labels and (a.y.min() < 0 or a.y.max() > 10**6):

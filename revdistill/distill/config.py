@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.starts import STARTS
 from revdistill.engine import Adjoint, Backprop, Checkpoint, Reversible, StoreAll
 from revdistill.outer import models
+from revdistill.outer.device import check_device
+from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
 
 ADJOINTS: dict[str, type[Adjoint]] = {
     "reversible": Reversible,
@@ -23,7 +23,6 @@ GRAPH_BYTES = (
 )  # for the unroll of one architecture: memory that any machine has, and a short unroll gains by
 OUTER_DECAYS = ("cosine", "halving", "none")
 INITS = ("random", "fixed")
-OPTIMIZERS = ("sgd", "adam")  # of the inner training
 _TUPLES = ("architectures", "augment")
 
 
@@ -58,7 +57,7 @@ class Config:
     steps: int = 30
     epochs: int = 3
     per_class: int = 1
-    optimizer: str = "sgd"
+    optimizer: str = DEFAULT
     momentum: float = 0.7
     learn_momentum: bool = False
     weight_decay: float = 0.0
@@ -88,8 +87,10 @@ class Config:
             self._need(name, getattr(self, name) >= 1, "an integer of at least 1")
         self._need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
         self._need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
-        self._need("optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
-        self._need("momentum", self.optimizer == "sgd" or self.momentum < 1, "a number below 1, as Adam's beta1")
+        self._need("optimizer", self.optimizer in OPTIMIZERS, accepted())
+        family = OPTIMIZERS[self.optimizer]
+        fine = not family.momentum_below_one or self.momentum < 1
+        self._need("momentum", fine, f"a number below 1, as {family.title}'s {family.momentum_name}")
         self._need("weight_decay", 0 <= self.weight_decay < 1e4, "a number of at least 0 and below 10,000")
         self._need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
         self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
@@ -134,16 +135,3 @@ class Config:
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """From what `to_dict` gave; TypeError or ValueError where it did not."""
         return cls(**(values | {name: tuple(values.get(name, ())) for name in _TUPLES}))
-
-
-def check_device(name: str) -> torch.device:
-    """The device, or a ValueError where this machine does not have it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {name!r}; accepted are cpu, cuda and cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {name!r}; accepted are cpu, cuda and cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
-    return device

@@ -10,15 +10,27 @@ import torch
 from torch import Tensor
 
 from revdistill.distill import augment
-from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS, Artifact
-from revdistill.distill.config import Config, check_device
+from revdistill.distill.artifact import Artifact
+from revdistill.distill.config import Config
 from revdistill.distill.synthetic import Synthetic
-from revdistill.engine import SGD, Adam, NonFiniteError, RangeError, unroll
+from revdistill.engine import NonFiniteError, RangeError, unroll
 from revdistill.engine.loss.determinism import repeatable
 from revdistill.outer.data import Dataset
-from revdistill.outer.descent import Descent
-from revdistill.outer.networks import Population
-from revdistill.outer.random_streams import Batches, generator, mix
+from revdistill.outer.descent import Descent, clip_to, cosine
+from revdistill.outer.device import check_device
+from revdistill.outer.networks import NetworkStack
+from revdistill.outer.optimizers import OPTIMIZERS
+from revdistill.outer.random_streams import (
+    AUGMENTATION,
+    FIXED_NETWORK,
+    HORIZON,
+    MINIBATCHES,
+    NETWORKS,
+    NOISE,
+    Minibatches,
+    generator,
+    mix,
+)
 
 BETA2 = 0.999
 HALVINGS = 10  # Wang et al. halve every 40 of 400 epochs
@@ -52,36 +64,33 @@ class Distiller:
         if config.augment and not data.is_image:
             raise ValueError(f"augment is {config.augment!r}, but {data.name} has no images; accepted is none")
         self.synthetic = Synthetic(config, self.data)
-        self._batches = Batches(self.data, config.batch_size, config.seed, 1)
+        self._batches = Minibatches(self.data, config.batch_size, config.seed, MINIBATCHES)
         size = 1 if config.init == "fixed" else config.inits
-        self.populations = [
-            Population(name, size, data.input_shape, data.classes, self.device) for name in config.architectures
+        self.stacks = [
+            NetworkStack(name, size, data.input_shape, data.classes, self.device) for name in config.architectures
         ]
-        self.optimizer = torch.optim.Adam(
-            [{"params": [leaf], "outer_lr": self._outer_lr(name)} for name, leaf in self.synthetic.leaves.items()],
+        self.descent = Descent(
+            self.synthetic.leaves,
+            lr={name: self._outer_lr(name) for name in self.synthetic.leaves},
             betas=(config.outer_beta1, BETA2),
-        )
-        self.outer_step = 0
-        self.averages = (
-            {name: torch.zeros_like(leaf) for name, leaf in self.synthetic.leaves.items()} if config.average else {}
-        )
-        self.averaged = 0  # iterates in them
-        self._descent = Descent(
-            list(self.synthetic.leaves.values()), self.optimizer, config.clip, "a smaller lr, momentum or outer_lr"
+            decay=self._outer_decay,
+            clip=clip_to(config.clip),
+            average_from=config.outer_steps * (1 - config.average) if config.average else None,
+            advice="a smaller lr, momentum or outer_lr",
         )
         default_noise = IMAGE_NOISE if data.is_image else 0.0
         self._noise = default_noise if config.noise is None else config.noise
+
+    @property
+    def outer_step(self) -> int:
+        """How many outer steps are done."""
+        return self.descent.outer_step
 
     def step(self) -> OuterStep:
         """One Adam step on data, rates and whatever else is learned."""
         k = self.outer_step
         x, y = self._real_batch(k)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["outer_lr"] * self._outer_decay(k)
-        outcome = self._descent.step(lambda: self._outer_loss(k, x, y))
-        if outcome.diverged is None:
-            self._average(k)
-        self.outer_step = k + 1
+        outcome = self.descent.step(lambda k: self._outer_loss(k, x, y))
         return OuterStep(k, outcome.loss, outcome.norm, outcome.diverged)
 
     def _outer_lr(self, leaf: str) -> float:
@@ -91,25 +100,17 @@ class Distiller:
     def _outer_decay(self, k: int) -> float:
         share = k / self.config.outer_steps
         if self.config.outer_decay == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * share))
+            return cosine(share, 1)  # of the share, not of (k, outer_steps): that rounds in another way
         return 0.5 ** int(share * HALVINGS) if self.config.outer_decay == "halving" else 1.0
-
-    def _average(self, k: int) -> None:
-        """Running mean of the last iterates."""
-        if k < self.config.outer_steps * (1 - self.config.average) or not self.averages:
-            return
-        self.averaged += 1
-        for name, average in self.averages.items():
-            average.lerp_(self.synthetic.leaves[name].detach(), 1 / self.averaged)
 
     def _outer_loss(self, k: int, x: Tensor, y: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
         steps, transform = self._horizon(k), self._augmentation(k)
-        for i, population in enumerate(self.populations):
-            params = population.sample(self._network_seed(k, i))
-            theta = self._train(self.synthetic, population, params, seed=k, steps=steps, transform=transform)
-            total = total + population.mean_loss(theta, transform(x), y)
-        return total / len(self.populations)
+        for i, stack in enumerate(self.stacks):
+            params = stack.sample(self._network_seed(k, i))
+            theta = self._train(self.synthetic, stack, params, seed=k, steps=steps, transform=transform)
+            total = total + stack.mean_loss(theta, transform(x), y)
+        return total / len(self.stacks)
 
     def _horizon(self, k: int) -> int:
         """How many inner steps outer step k makes."""
@@ -119,31 +120,30 @@ class Distiller:
             steps = max(1, min(steps, round(steps * share)))
         if config.window is not None:
             least = min(config.window, steps)
-            steps = int(torch.randint(least, steps + 1, (), generator=generator(config.seed, 5, k)))
+            steps = int(torch.randint(least, steps + 1, (), generator=generator(config.seed, HORIZON, k)))
         return steps
 
     def _augmentation(self, k: int) -> Callable[[Tensor], Tensor]:
         if not self.config.augment:
             return lambda images: images
-        return augment.draw(self.config.augment, generator(self.config.seed, 6, k))
+        return augment.draw(self.config.augment, generator(self.config.seed, AUGMENTATION, k))
 
     def _train(
         self,
         synthetic: Synthetic,
-        population: Population,
+        stack: NetworkStack,
         params: dict[str, Tensor],
         seed: int,
         steps: int,
         transform: Callable[[Tensor], Tensor],
     ) -> dict[str, Tensor]:
-        momentum, decay = synthetic.momentum(), self.config.weight_decay
+        momentum = synthetic.momentum()
         lr, momentum = synthetic.lr()[:steps], momentum[:steps] if isinstance(momentum, Tensor) else momentum
-        sgd = self.config.optimizer == "sgd"
         return unroll(
-            population.loss,
+            stack.loss,
             params,
             (transform(synthetic.x.flatten(0, 1)).reshape(synthetic.x.shape), synthetic.labels()),
-            SGD(lr, momentum, weight_decay=decay) if sgd else Adam(lr, (momentum, ADAM_BETA2), ADAM_EPS, decay),
+            OPTIMIZERS[self.config.optimizer].engine(lr, momentum, self.config.weight_decay),
             steps=steps,
             adjoint=self.config.make_adjoint(),
             seed=seed,
@@ -153,19 +153,20 @@ class Distiller:
     @property
     def result(self) -> Synthetic:
         """What would be shipped now: the average, once there is one."""
-        return self.synthetic.at(self.averages) if self.averaged else self.synthetic
+        descent = self.descent
+        return self.synthetic.with_leaves(descent.averages) if descent.averaged else self.synthetic
 
     def _real_batch(self, k: int) -> tuple[Tensor, Tensor]:
         """Batch k of the shuffled epochs of the training set, with noise."""
         x, y = self._batches(k)
         if self._noise:
-            x = x + self._noise * torch.randn(x.shape, generator=generator(self.config.seed, 4, k)).to(self.device)
+            x = x + self._noise * torch.randn(x.shape, generator=generator(self.config.seed, NOISE, k)).to(self.device)
         return x, y
 
     def _network_seed(self, k: int, architecture: int) -> int:
         if self.config.init == "fixed":
             return fixed_network_seed(self.config.seed, architecture)
-        return mix(self.config.seed, 2, k, architecture)
+        return mix(self.config.seed, NETWORKS, k, architecture)
 
     @torch.no_grad()
     def validation_accuracy(self) -> float:
@@ -175,12 +176,12 @@ class Distiller:
 
     def _validation_accuracy(self) -> float:
         found = []
-        for i, population in enumerate(self.populations):
-            params = population.sample(self._network_seed(self.outer_step, i))
+        for i, stack in enumerate(self.stacks):
+            params = stack.sample(self._network_seed(self.outer_step, i))
             try:
                 theta = self._train(
                     self.result,
-                    population,
+                    stack,
                     params,
                     seed=self.outer_step,
                     steps=self.config.inner_steps,
@@ -188,7 +189,7 @@ class Distiller:
                 )
             except (RangeError, NonFiniteError):
                 return math.nan
-            found.append(population.accuracies(theta, self.data.x_validation, self.data.y_validation).mean())
+            found.append(stack.accuracies(theta, self.data.x_validation, self.data.y_validation).mean())
         return float(torch.stack(found).mean())
 
     def artifact(self) -> Artifact:
@@ -215,4 +216,4 @@ class Distiller:
 
 def fixed_network_seed(seed: int, architecture: int) -> int:
     """The seed of the one network of init="fixed", for the architecture of this position."""
-    return mix(seed, 3, architecture)
+    return mix(seed, FIXED_NETWORK, architecture)

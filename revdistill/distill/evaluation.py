@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS, Artifact
+from revdistill.distill.artifact import Artifact
 from revdistill.distill.distiller import fixed_network_seed
 from revdistill.distill.strategies import plan
-from revdistill.engine.loss.randomness import seeded
 from revdistill.outer.data import Dataset
-from revdistill.outer.networks import Population
-
-# Far from the seeds of training, so that no network evaluated was ever distilled for.
-SEED_OFFSET = 2**40
+from revdistill.outer.networks import NetworkStack
+from revdistill.outer.optimizers import OPTIMIZERS
+from revdistill.outer.random_streams import evaluation_seed
+from revdistill.outer.training import train
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,22 @@ def evaluate(
     the architecture do not go with the artifact.
     """
     check_compatible(artifact, data)
-    if schedule == "strategy1" and artifact.optimizer == "adam":
+    family = OPTIMIZERS[artifact.optimizer]
+    if schedule == "strategy1" and not family.takes_rates_of_sgd:
         raise ValueError(
-            "schedule is 'strategy1', whose rates are for SGD, but the data were distilled for Adam; accepted are "
-            "raw, strategy2, strategy3"
+            f"schedule is 'strategy1', whose rates are for SGD, but the data were distilled for {family.title}; "
+            "accepted are raw, strategy2, strategy3"
         )
     where = torch.device(device)
     data = data.to(where)
-    population = Population(architecture, restarts, data.input_shape, data.classes, where)
+    stack = NetworkStack(architecture, restarts, data.input_shape, data.classes, where)
     if artifact.config.get("init") == "fixed":
         params = _fixed_start(artifact, data, architecture, restarts, where)
     else:
-        params = population.sample(_seed(artifact))
+        params = stack.sample(evaluation_seed(artifact.seed))
     rates, momenta = plan(schedule, artifact.lr.tolist(), artifact.momentum.tolist(), artifact.batches)
     accuracies = []
-    for first, part, own in population.parts(params):
+    for first, part, own in stack.parts(params):
         train_plainly(artifact, part, own, rates, momenta, first)
         accuracies.append(part.accuracies(own, data.x_test, data.y_test).double().cpu())
     found = torch.cat(accuracies)
@@ -74,7 +74,7 @@ def evaluate(
 
 def train_plainly(
     artifact: Artifact,
-    population: Population,
+    stack: NetworkStack,
     params: dict[str, torch.Tensor],
     rates: Sequence[float],
     momenta: Sequence[float],
@@ -88,29 +88,16 @@ def train_plainly(
     """
     device = next(iter(params.values())).device
     x, y = torch.from_numpy(artifact.x).to(device), torch.from_numpy(artifact.y).to(device)
-    for p in params.values():
-        p.requires_grad_()
-    optimizer = plain_optimizer(
-        artifact.optimizer, [{"params": list(params.values()), "weight_decay": artifact.weight_decay}]
+    train(
+        stack,
+        params,
+        lambda k: (x[k % len(x)], y[k % len(x)]),
+        optimizer=artifact.optimizer,
+        groups=[(list(params), artifact.weight_decay)],
+        lr=[[rate] for rate in rates],
+        momentum=[[m] for m in momenta],
+        seed=evaluation_seed(artifact.seed) + first,
     )
-    with seeded(_seed(artifact) + first, device):
-        for k, (lr, momentum) in enumerate(zip(rates, momenta, strict=True)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-                set_momentum(group, momentum)
-            optimizer.zero_grad(set_to_none=True)
-            population.loss(params, (x[k % len(x)], y[k % len(x)])).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-
-def plain_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """torch.optim's "sgd" or "adam" for these parameter groups; rate and momentum are to be set at each step."""
-    return torch.optim.Adam(groups, eps=ADAM_EPS) if name == "adam" else torch.optim.SGD(groups, lr=0.0)
-
-
-def set_momentum(group: dict[str, Any], momentum: float) -> None:
-    """Of a parameter group of torch.optim's: SGD's momentum, or Adam's beta1."""
-    group |= {"betas": (momentum, ADAM_BETA2)} if "betas" in group else {"momentum": momentum}
 
 
 def check_compatible(artifact: Artifact, data: Dataset) -> None:
@@ -125,15 +112,11 @@ def check_compatible(artifact: Artifact, data: Dataset) -> None:
         raise ValueError(f"the distilled data have {classes} classes, but dataset {data.name!r} has {data.classes}")
 
 
-def _seed(artifact: Artifact) -> int:
-    return SEED_OFFSET + artifact.seed
-
-
 def _fixed_start(
     artifact: Artifact, data: Dataset, architecture: str, restarts: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     index = artifact.architectures.index(architecture) if architecture in artifact.architectures else 0
-    one = Population(architecture, 1, data.input_shape, data.classes, device).sample(
+    one = NetworkStack(architecture, 1, data.input_shape, data.classes, device).sample(
         fixed_network_seed(artifact.seed, index)
     )
     return {name: p.expand(restarts, *p.shape[1:]).clone() for name, p in one.items()}

@@ -13,14 +13,15 @@ from revdistill.distill.artifact import Artifact
 from revdistill.distill.evaluation import train_plainly
 from revdistill.outer.data import Dataset
 from revdistill.outer.files import replacing
-from revdistill.outer.networks import Population, predictions
+from revdistill.outer.networks import NetworkStack, predictions
+from revdistill.outer.optimizers import OPTIMIZERS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 MAX_IMAGE_ROWS, MAX_IMAGE_COLUMNS, MAX_RATE_COLUMNS = 10, 20, 4
-LARGEST = 1e100  # of what is drawn; beyond it matplotlib overflows
+MAX_DRAWN = 1e100  # of what is drawn; beyond it matplotlib overflows
 GRID = 200  # points per side of a decision picture
 _COLOURS = plt.get_cmap("tab10")
 
@@ -147,12 +148,12 @@ def decisions(artifact: Artifact, data: Dataset, architectures: list[str]) -> Fi
     grid_x, grid_y = np.meshgrid(*(np.linspace(float(a), float(b), GRID) for a, b in zip(low, high, strict=True)))
     grid = torch.from_numpy(np.stack([grid_x, grid_y], -1).reshape(-1, 2).astype(np.float32))
     for ax, name in zip(axes[0], architectures, strict=True):
-        population = Population(name, 1, data.input_shape, data.classes, torch.device("cpu"))
-        params = population.sample(artifact.seed)
-        train_plainly(artifact, population, params, artifact.lr.tolist(), artifact.momentum.tolist())
+        stack = NetworkStack(name, 1, data.input_shape, data.classes, torch.device("cpu"))
+        params = stack.sample(artifact.seed)
+        train_plainly(artifact, stack, params, artifact.lr.tolist(), artifact.momentum.tolist())
         with torch.no_grad():
-            decided = predictions(population.logits(params, grid))[0].reshape(GRID, GRID).numpy()
-            accuracy = float(population.accuracies(params, data.x_test, data.y_test)[0])
+            decided = predictions(stack.logits(params, grid))[0].reshape(GRID, GRID).numpy()
+            accuracy = float(stack.accuracies(params, data.x_test, data.y_test)[0])
         levels = np.arange(data.classes + 1) - 0.5
         ax.contourf(
             grid_x, grid_y, decided, levels=levels, colors=[_COLOURS(c) for c in range(data.classes)], alpha=0.25
@@ -169,8 +170,9 @@ def rates(artifact: Artifact) -> Figure:
     figure, axes = plt.subplots(
         1 + varies, 1, figsize=(7, 3.2 + 1.8 * varies), squeeze=False, sharex=True, layout="constrained"
     )
-    for ax, values, name in zip(axes[:, 0], (artifact.lr, artifact.momentum), ("step size", "momentum"), strict=False):
-        ax.plot(np.arange(1, artifact.steps + 1), values, marker=".", markersize=3, linewidth=1)
+    labels = ("step size", OPTIMIZERS[artifact.optimizer].momentum_name)
+    for ax, values, name in zip(axes[:, 0], (artifact.lr, artifact.momentum), labels, strict=False):
+        ax.plot(np.arange(1, artifact.inner_steps + 1), values, marker=".", markersize=3, linewidth=1)
         for epoch in range(1, artifact.epochs):
             ax.axvline(epoch * artifact.batches + 0.5, color="grey", linewidth=0.6, linestyle=":")
         ax.set_ylabel(name)
@@ -186,7 +188,7 @@ def _logged(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     return [
         (step, float(v))
         for step, v in found
-        if isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < LARGEST
+        if isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < MAX_DRAWN
     ]
 
 

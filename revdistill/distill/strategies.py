@@ -49,7 +49,7 @@ def strategy3(lr: Sequence[float], batches: int) -> Rates:
     return rates
 
 
-SCHEDULES: dict[str, Callable[[Sequence[float], int], Rates]] = {
+STRATEGIES: dict[str, Callable[[Sequence[float], int], Rates]] = {
     "raw": raw,
     "strategy1": strategy1,
     "strategy2": strategy2,
@@ -70,7 +70,7 @@ def plan(schedule: str, lr: Sequence[float], momentum: Sequence[float], batches:
     Strategy 1 has rates for plain gradient descent; with momentum they are scaled by 1 - momentum, to the same length
     of step.
     """
-    rates = SCHEDULES[schedule](lr, batches)
+    rates = STRATEGIES[schedule](lr, batches)
     momenta = momentum_for(rates, momentum)
     if schedule == "strategy1":
         rates = [rate * (1 - m) for rate, m in zip(rates, momenta, strict=True)]

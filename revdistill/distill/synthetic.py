@@ -47,7 +47,7 @@ class Synthetic:
         for leaf in self.leaves.values():
             leaf.requires_grad_()
 
-    def at(self, leaves: dict[str, Tensor]) -> Synthetic:
+    def with_leaves(self, leaves: dict[str, Tensor]) -> Synthetic:
         """The same, with other values of the leaves."""
         other = copy.copy(self)
         other.leaves = leaves

@@ -1,9 +1,9 @@
-"""Adam steps along hypergradients: what the outer loops of distillation and of tuning have in common."""
+"""Adam steps along hypergradients: the loop that distillation, tuning and the benchmarks share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,18 @@ from revdistill.engine import NonFiniteError, RangeError
 from revdistill.engine.loss.determinism import repeatable
 
 MAX_FAILURES = 10
+Leaves = dict[str, Tensor]
+Clip = Callable[[Leaves], float]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """norm: of the hypergradient before clipping; diverged: why the step changed nothing, or None. NaN where there is
-    none.
+    """Of one outer step.
+
+    Attributes:
+        loss: the outer loss; NaN where the step failed.
+        norm: of the hypergradient before clipping; NaN where the step failed.
+        diverged: why the step failed, or None.
     """
 
     loss: float
@@ -26,31 +32,93 @@ class Outcome:
     diverged: str | None = None
 
 
-class Descent:
-    """leaves: what is learned, in `optimizer`; clip: the largest norm of a hypergradient, 0 for none; advice: what
-    avoids failures.
+def cosine(k: float, steps: int) -> float:
+    """The factor on the outer rate at step k that falls from 1 to 0 over all steps."""
+    return 0.5 * (1 + math.cos(math.pi * k / steps))
 
-    A step whose inner training left the range or was not finite changes nothing. Errors: that of the tenth such step in
-    a row.
+
+def total_norm(leaves: Leaves) -> float:
+    """The Euclidean norm of all gradients together."""
+    return float(torch.nn.utils.get_total_norm([leaf.grad for leaf in leaves.values() if leaf.grad is not None]))
+
+
+def clip_to(max_norm: float) -> Clip:
+    """Clips all gradients together, as torch.nn.utils.clip_grad_norm_ does; max_norm 0: not at all."""
+
+    def clip(leaves: Leaves) -> float:
+        norm = total_norm(leaves)
+        if max_norm and math.isfinite(norm):
+            torch.nn.utils.clip_grad_norm_(leaves.values(), max_norm)
+        return norm
+
+    return clip
+
+
+class Descent:
+    """Adam on named leaves, along the hypergradient of an outer loss.
+
+    A step whose inner training left the fixed-point range or was not finite changes nothing but the number of the step.
+
+    Args:
+        leaves: what is learned: tensors that require grad, by name.
+        lr: Adam's rate, of all leaves or by leaf.
+        betas: Adam's.
+        decay: step k -> the factor on the rates.
+        clip: clips the leaves' gradients in place and returns the norm that they had; `clip_to` makes the usual one.
+        average_from: the first step whose iterate goes into the mean of the last iterates; None for no mean.
+        after_step: called with k once step k has changed the leaves, before they go into the mean.
+        advice: what avoids steps that fail, for the message of the error.
+
+    Attributes:
+        optimizer: torch.optim.Adam, a parameter group for each leaf.
+        outer_step: how many steps were made, failed ones included.
+        averages: the mean of the last `averaged` iterates by leaf; empty without `average_from`.
     """
 
-    def __init__(self, leaves: list[Tensor], optimizer: torch.optim.Optimizer, clip: float, advice: str) -> None:
-        self._leaves, self._optimizer, self._clip, self._advice = leaves, optimizer, clip, advice
+    def __init__(
+        self,
+        leaves: Leaves,
+        *,
+        lr: float | Mapping[str, float],
+        betas: tuple[float, float],
+        decay: Callable[[int], float],
+        clip: Clip,
+        average_from: float | None = None,
+        after_step: Callable[[int], None] | None = None,
+        advice: str = "a smaller lr",
+    ) -> None:
+        self.leaves = leaves
+        self._lr = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(leaves, lr)
+        self.optimizer = torch.optim.Adam([{"params": [leaf]} for leaf in leaves.values()], betas=betas)
+        self._decay, self._clip, self._after_step, self._advice = decay, clip, after_step, advice
+        self._average_from = math.inf if average_from is None else average_from
+        self.averages = {} if average_from is None else {n: torch.zeros_like(leaf) for n, leaf in leaves.items()}
+        self.outer_step, self.averaged = 0, 0
         self._failures = 0
 
-    def step(self, outer_loss: Callable[[], Tensor]) -> Outcome:
-        """Evaluate, differentiate, and step; with torch's settings of an unroll, so that on a GPU too a run repeats
-        itself.
-        """
-        with repeatable(self._leaves[0].device):
-            return self._step(outer_loss)
+    def step(self, outer_loss: Callable[[int], Tensor]) -> Outcome:
+        """One step, with torch's settings of an unroll, so that on a GPU too a run repeats itself.
 
-    def _step(self, outer_loss: Callable[[], Tensor]) -> Outcome:
-        self._optimizer.zero_grad(set_to_none=True)
+        Args:
+            outer_loss: k -> the scalar to descend, for the number of this step.
+
+        Raises:
+            RangeError, NonFiniteError: that of the tenth step in a row that failed.
+        """
+        k = self.outer_step
+        for name, group in zip(self.leaves, self.optimizer.param_groups, strict=True):
+            group["lr"] = self._lr[name] * self._decay(k)
+        with repeatable(next(iter(self.leaves.values())).device):
+            outcome = self._step(k, outer_loss)
+        self.outer_step = k + 1
+        return outcome
+
+    def _step(self, k: int, outer_loss: Callable[[int], Tensor]) -> Outcome:
+        self.optimizer.zero_grad(set_to_none=True)
         try:
-            loss = outer_loss()
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = float(torch.nn.utils.get_total_norm([leaf.grad for leaf in self._leaves if leaf.grad is not None]))
+            loss = outer_loss(k)
+            torch.autograd.backward(loss)
+            norm = self._clip(self.leaves)
             if not math.isfinite(norm):
                 raise NonFiniteError("the hypergradient's norm is not finite", parameter=None, step=0)
         except (RangeError, NonFiniteError) as error:
@@ -61,8 +129,16 @@ class Descent:
                     **error.__dict__,
                 ) from error
             return Outcome(math.nan, math.nan, str(error))
-        if self._clip:
-            torch.nn.utils.clip_grad_norm_(self._leaves, self._clip)
-        self._optimizer.step()
+        self.optimizer.step()
         self._failures = 0
+        if self._after_step is not None:
+            self._after_step(k)
+        self._average(k)
         return Outcome(loss.item(), norm)
+
+    def _average(self, k: int) -> None:
+        if not self.averages or k < self._average_from:
+            return
+        self.averaged += 1
+        for name, average in self.averages.items():
+            average.lerp_(self.leaves[name].detach(), 1 / self.averaged)

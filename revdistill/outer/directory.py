@@ -20,7 +20,7 @@ class DirectoryInUseError(Exception):
     """Another process is running in the directory."""
 
 
-class Claim:
+class DirectoryLock:
     """The directory as this process's own, from `with` on. Made where it does not exist; made again where it is removed
     meanwhile.
 
@@ -33,7 +33,7 @@ class Claim:
         self._directory, self._path = directory, directory / LOCK
         self._file: TextIO | None = None
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> DirectoryLock:
         self._take()
         return self
 

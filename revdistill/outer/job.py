@@ -1,5 +1,7 @@
-"""A long loop in a directory that nobody watches: it logs, saves by time, stops when it is told to, and outlives a full
-disk.
+"""A long outer loop that is kept in a directory and that nobody needs to watch.
+
+It logs each step, saves by time, stops when it is told to, outlives a full disk, and goes on to the same bits when it
+is resumed.
 """
 
 from __future__ import annotations
@@ -8,51 +10,24 @@ import signal
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from tqdm import tqdm
 
-from revdistill.outer.directory import METRICS, Claim, DirectoryInUseError, Log, resumed_log
+from revdistill.outer.directory import METRICS, DirectoryInUseError, DirectoryLock, Log, resumed_log
 from revdistill.outer.files import remove_leftovers
 
 # Ctrl-C; what a batch system sends before it kills; a terminal that was closed
 _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-R_co = TypeVar("R_co", covariant=True)
 R = TypeVar("R")
 
 
-class Job(Protocol[R_co]):
-    """verb: beside the bar. total: how many outer steps there are. checkpoint, results: the names of the files that it
-    writes.
-    """
-
-    total: int
-
-    @property
-    def verb(self) -> str: ...
-    @property
-    def checkpoint(self) -> str: ...
-    @property
-    def results(self) -> tuple[str, ...]: ...
-    @property
-    def outer_step(self) -> int:
-        """How many are done."""
-
-    def step(self) -> tuple[dict[str, Any] | None, str]:
-        """One more; what to log of it, with its number as "step", or None, and what to show beside the bar."""
-
-    def save(self, path: Path) -> None:
-        """All that is needed to go on from here to the same bits."""
-
-    def finish(self, directory: Path) -> R_co:
-        """When all are done: the results, written and returned."""
-
-
 class InterruptedRunError(Exception):
-    """The run was told to stop, by the signal `signum`; everything up to `outer_step` is saved."""
+    """The job was told to stop, by the signal `signum`; everything up to `outer_step` is saved."""
 
     def __init__(self, outer_step: int, signum: int) -> None:
         super().__init__(f"stopped after outer step {outer_step}")
@@ -60,28 +35,106 @@ class InterruptedRunError(Exception):
 
 
 class NotSavedError(Exception):
-    """The run's directory took no checkpoint at the end; the message says where the checkpoint is instead."""
+    """The directory took no checkpoint at the end; the message says where the checkpoint is instead."""
 
 
-def run_unattended(directory: Path, job: Job[R], *, save_every: float = 60.0, progress: bool | None = None) -> R:
-    """All outer steps that are left, then the job's results.
+class Job(ABC, Generic[R]):
+    """An outer loop, its directory, and what it ends with: a result of type R. Distillation and tuning are one each.
 
-    save_every: seconds between checkpoints. progress: a bar on standard error; by default only where that is a
-    terminal. What cannot be written (a full disk) is reported there, and a checkpoint tried again later. Errors:
-    InterruptedRunError after Ctrl-C and other signals to stop, DirectoryInUseError, NotSavedError, OSError where
-    nothing can be written at the start or the results cannot be at the end.
+    A subclass says what a step is, what a checkpoint holds, and how the result is made. It sets what these need before
+    it calls `__init__`, which may restore a checkpoint.
+
+    Args:
+        directory: made where it does not exist.
+        resume: go on with the job in the directory, which must have this one's configuration; otherwise the directory
+            must hold none.
+        save_every: seconds between checkpoints.
+
+    Raises:
+        ValueError: the directory is not as it must be. Nothing is written before that is checked.
+        ArtifactError: the checkpoint is damaged.
     """
-    with Claim(directory) as claim, interruptible() as interrupted:
-        for name in (job.checkpoint, METRICS, *job.results):
-            remove_leftovers(directory / name)
-        _Loop(directory, job, claim, save_every).run(interrupted, progress)
-        return job.finish(directory)
+
+    noun: ClassVar[str]  # in messages
+    verb: ClassVar[str]  # beside the progress bar
+    checkpoint: ClassVar[str]  # the file's name
+    results: ClassVar[tuple[str, ...]]  # the names of the files of the result, the main one first
+
+    def __init__(self, directory: Path, *, resume: bool = False, save_every: float = 60.0) -> None:
+        self.directory, self._save_every = directory, save_every
+        if resume:
+            self.restore(directory / self.checkpoint)
+        elif self.started_in(directory):
+            raise ValueError(f"{directory} already holds a {self.noun}; give another directory, or resume it")
+
+    @classmethod
+    def started_in(cls, directory: Path) -> bool:
+        """Whether a job of this kind was started in the directory."""
+        return any((directory / name).exists() for name in (cls.checkpoint, cls.results[0]))
+
+    @property
+    @abstractmethod
+    def total(self) -> int:
+        """How many outer steps there are."""
+
+    @property
+    @abstractmethod
+    def outer_step(self) -> int:
+        """How many of them are done."""
+
+    @abstractmethod
+    def step(self) -> tuple[dict[str, Any] | None, str]:
+        """Make one more outer step.
+
+        Returns:
+            What to log of it, with its number as "step", or None; and what to show beside the progress bar.
+        """
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Write all that is needed to go on from here to the same bits. Raises OSError where that is impossible."""
+
+    @abstractmethod
+    def restore(self, path: Path) -> None:
+        """Go to where `save` wrote this file.
+
+        Raises:
+            ValueError: there is no such file, or its configuration is another one.
+            ArtifactError: it is damaged.
+        """
+
+    @abstractmethod
+    def finish(self) -> R:
+        """Make the result once all steps are done, write it to the directory, and return it."""
+
+    def run(self, *, progress: bool | None = None) -> R:
+        """Make all outer steps that are left, then the result.
+
+        What cannot be written meanwhile (a full disk) is reported on standard error, and tried again later.
+
+        Args:
+            progress: whether to show a bar on standard error; by default only where that is a terminal.
+
+        Returns:
+            The result, as `finish` wrote it.
+
+        Raises:
+            InterruptedRunError: after Ctrl-C and other signals to stop.
+            DirectoryInUseError: another process runs in the directory.
+            NotSavedError: the last checkpoint could not be written to the directory.
+            OSError: nothing can be written at the start, or the result cannot be at the end.
+        """
+        with DirectoryLock(self.directory) as lock, interruptible() as interrupted:
+            for name in (self.checkpoint, METRICS, *self.results):
+                remove_leftovers(self.directory / name)
+            _Loop(self, lock, self._save_every).run(interrupted, progress)
+            return self.finish()
 
 
 class _Loop:
-    def __init__(self, directory: Path, job: Job[Any], claim: Claim, save_every: float) -> None:
-        self._directory, self._job, self._claim, self._save_every = directory, job, claim, save_every
-        self._checkpoint = directory / job.checkpoint
+    def __init__(self, job: Job[Any], lock: DirectoryLock, save_every: float) -> None:
+        self._job, self._directory, self._lock, self._save_every = job, job.directory, lock, save_every
+        self._checkpoint = job.directory / job.checkpoint
 
     def run(self, interrupted: Callable[[], int | None], progress: bool | None) -> None:
         job, total = self._job, self._job.total
@@ -112,11 +165,9 @@ class _Loop:
         self._written(lambda: log.append(entry))
 
     def _written(self, write: Callable[[], None]) -> bool:
-        """Whether it could be: the run goes on all the same, so that hours are not lost to a disk that is full for a
-        minute.
-        """
+        """Whether it was written. Where it was not, the job goes on: a disk full for a minute must not cost hours."""
         try:
-            self._claim.renew()
+            self._lock.renew()
             write()
         except (OSError, DirectoryInUseError) as error:
             tqdm.write(
@@ -127,7 +178,7 @@ class _Loop:
         return True
 
     def _rescue(self) -> None:
-        """The last checkpoint, elsewhere."""
+        """Save the last checkpoint to a temporary directory, and raise NotSavedError, which names it."""
         failed = f"{self._directory} took no checkpoint of outer step {self._job.outer_step}"
         try:
             directory = Path(tempfile.mkdtemp(prefix="revdistill-"))
@@ -143,7 +194,7 @@ def interruptible() -> Iterator[Callable[[], int | None]]:
     """Turn the first signal to stop into its number, so that a step is finished and saved; a second one interrupts at
     once.
 
-    Signals that are ignored stay so: nohup has a run outlive its terminal that way.
+    Signals that are ignored stay ignored: that is how nohup lets a job outlive its terminal.
     """
     seen: int | None = None
 

@@ -36,7 +36,7 @@ def predictions(logits: Tensor) -> Tensor:
     return (logits[..., 0] > 0).long() if logits.shape[-1] == 1 else logits.argmax(-1)
 
 
-class Population:
+class NetworkStack:
     """name: the architecture; size: E. `loss(params, (x, y))` sums the networks' losses on one shared batch.
 
     P0 is Xavier-normal weights and zero biases (scales of normalization layers 1) for the registered architectures, as
@@ -83,8 +83,8 @@ class Population:
         drawn = {name: _xavier(name, self.size, shape, generator) for name, shape in self._shapes.items()}
         return {name: p.to(self._device) for name, p in drawn.items()}
 
-    def parts(self, params: Params) -> Iterator[tuple[int, Population, Params]]:
-        """(number of its first network, population, parameters) of each part that is best evaluated side by side.
+    def parts(self, params: Params) -> Iterator[tuple[int, NetworkStack, Params]]:
+        """(number of its first network, stack, parameters) of each part that is best evaluated side by side.
 
         All of them, but one at a time where they have convolutions on a CPU: a stack's are grouped ones there, which
         for ConvNet-3 take twice as long.
@@ -92,7 +92,7 @@ class Population:
         if self.size == 1 or not self._convolves:
             yield 0, self, params
             return
-        one = Population(self.name, 1, self._input_shape, self._classes, self._device)
+        one = NetworkStack(self.name, 1, self._input_shape, self._classes, self._device)
         for e in range(self.size):
             yield e, one, {name: p[e : e + 1].detach().clone() for name, p in params.items()}
 

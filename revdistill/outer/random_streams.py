@@ -1,6 +1,4 @@
-"""Random draws as functions of numbers: the same whatever was drawn before, so that a run that is resumed draws them
-again.
-"""
+"""Random numbers as functions of (seed, stream, step): a run that is resumed draws the same ones again."""
 
 from __future__ import annotations
 
@@ -8,6 +6,13 @@ import torch
 from torch import Tensor
 
 from revdistill.outer.data import Dataset
+
+# What a number is drawn for, as the second of the numbers that are mixed. They are part of every result: another one
+# would give other bits. Distillation and tuning both have a third, which they use for different things.
+MINIBATCHES, NETWORKS = 1, 2
+FIXED_NETWORK, NOISE, HORIZON, AUGMENTATION = 3, 4, 5, 6  # of distillation
+HELD_OUT = 3  # of tuning
+_EVALUATION = 2**40
 
 
 def mix(*numbers: int) -> int:
@@ -19,13 +24,24 @@ def mix(*numbers: int) -> int:
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """Of the CPU, seeded by their mix."""
+    """A generator of the CPU, seeded by the mix of these numbers."""
     return torch.Generator().manual_seed(mix(*numbers))
 
 
-class Batches:
-    """k -> (x, y): batch k of the shuffled epochs of the training data, a function of (*numbers, k); an epoch is
-    shuffled once.
+def evaluation_seed(seed: int) -> int:
+    """Far from every seed that training draws with, so that no network evaluated was ever distilled or tuned for."""
+    return _EVALUATION + seed
+
+
+class Minibatches:
+    """k -> (x, y): minibatch k of the shuffled epochs of the training data.
+
+    It depends on (*numbers, k) only, not on what was asked for before.
+
+    Args:
+        data: its training part is used.
+        size: samples in each; at most all of them are taken.
+        numbers: the seed, and whatever else the order shall depend on.
     """
 
     def __init__(self, data: Dataset, size: int, *numbers: int) -> None:

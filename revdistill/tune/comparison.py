@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from revdistill.distill.evaluation import SEED_OFFSET, plain_optimizer, set_momentum
-from revdistill.engine.loss.randomness import seeded
 from revdistill.outer.data import Dataset
-from revdistill.outer.networks import Population
-from revdistill.outer.random_streams import Batches
+from revdistill.outer.networks import NetworkStack
+from revdistill.outer.random_streams import Minibatches, evaluation_seed
+from revdistill.outer.training import train
 from revdistill.tune.schedule import Schedule
 from revdistill.tune.tuner import sample_scaled
 
@@ -32,28 +31,28 @@ class Trained:
         return asdict(self)
 
 
-def train(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, restarts: int, seed: int) -> Trained:
+def measure(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, restarts: int, seed: int) -> Trained:
     """Train `restarts` fresh networks side by side, on minibatches in an order that no tuning saw."""
     device = data.x.device
-    population = Population(arch, restarts, data.input_shape, data.classes, device)
-    params = {n: p.requires_grad_() for n, p in sample_scaled(population, SEED_OFFSET + seed, schedule).items()}
-    batch = Batches(data, batch_size, SEED_OFFSET + seed)
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": float(w)} for w in schedule.weight_decay]
-    for name, p in params.items():
-        groups[schedule.group_of(name)]["params"].append(p)
-    optimizer = plain_optimizer(schedule.optimizer, groups)
-    with seeded(seed, device):
-        for k, (rates, momenta) in enumerate(zip(schedule.lr.tolist(), schedule.momentum.tolist(), strict=True)):
-            for group, lr, momentum in zip(optimizer.param_groups, rates, momenta, strict=True):
-                group["lr"] = lr
-                set_momentum(group, momentum)
-            optimizer.zero_grad(set_to_none=True)
-            population.loss(params, batch(k)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    accuracies = population.accuracies(params, data.x_test, data.y_test).double().cpu()
+    stack = NetworkStack(arch, restarts, data.input_shape, data.classes, device)
+    params = sample_scaled(stack, evaluation_seed(seed), schedule)
+    members: list[list[str]] = [[] for _ in schedule.groups]
+    for name in params:
+        members[schedule.group_of(name)].append(name)
+    train(
+        stack,
+        params,
+        Minibatches(data, batch_size, evaluation_seed(seed)),
+        optimizer=schedule.optimizer,
+        groups=list(zip(members, schedule.weight_decay.tolist(), strict=True)),
+        lr=schedule.lr.tolist(),
+        momentum=schedule.momentum.tolist(),
+        seed=seed,
+    )
+    accuracies = stack.accuracies(params, data.x_test, data.y_test).double().cpu()
     return Trained(
         restarts,
-        _loss(population, params, data),
+        _loss(stack, params, data),
         float(accuracies.mean()),
         float(accuracies.std()) if restarts > 1 else 0.0,
         accuracies.tolist(),
@@ -61,8 +60,8 @@ def train(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, rest
 
 
 @torch.no_grad()
-def _loss(population: Population, params: dict[str, torch.Tensor], data: Dataset, batch: int = 512) -> float:
+def _loss(stack: NetworkStack, params: dict[str, torch.Tensor], data: Dataset, batch: int = 512) -> float:
     total = 0.0
     for x, y in zip(torch.split(data.x_test, batch), torch.split(data.y_test, batch), strict=True):
-        total += float(population.mean_loss(params, x, y)) * len(x)
+        total += float(stack.mean_loss(params, x, y)) * len(x)
     return total / len(data.x_test)

@@ -6,8 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from revdistill.distill.config import OPTIMIZERS, check_device
 from revdistill.outer import models
+from revdistill.outer.device import check_device
+from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
 
 LEARNABLE = ("lr", "momentum", "weight-decay", "init")
 _TUPLES = ("learn",)
@@ -34,7 +35,7 @@ class TuneConfig:
     steps: int = 100
     learn: tuple[str, ...] = ("lr",)
     per_layer: bool = False
-    optimizer: str = "sgd"
+    optimizer: str = DEFAULT
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -56,7 +57,7 @@ class TuneConfig:
         self._need(
             "learn", bool(self.learn) and set(self.learn) <= set(LEARNABLE), f"names out of {', '.join(LEARNABLE)}"
         )
-        self._need("optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
+        self._need("optimizer", self.optimizer in OPTIMIZERS, accepted())
         self._need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
         self._need("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
         self._need("momentum", "momentum" not in self.learn or self.momentum > 0, "a number above 0 to learn it from")

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 
 from revdistill.outer.files import replacing
+from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.tune.schedule import Schedule
 
 matplotlib.use("Agg")
@@ -33,12 +34,13 @@ def schedule_figure(schedule: Schedule, start: Schedule) -> Figure:
     """
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(3, 3, 2), layout="constrained")
     steps = np.arange(1, schedule.steps + 1)
-    for ax, name, label in zip(axes, ("lr", "momentum"), ("learning rate", "momentum"), strict=False):
+    labels = ("learning rate", OPTIMIZERS[schedule.optimizer].momentum_name)
+    for ax, name, label in zip(axes, ("lr", "momentum"), labels, strict=False):
         for g, group in enumerate(schedule.groups):
             ax.plot(steps, getattr(schedule, name)[:, g], linewidth=1.1, label=group)
         ax.plot(steps, getattr(start, name)[:, 0], "k--", linewidth=0.8, label="start")
         ax.set_xlabel("step")
-        ax.set_title(label if schedule.optimizer == "sgd" or name == "lr" else "beta1", fontsize=11)
+        ax.set_title(label, fontsize=11)
         ax.grid(alpha=0.25)
     axes[0].set_yscale("log")
     axes[0].legend(fontsize=8)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import revdistill
-from revdistill.distill.artifact import ADAM_EPS
-from revdistill.distill.evaluation import set_momentum
 from revdistill.outer.files import replacing
 from revdistill.outer.hdf5 import Reader, reading, writing
+from revdistill.outer.optimizers import OPTIMIZERS, accepted
 
 FORMAT_VERSION = 1
 FILE_NAME, JSON_NAME = "schedule.h5", "schedule.json"
@@ -74,12 +73,7 @@ class Schedule:
             if p.requires_grad:
                 members[self.group_of(name)].append(p)
         groups = [{"params": ps, "weight_decay": float(w)} for ps, w in zip(members, self.weight_decay, strict=True)]
-        # The rate is 1: LambdaLR multiplies it by the schedule's.
-        return (
-            torch.optim.Adam(groups, lr=1.0, eps=ADAM_EPS)
-            if self.optimizer == "adam"
-            else torch.optim.SGD(groups, lr=1.0)
-        )
+        return OPTIMIZERS[self.optimizer].plain(groups, 1.0)  # LambdaLR multiplies this rate by the schedule's
 
     def to_dict(self) -> dict[str, Any]:
         """In the types of JSON."""
@@ -116,8 +110,9 @@ class ScheduleLR(torch.optim.lr_scheduler.LambdaLR):
     def get_lr(self) -> list[float | Tensor]:
         """The rates of the coming step; its momenta are set on the way."""
         k = min(self.last_epoch, self._schedule.steps - 1)
+        family = OPTIMIZERS[self._schedule.optimizer]
         for group, momentum in zip(self.optimizer.param_groups, self._schedule.momentum[k], strict=True):
-            set_momentum(group, float(momentum))
+            family.set_momentum(group, float(momentum))
         return list(super().get_lr())
 
 
@@ -177,7 +172,7 @@ def _check(file: Reader, s: Schedule) -> None:
         raise file.fail(
             f"'lr' has shape {list(s.lr.shape)}, which does not go with {len(s.groups)} groups or the other arrays"
         )
-    if s.optimizer not in ("sgd", "adam"):
-        raise file.fail(f"attribute 'optimizer' is {s.optimizer!r}; expected sgd or adam")
+    if s.optimizer not in OPTIMIZERS:
+        raise file.fail(f"attribute 'optimizer' is {s.optimizer!r}; expected {accepted()}")
     if (s.lr < 0).any() or (s.momentum < 0).any() or (s.momentum >= 1).any() or (s.weight_decay < 0).any():
         raise file.fail("'lr' and 'weight_decay' must be at least 0, 'momentum' at least 0 and below 1")

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revdistill.distill.artifact import ADAM_BETA2, ADAM_EPS
-from revdistill.distill.config import check_device
-from revdistill.engine import SGD, Adam, BackwardNorms, Optimizer, unroll
+from revdistill.engine import BackwardNorms, Optimizer, unroll
 from revdistill.outer.data import Dataset
-from revdistill.outer.descent import Descent
-from revdistill.outer.networks import Params, Population
-from revdistill.outer.random_streams import Batches, generator, mix
+from revdistill.outer.descent import Descent, clip_to, cosine
+from revdistill.outer.device import check_device
+from revdistill.outer.networks import NetworkStack, Params
+from revdistill.outer.optimizers import OPTIMIZERS
+from revdistill.outer.random_streams import HELD_OUT, MINIBATCHES, NETWORKS, Minibatches, generator, mix
 from revdistill.tune.config import TuneConfig
 from revdistill.tune.schedule import ALL, Schedule, layer_of
+
+BETAS = (0.9, 0.99)  # of the outer Adam
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,26 @@ class Tuner:
     def __init__(self, config: TuneConfig, data: Dataset) -> None:
         self.config, self.device = config, check_device(config.device)
         self.data = data.to(self.device)
-        self.population = Population(config.arch, config.inits, data.input_shape, data.classes, self.device)
-        self._names = list(self.population.sample(0))
+        self.stack = NetworkStack(config.arch, config.inits, data.input_shape, data.classes, self.device)
+        self._names = list(self.stack.sample(0))
         layers = list(dict.fromkeys(map(layer_of, self._names)))
         self.groups = layers if config.per_layer else [ALL]
         self._group = {name: layers.index(layer_of(name)) if config.per_layer else 0 for name in self._names}
         self.leaves = {name: raw.requires_grad_() for name, raw in self._start().items() if name in config.learn}
         self._fixed = {name: raw for name, raw in self._start().items() if name not in config.learn}
-        self.optimizer = torch.optim.Adam(list(self.leaves.values()), betas=(0.9, 0.99))
-        self.outer_step = 0
-        self._descent = Descent(
-            list(self.leaves.values()), self.optimizer, config.clip, "a smaller lr or outer_lr, or a clip_back"
+        self.descent = Descent(
+            self.leaves,
+            lr=config.outer_lr,
+            betas=BETAS,
+            decay=lambda k: cosine(k, config.outer_steps),
+            clip=clip_to(config.clip),
+            advice="a smaller lr or outer_lr, or a clip_back",
         )
+
+    @property
+    def outer_step(self) -> int:
+        """How many outer steps are done."""
+        return self.descent.outer_step
 
     def _start(self) -> dict[str, Tensor]:
         """The starting schedule: logarithms, and logits of momenta."""
@@ -73,22 +83,19 @@ class Tuner:
     def step(self) -> TuneStep:
         """One Adam step on the schedule."""
         k, norms = self.outer_step, BackwardNorms()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.outer_lr * 0.5 * (1 + math.cos(math.pi * k / self.config.outer_steps))
-        outcome = self._descent.step(lambda: self._outer_loss(k, norms))
-        self.outer_step = k + 1
+        outcome = self.descent.step(lambda k: self._outer_loss(k, norms))
         longest = max(norms.norms.values(), default=math.nan)
         return TuneStep(k, outcome.loss, outcome.norm, longest, norms.explosion(), outcome.diverged)
 
     def _outer_loss(self, k: int, norms: BackwardNorms) -> Tensor:
         config, values = self.config, self.values()
         scales = values["init"]
-        start = self.population.sample(mix(config.seed, 2, k))
+        start = self.stack.sample(mix(config.seed, NETWORKS, k))
         params = {name: scaled(p, scales[self._group[name]]) for name, p in start.items()}
         theta = unroll(
-            self.population.loss,
+            self.stack.loss,
             params,
-            Batches(self.data, config.batch_size, mix(config.seed, 1, k)),
+            Minibatches(self.data, config.batch_size, mix(config.seed, MINIBATCHES, k)),
             self._inner_optimizer(values),
             steps=config.steps,
             seed=k,
@@ -97,17 +104,15 @@ class Tuner:
             on_step_back=norms,
         )
         size = min(config.outer_batch, len(self.data.x_validation))
-        chosen = torch.randperm(len(self.data.x_validation), generator=generator(config.seed, 3, k))[:size].to(
+        chosen = torch.randperm(len(self.data.x_validation), generator=generator(config.seed, HELD_OUT, k))[:size].to(
             self.device
         )
-        return self.population.mean_loss(theta, self.data.x_validation[chosen], self.data.y_validation[chosen])
+        return self.stack.mean_loss(theta, self.data.x_validation[chosen], self.data.y_validation[chosen])
 
     def _inner_optimizer(self, values: dict[str, Tensor]) -> Optimizer:
         columns = {name: list(values[name].unbind(-1)) for name in ("lr", "momentum", "weight-decay")}
         lr, momentum, decay = ({p: column[g] for p, g in self._group.items()} for column in columns.values())
-        if self.config.optimizer == "adam":
-            return Adam(lr, (momentum, ADAM_BETA2), ADAM_EPS, decay)
-        return SGD(lr, momentum, weight_decay=decay)
+        return OPTIMIZERS[self.config.optimizer].engine(lr, momentum, decay)
 
     def schedule(self) -> Schedule:
         """What was learned, as it stands."""
@@ -132,8 +137,8 @@ def scaled(p: Tensor, scale: Tensor) -> Tensor:
     return p * scale if p.ndim >= 3 else p
 
 
-def sample_scaled(population: Population, seed: int, schedule: Schedule) -> Params:
-    """Fresh parameters of a population as the schedule wants them."""
-    start = population.sample(seed)
+def sample_scaled(stack: NetworkStack, seed: int, schedule: Schedule) -> Params:
+    """Fresh parameters of a stack as the schedule wants them."""
+    start = stack.sample(seed)
     scales = torch.from_numpy(schedule.init_scale)
     return {name: scaled(p, scales[schedule.group_of(name)].to(p.device)) for name, p in start.items()}

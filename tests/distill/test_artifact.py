@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import revdistill as rd
 from revdistill.distill.artifact import Artifact, read, write
-from revdistill.distill.evaluation import SEED_OFFSET, evaluate, train_plainly
+from revdistill.distill.evaluation import evaluate, train_plainly
 from revdistill.outer.data import load
 from revdistill.outer.models import build
-from revdistill.outer.networks import Population
+from revdistill.outer.networks import NetworkStack
+from revdistill.outer.random_streams import evaluation_seed
 from tests.distill.fuzz import flip
 
 
@@ -281,8 +282,8 @@ def test_training_on_an_artifact_is_torch_optim(optimizer: str, weight_decay: fl
     a = artifact(
         optimizer=optimizer, weight_decay=weight_decay, architectures=["LinearNet"], lr=np.full(8, 0.05, np.float32)
     )
-    population = Population("LinearNet", 1, (2,), 2, torch.device("cpu"))
-    net, found = build("LinearNet", (2,), 2), population.sample(SEED_OFFSET + a.seed)
+    stack = NetworkStack("LinearNet", 1, (2,), 2, torch.device("cpu"))
+    net, found = build("LinearNet", (2,), 2), stack.sample(evaluation_seed(a.seed))
     with torch.no_grad():
         for name, p in net.named_parameters():
             p.copy_(found[name][0])
@@ -294,7 +295,7 @@ def test_training_on_an_artifact_is_torch_optim(optimizer: str, weight_decay: fl
         logits = net(torch.from_numpy(a.x[k % 4]))[:, 0]
         torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(a.y[k % 4]).float()).backward()
         steps.step()
-    train_plainly(a, population, found, a.lr.tolist(), a.momentum.tolist())
+    train_plainly(a, stack, found, a.lr.tolist(), a.momentum.tolist())
     for name, p in net.named_parameters():
         assert torch.allclose(found[name][0], p, rtol=1e-4, atol=1e-6)
     data = load("moons")

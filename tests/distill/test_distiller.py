@@ -12,12 +12,11 @@ from revdistill.distill.config import ADJOINTS, Config
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.evaluation import evaluate, train_plainly
 from revdistill.distill.starts import kmeans
-from revdistill.distill.strategies import SCHEDULES, momentum_for, plan, strategy1, strategy2, strategy3
-from revdistill.outer import models
-from revdistill.outer import networks as populations
+from revdistill.distill.strategies import STRATEGIES, momentum_for, plan, strategy1, strategy2, strategy3
+from revdistill.outer import models, networks
 from revdistill.outer.data import load
 from revdistill.outer.descent import MAX_FAILURES
-from revdistill.outer.networks import Population, classification_loss, predictions
+from revdistill.outer.networks import NetworkStack, classification_loss, predictions
 
 SMALL = Config(
     dataset="moons",
@@ -84,12 +83,10 @@ def test_adjoints_and_repetitions_agree(changes: dict[str, Any]) -> None:
 def test_distilled_for_the_training_that_the_artifact_says(optimizer: str) -> None:
     """The parameters that the outer loss sees are those of torch.optim on the artifact, weight decay and all."""
     distiller = Distiller(replace(SMALL, optimizer=optimizer, weight_decay=0.3, lr=0.02), load("moons"))
-    artifact, population = distiller.artifact(), distiller.populations[0]
-    ends = distiller._train(
-        distiller.synthetic, population, population.sample(5), 0, distiller.config.inner_steps, lambda x: x
-    )
-    plain = population.sample(5)
-    train_plainly(artifact, population, plain, artifact.lr.tolist(), artifact.momentum.tolist())
+    artifact, stack = distiller.artifact(), distiller.stacks[0]
+    ends = distiller._train(distiller.synthetic, stack, stack.sample(5), 0, distiller.config.inner_steps, lambda x: x)
+    plain = stack.sample(5)
+    train_plainly(artifact, stack, plain, artifact.lr.tolist(), artifact.momentum.tolist())
     for name, end in ends.items():
         assert torch.allclose(end, plain[name], rtol=1e-3, atol=1e-4)
 
@@ -166,14 +163,14 @@ def test_evaluation_is_plain_sgd_one_network_at_a_time(dataset: str, architectur
     artifact, data = distil(config).artifact(), load(dataset)
     found = evaluate(artifact, data, architecture, restarts=3)
     assert len(set(found.accuracies)) == 3
-    population = Population(architecture, 3, data.input_shape, data.classes, torch.device("cpu"))
-    starts = population.sample(2**40 + artifact.seed)
+    stack = NetworkStack(architecture, 3, data.input_shape, data.classes, torch.device("cpu"))
+    starts = stack.sample(2**40 + artifact.seed)
     for e in range(3):
         net = models.build(architecture, data.input_shape, data.classes)
         net.load_state_dict({name: p[e] for name, p in starts.items()})
         optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
         x, y = torch.from_numpy(artifact.x), torch.from_numpy(artifact.y)
-        for k in range(artifact.steps):
+        for k in range(artifact.inner_steps):
             for group in optimizer.param_groups:
                 group["lr"], group["momentum"] = float(artifact.lr[k]), float(artifact.momentum[k])
             optimizer.zero_grad()
@@ -185,11 +182,11 @@ def test_evaluation_is_plain_sgd_one_network_at_a_time(dataset: str, architectur
 
 def test_batch_statistics_are_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: data sorted by class were evaluated in batches of one class, whose mean BatchNorm then took away."""
-    monkeypatch.setattr(populations, "AT_ONCE", 40)
-    population = Population(f"{__name__}:own_network", 2, (2,), 3, torch.device("cpu"))
+    monkeypatch.setattr(networks, "AT_ONCE", 40)
+    stack = NetworkStack(f"{__name__}:own_network", 2, (2,), 3, torch.device("cpu"))
     y = torch.arange(3).repeat_interleave(25)
     x = y[:, None].float() + 0.1 * torch.randn(75, 2, generator=torch.Generator().manual_seed(0))
-    params = population.sample(0)
+    params = stack.sample(0)
     batches: list[torch.Tensor] = []
 
     def logits(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -197,8 +194,8 @@ def test_batch_statistics_are_of_all_classes(monkeypatch: pytest.MonkeyPatch) ->
         return one_hot[x[:, 0].round().long().clamp(0, 2)].expand(2, -1, -1)
 
     one_hot = torch.eye(3)
-    monkeypatch.setattr(population, "logits", logits)
-    assert population.accuracies(params, x, y).tolist() == [1.0, 1.0]
+    monkeypatch.setattr(stack, "logits", logits)
+    assert stack.accuracies(params, x, y).tolist() == [1.0, 1.0]
     assert sorted(torch.cat(batches).tolist()) == y.tolist()
     assert all(len(batch) <= 20 and set(batch.tolist()) == {0, 1, 2} for batch in batches)
 
@@ -270,15 +267,15 @@ def test_outer_steps_are_made_with_an_unrolls_settings(monkeypatch: pytest.Monke
     bits.
     """
     seen = []
-    evaluated = Population.mean_loss
+    evaluated = NetworkStack.mean_loss
 
-    def watched(self: Population, *args: Any) -> torch.Tensor:
+    def watched(self: NetworkStack, *args: Any) -> torch.Tensor:
         seen.append(torch.get_deterministic_debug_mode())
         value = evaluated(self, *args)
         value.register_hook(lambda _: seen.append(torch.get_deterministic_debug_mode()))
         return value
 
-    monkeypatch.setattr(Population, "mean_loss", watched)
+    monkeypatch.setattr(NetworkStack, "mean_loss", watched)
     distil(SMALL, steps=1)
     assert seen == [2, 2]  # errors where there is no deterministic kernel; forward, and back
     assert torch.get_deterministic_debug_mode() == 0
@@ -292,13 +289,13 @@ def test_lenet_fits_what_it_fits() -> None:
 
 
 def test_xavier_start() -> None:
-    population = Population("LeNet", 200, (1, 28, 28), 10, torch.device("cpu"))
-    params = population.sample(1)
+    stack = NetworkStack("LeNet", 200, (1, 28, 28), 10, torch.device("cpu"))
+    params = stack.sample(1)
     assert float(params["conv1.bias"].abs().max()) == 0
     assert float(params["fc1.weight"].std()) == pytest.approx((2 / (400 + 120)) ** 0.5, rel=0.02)
     assert float(params["conv2.weight"].std()) == pytest.approx((2 / (25 * (6 + 16))) ** 0.5, rel=0.02)
-    assert torch.equal(population.sample(1)["fc3.weight"], params["fc3.weight"])
-    assert not torch.equal(population.sample(2)["fc3.weight"], params["fc3.weight"])
+    assert torch.equal(stack.sample(1)["fc3.weight"], params["fc3.weight"])
+    assert not torch.equal(stack.sample(2)["fc3.weight"], params["fc3.weight"])
 
 
 def test_strategies_are_the_studys() -> None:
@@ -318,7 +315,7 @@ def test_strategies_are_the_studys() -> None:
     assert three[:200] == lr
     assert three[200:240] == pytest.approx([r * 0.98 for r in lr[160:]])
     assert three[-1] == pytest.approx(lr[-1] * 0.98**45)
-    assert SCHEDULES["raw"](lr, 40) == lr
+    assert STRATEGIES["raw"](lr, 40) == lr
     assert momentum_for(one, [0.5] * 199 + [0.7])[-1] == 0.7
 
 

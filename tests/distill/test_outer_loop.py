@@ -37,7 +37,7 @@ def test_the_result_is_the_mean_of_the_last_iterates() -> None:
             assert torch.equal(distiller.result.x, distiller.synthetic.x)
         else:
             iterates.append(distiller.synthetic.x.detach().clone())
-    assert distiller.averaged == 3
+    assert distiller.descent.averaged == 3
     assert torch.allclose(distiller.result.x, torch.stack(iterates).mean(0), atol=1e-6)
     assert not torch.equal(distiller.result.x, distiller.synthetic.x)
     artifact = distiller.artifact()
@@ -58,7 +58,7 @@ def test_the_outer_rate_decays(decay: str, expected: list[float]) -> None:
     found = []
     for _ in range(10):
         distiller.step()
-        found.append([group["lr"] for group in distiller.optimizer.param_groups])
+        found.append([group["lr"] for group in distiller.descent.optimizer.param_groups])
     assert found == [pytest.approx([0.02 * e, 0.005 * e]) for e in expected]
 
 

@@ -14,9 +14,9 @@ import revdistill as rd
 from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.artifact import read
 from revdistill.distill.config import Config
+from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.plots import draw_all, images
-from revdistill.distill.run import Run
 from revdistill.outer.data import load
 from revdistill.outer.directory import METRICS, Log, read_metrics, resumed_log
 
@@ -25,12 +25,12 @@ SMALL = Config(
 )
 
 
-def run(directory: Path, config: Config = SMALL, **kwargs: Any) -> Run:
-    return Run(directory, Distiller(config, load(config.dataset)), **kwargs)
+def run(directory: Path, config: Config = SMALL, **kwargs: Any) -> Distillation:
+    return Distillation(directory, Distiller(config, load(config.dataset)), **kwargs)
 
 
 def test_a_run_leaves_its_files(tmp_path: Path) -> None:
-    finished = run(tmp_path / "run").distil()
+    finished = run(tmp_path / "run").run()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint.h5", "distilled.h5", "metrics.jsonl"]
     assert read(tmp_path / "run" / "distilled.h5").evaluation == finished.evaluation
     entry = finished.evaluation["NonLinearNet"]
@@ -55,7 +55,7 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
 def test_resuming_gives_the_same_bits(
     stop: int, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(tmp_path / "whole", config).distil()
+    whole = run(tmp_path / "whole", config).run()
     step = Distiller.step
 
     class Killed(BaseException):
@@ -68,11 +68,11 @@ def test_resuming_gives_the_same_bits(
 
     monkeypatch.setattr(Distiller, "step", dying)
     with pytest.raises(Killed):
-        run(tmp_path / "part", config, save_every=0.0).distil()
+        run(tmp_path / "part", config, save_every=0.0).run()
     monkeypatch.undo()
     resumed = run(tmp_path / "part", config, resume=True)
     assert resumed.distiller.outer_step == stop
-    result = resumed.distil()
+    result = resumed.run()
     for name in ("x", "y", "lr", "momentum"):
         assert (getattr(result, name) == getattr(whole, name)).all()
     assert result.evaluation == whole.evaluation
@@ -83,7 +83,7 @@ def test_resuming_gives_the_same_bits(
 
 
 def test_resuming_needs_the_same_run(tmp_path: Path) -> None:
-    run(tmp_path).distil()
+    run(tmp_path).run()
     with pytest.raises(ValueError, match="seed is 1 here, but 0 in the run"):
         run(tmp_path, replace(SMALL, seed=1), resume=True)
     with pytest.raises(ValueError, match=r"holds no checkpoint.h5"):
@@ -91,7 +91,7 @@ def test_resuming_needs_the_same_run(tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
-    run(tmp_path).distil()
+    run(tmp_path).run()
     path = tmp_path / "checkpoint.h5"
     whole = path.read_bytes()
     distiller = Distiller(SMALL, load("moons"))
@@ -119,7 +119,7 @@ def test_metrics_cut_short_by_a_kill_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_pictures(config: Config, expected: set[str], tmp_path: Path) -> None:
-    result = run(tmp_path, config).distil()
+    result = run(tmp_path, config).run()
     written = draw_all(tmp_path, result, load(config.dataset), read_metrics(tmp_path / "metrics.jsonl"))
     assert {p.stem for p in written} == expected
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)

@@ -25,23 +25,23 @@ from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.artifact import Artifact, read
 from revdistill.distill.checkpoint import read_config
 from revdistill.distill.config import Config
+from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.run import Run
 from revdistill.outer.data import load
-from revdistill.outer.directory import LOCK, Claim, DirectoryInUseError, read_metrics
+from revdistill.outer.directory import LOCK, DirectoryInUseError, DirectoryLock, read_metrics
 from revdistill.outer.job import InterruptedRunError, NotSavedError
 
 SMALL = Config(dataset="moons", architectures=("NonLinearNet",), steps=4, epochs=2, outer_steps=12, batch_size=64)
 FILES = ["checkpoint.h5", "distilled.h5", "metrics.jsonl"]
 
 
-def run(directory: Path, config: Config = SMALL, **kwargs: Any) -> Run:
-    return Run(directory, Distiller(config, load(config.dataset)), save_every=0.0, **kwargs)
+def run(directory: Path, config: Config = SMALL, **kwargs: Any) -> Distillation:
+    return Distillation(directory, Distiller(config, load(config.dataset)), save_every=0.0, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return run(tmp_path_factory.mktemp("whole") / "run").distil()
+    return run(tmp_path_factory.mktemp("whole") / "run").run()
 
 
 def same(a: Artifact, b: Artifact) -> bool:
@@ -85,7 +85,7 @@ def test_a_disk_that_is_full_for_a_while(
     """The run goes on, says so once for each failure, and is whole in the end."""
     limit = file_size_limit(1000)
     with at_step(monkeypatch, {3: limit.__enter__, 6: lambda: limit.__exit__(None, None, None)}):
-        result = run(tmp_path / "run").distil(progress=False)
+        result = run(tmp_path / "run").run(progress=False)
     assert same(result, whole)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == FILES
     said = capfd.readouterr().err.splitlines()
@@ -113,20 +113,20 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, whole: Artifact, monkeyp
             NotSavedError, match=r"took no checkpoint of outer step 12; it is .*checkpoint.h5.*resume"
         ) as caught,
     ):
-        run(tmp_path / "run").distil(progress=False)
+        run(tmp_path / "run").run(progress=False)
     (rescued,) = elsewhere.iterdir()
     assert str(rescued) in str(caught.value)
     monkeypatch.undo()
     for directory, step in ((rescued, 12), (tmp_path / "run", 5)):
         resumed = run(directory, resume=True)
         assert resumed.distiller.outer_step == step
-        assert same(resumed.distil(progress=False), whole)
+        assert same(resumed.run(progress=False), whole)
 
 
 def test_a_disk_that_is_full_while_pictures_or_the_result_are_written(tmp_path: Path, whole: Artifact) -> None:
     """An error of the system, and nothing half written; resuming makes up for it."""
     directory = tmp_path / "run"
-    run(directory).distil(progress=False)
+    run(directory).run(progress=False)
     (directory / "distilled.h5").unlink()
     resumed = run(directory, resume=True)
     size = (directory / "checkpoint.h5").stat().st_size + 1
@@ -140,9 +140,9 @@ def test_a_disk_that_is_full_while_pictures_or_the_result_are_written(tmp_path: 
     with pytest.MonkeyPatch.context() as patch, file_size_limit(size):
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="No space left"):
-            resumed.distil(progress=False)
+            resumed.run(progress=False)
     assert sorted(p.name for p in directory.iterdir()) == ["checkpoint.h5", "metrics.jsonl"]
-    assert same(run(directory, resume=True).distil(progress=False), whole)
+    assert same(run(directory, resume=True).run(progress=False), whole)
 
 
 def mounted(folder: Path, size: str) -> bool:
@@ -209,7 +209,7 @@ def test_a_directory_removed_while_running_is_made_again(
 ) -> None:
     directory = tmp_path / "run"
     with at_step(monkeypatch, {5: lambda: shutil.rmtree(directory)}):
-        result = run(directory).distil(progress=False)
+        result = run(directory).run(progress=False)
     assert same(result, whole)
     assert sorted(p.name for p in directory.iterdir()) == FILES
     assert [line["step"] for line in read_metrics(directory / "metrics.jsonl")] == list(range(5, 12))
@@ -225,9 +225,9 @@ def test_a_directory_replaced_by_a_file(tmp_path: Path, whole: Artifact, monkeyp
         directory.write_text("not a directory")
 
     with at_step(monkeypatch, {5: replace_it}), pytest.raises(NotSavedError):
-        run(directory).distil(progress=False)
+        run(directory).run(progress=False)
     (rescued,) = elsewhere.iterdir()
-    assert same(run(rescued, resume=True).distil(progress=False), whole)
+    assert same(run(rescued, resume=True).run(progress=False), whole)
     assert directory.read_text() == "not a directory"
 
 
@@ -248,7 +248,7 @@ def test_a_directory_made_read_only_while_running(
     os.seteuid(nobody)
     try:
         with at_step(monkeypatch, {5: lambda: directory.chmod(0o500)}), pytest.raises(NotSavedError, match="resume"):
-            starting.distil(progress=False)
+            starting.run(progress=False)
     finally:
         os.seteuid(0)
     directory.chmod(0o700)
@@ -256,7 +256,7 @@ def test_a_directory_made_read_only_while_running(
     for folder, step in ((rescued, 12), (directory, 5)):
         resumed = run(folder, resume=True)
         assert resumed.distiller.outer_step == step
-        assert same(resumed.distil(progress=False), whole)
+        assert same(resumed.run(progress=False), whole)
 
 
 def test_a_second_run_is_refused_and_names_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,11 +264,11 @@ def test_a_second_run_is_refused_and_names_the_first(tmp_path: Path, monkeypatch
 
     def second() -> None:
         with pytest.raises(DirectoryInUseError) as caught:
-            run(tmp_path / "run", resume=True).distil(progress=False)
+            run(tmp_path / "run", resume=True).run(progress=False)
         refused.append(str(caught.value))
 
     with at_step(monkeypatch, {5: second}):
-        run(tmp_path / "run").distil(progress=False)
+        run(tmp_path / "run").run(progress=False)
     assert refused == [f"{tmp_path / 'run'} is in use by another run (process {os.getpid()})"]
 
 
@@ -279,7 +279,7 @@ def test_a_run_that_moved_in_meanwhile_is_left_alone(
     directory, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
-    other = Claim(directory)
+    other = DirectoryLock(directory)
 
     def move_in() -> None:
         shutil.rmtree(directory)
@@ -287,7 +287,7 @@ def test_a_run_that_moved_in_meanwhile_is_left_alone(
         (directory / "checkpoint.h5").write_text("the other's")
 
     with at_step(monkeypatch, {5: move_in}), pytest.raises(NotSavedError, match="took no checkpoint"):
-        run(directory).distil(progress=False)
+        run(directory).run(progress=False)
     assert sorted(p.name for p in directory.iterdir()) == ["checkpoint.h5", LOCK]
     assert (directory / "checkpoint.h5").read_text() == "the other's"
     other.__exit__()
@@ -307,10 +307,10 @@ def test_a_lock_removed_between_opening_and_locking(tmp_path: Path, monkeypatch:
             (tmp_path / LOCK).unlink()
 
     monkeypatch.setattr(fcntl, "flock", racing)
-    with Claim(tmp_path):
+    with DirectoryLock(tmp_path):
         assert (tmp_path / LOCK).read_text() == str(os.getpid())
         with pytest.raises(DirectoryInUseError):
-            Claim(tmp_path).__enter__()
+            DirectoryLock(tmp_path).__enter__()
     assert not list(tmp_path.iterdir())
 
 
@@ -327,7 +327,7 @@ def test_a_clock_that_goes_backwards(tmp_path: Path, whole: Artifact, monkeypatc
         return now[0]
 
     monkeypatch.setattr(time, "time", back)
-    assert same(run(tmp_path / "run").distil(progress=True), whole)
+    assert same(run(tmp_path / "run").run(progress=True), whole)
     seconds = [line["seconds"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert seconds == sorted(seconds)
     assert seconds[0] >= 0
@@ -339,7 +339,7 @@ def test_a_checkpoint_of_another_version(
 ) -> None:
     from revdistill.cli import main as command
 
-    run(tmp_path / "run").distil(progress=False)
+    run(tmp_path / "run").run(progress=False)
     with h5py.File(tmp_path / "run" / "checkpoint.h5", "a") as file:
         file.attrs["revdistill_version"] = "9.9.9"
     assert command.run(["train", "--resume", "--out", str(tmp_path / "run")]) == 0
@@ -356,14 +356,14 @@ def test_signals_to_stop_are_saved_before(
 ) -> None:
     signum = getattr(signal, name)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    slow = Run(tmp_path / "run", Distiller(SMALL, load("moons")), save_every=3600)
+    slow = Distillation(tmp_path / "run", Distiller(SMALL, load("moons")), save_every=3600)
     with at_step(monkeypatch, {5: lambda: os.kill(os.getpid(), signum)}), pytest.raises(InterruptedRunError) as caught:
-        slow.distil(progress=False)
+        slow.run(progress=False)
     assert (caught.value.outer_step, caught.value.signum) == (6, signum)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     resumed = run(tmp_path / "run", resume=True)
     assert resumed.distiller.outer_step == 6
-    assert same(resumed.distil(progress=False), whole)
+    assert same(resumed.run(progress=False), whole)
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, whole: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +371,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, whole: Artifact, monk
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with at_step(monkeypatch, {5: lambda: os.kill(os.getpid(), signal.SIGHUP)}):
-            assert same(run(tmp_path / "run").distil(progress=False), whole)
+            assert same(run(tmp_path / "run").run(progress=False), whole)
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -384,7 +384,7 @@ def test_a_disk_without_locks_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(OSError, match=r"cannot lock .*run.lock: No locks available; another --out"):
-        run(tmp_path / "run").distil(progress=False)
+        run(tmp_path / "run").run(progress=False)
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     directory.mkdir()
     for name in (".checkpoint.h5.abc.tmp", ".distilled.h5.abc.tmp", ".metrics.jsonl.abc.tmp", ".mine.tmp", "notes.txt"):
         (directory / name).write_text("")
-    run(directory).distil(progress=False)
+    run(directory).run(progress=False)
     assert sorted(p.name for p in directory.iterdir()) == sorted([*FILES, ".mine.tmp", "notes.txt"])
 
 
@@ -408,7 +408,7 @@ def test_killed_two_hundred_times(tmp_path: Path, whole: Artifact) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
     config = replace(SMALL, outer_steps=200)
-    expected = run(tmp_path / "whole", config).distil(progress=False)
+    expected = run(tmp_path / "whole", config).run(progress=False)
     try:
         draw, kills, finished = random.Random(0), 0, 0
         while kills < KILLS:
@@ -432,7 +432,7 @@ def _kill_until_done(directory: Path, config: Config, draw: random.Random) -> tu
             code = 1
             try:
                 resume = (directory / "checkpoint.h5").exists()
-                Run(directory, Distiller(config, data), resume=resume, save_every=0.0).distil(progress=False)
+                Distillation(directory, Distiller(config, data), resume=resume, save_every=0.0).run(progress=False)
                 code = 0
             finally:
                 os._exit(code)

@@ -8,7 +8,7 @@ import torch
 
 from revdistill.outer.data import load
 from revdistill.tune import tuner
-from revdistill.tune.comparison import Trained, train
+from revdistill.tune.comparison import Trained, measure
 from revdistill.tune.config import TuneConfig
 from revdistill.tune.schedule import Schedule
 from revdistill.tune.tuner import Tuner
@@ -27,7 +27,7 @@ def tuned(where: torch.device, optimizer: str, monkeypatch: pytest.MonkeyPatch) 
     for _ in range(2):
         assert run.step().diverged is None
     schedule = run.schedule()
-    return schedule, train(schedule, load("digits").to(where), "MLP", batch_size=32, restarts=2, seed=1)
+    return schedule, measure(schedule, load("digits").to(where), "MLP", batch_size=32, restarts=2, seed=1)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -24,15 +24,17 @@ from revdistill.outer.data import load
 from revdistill.outer.directory import METRICS, read_metrics
 from revdistill.outer.job import InterruptedRunError
 from revdistill.outer.models import build
-from revdistill.outer.random_streams import Batches
-from revdistill.tune import run
+from revdistill.outer.optimizers import accepted
+from revdistill.outer.random_streams import Minibatches
+from revdistill.tune import checkpoint as checkpoints
 from revdistill.tune import schedule as schedules
-from revdistill.tune.comparison import train
+from revdistill.tune.checkpoint import restore, save
+from revdistill.tune.comparison import measure
 from revdistill.tune.config import LEARNABLE, TuneConfig
 from revdistill.tune.plots import schedule_figure
-from revdistill.tune.run import Tuning, restore, save
 from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
 from revdistill.tune.tuner import Tuner
+from revdistill.tune.tuning import Tuning
 
 QUICK = TuneConfig(
     dataset="moons", arch="MoreNonLinearNet", steps=20, outer_steps=4, learn=LEARNABLE, outer_batch=64, batch_size=32
@@ -61,7 +63,7 @@ def a_schedule(**changes: Any) -> Schedule:
 def test_a_tuned_schedule_is_better_on_data_it_never_saw(tmp_path: Path) -> None:
     """From a rate ten times too small: the loss on the test data falls far below that of the start."""
     slow = tuner(lr=0.002, momentum=0.5, outer_steps=25, outer_lr=0.3, learn=("lr", "momentum"))
-    found = Tuning(tmp_path, slow).tune(progress=False)
+    found = Tuning(tmp_path, slow).run(progress=False)
     start, learned = found.comparison["start"], found.comparison["learned"]
     assert learned["loss"] < 0.7 * start["loss"]
     assert learned["accuracy"] > start["accuracy"]
@@ -116,7 +118,7 @@ def test_the_hypergradient_is_finite_differences_one() -> None:
 
 
 def test_a_killed_tuning_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Tuning(tmp_path / "whole", tuner()).tune(progress=False)
+    whole = Tuning(tmp_path / "whole", tuner()).run(progress=False)
     t, original = tuner(), Tuner.step
 
     def step_and_stop(self: Tuner) -> Any:
@@ -127,13 +129,13 @@ def test_a_killed_tuning_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Tuner, "step", step_and_stop)
     with pytest.raises(InterruptedRunError, match="outer step 2"):
-        Tuning(tmp_path / "killed", t).tune(progress=False)
+        Tuning(tmp_path / "killed", t).run(progress=False)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="already holds a tuning"):
-        Tuning(tmp_path / "killed", tuner()).tune(progress=False)
+        Tuning(tmp_path / "killed", tuner()).run(progress=False)
     with pytest.raises(ValueError, match="another configuration"):
-        Tuning(tmp_path / "killed", tuner(seed=1), resume=True).tune(progress=False)
-    resumed = Tuning(tmp_path / "killed", tuner(), resume=True).tune(progress=False)
+        Tuning(tmp_path / "killed", tuner(seed=1), resume=True).run(progress=False)
+    resumed = Tuning(tmp_path / "killed", tuner(), resume=True).run(progress=False)
     for name in ("lr", "momentum", "weight_decay", "init_scale"):
         assert np.array_equal(getattr(whole, name), getattr(resumed, name))
     assert whole.comparison == resumed.comparison
@@ -148,15 +150,15 @@ def test_a_disk_that_is_full_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a distillation: it goes on, says so, and what it ends with is the same."""
-    whole, original = Tuning(tmp_path / "whole", tuner()).tune(progress=False), run.save
+    whole, original = Tuning(tmp_path / "whole", tuner()).run(progress=False), checkpoints.save
 
     def full(path: Path, t: Tuner) -> None:
         if t.outer_step in (2, 3):
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path, t)
 
-    monkeypatch.setattr(run, "save", full)
-    found = Tuning(tmp_path / "full", tuner(), save_every=0.0).tune(progress=False)
+    monkeypatch.setattr(checkpoints, "save", full)
+    found = Tuning(tmp_path / "full", tuner(), save_every=0.0).run(progress=False)
     assert np.array_equal(found.lr, whole.lr)
     assert capsys.readouterr().err.count("took nothing ([Errno 28] No space left on device); going on") == 2
 
@@ -192,7 +194,7 @@ def test_explosions_are_reported_and_clipped() -> None:
 
 def test_batches_are_epochs_of_the_training_data() -> None:
     data = load("moons")
-    draw, again = Batches(data, 100, 3), Batches(data, 100, 3)
+    draw, again = Minibatches(data, 100, 3), Minibatches(data, 100, 3)
     per_epoch = len(data.x) // 100
     seen = torch.cat([draw(k)[0] for k in range(per_epoch)])
     assert len({tuple(row) for row in seen.tolist()}) == len(
@@ -214,7 +216,7 @@ def test_round_trip(tmp_path: Path) -> None:
     [
         ({"groups": ["0", "0"]}, "different names"),
         ({"groups": ["0"]}, "does not go with 1 groups"),
-        ({"optimizer": "lion"}, "expected sgd or adam"),
+        ({"optimizer": "lion"}, f"expected {accepted()}"),
         ({"lr": -a_schedule().lr}, "at least 0"),
         ({"momentum": a_schedule().momentum + 1}, "below 1"),
         ({"lr": a_schedule().lr * np.nan}, "not finite"),
@@ -279,7 +281,7 @@ def test_the_comparison_does_not_seed_the_generators_of_every_gpu(monkeypatch: p
     found = tuner()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
     state = torch.get_rng_state()
-    train(found.schedule(), found.data, found.config.arch, batch_size=16, restarts=2, seed=1)
+    measure(found.schedule(), found.data, found.config.arch, batch_size=16, restarts=2, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -287,20 +289,20 @@ def test_the_comparison_is_a_plain_loop() -> None:
     """One network, by hand with torch.optim, on the batches that the comparison uses."""
     data, config = load("moons"), QUICK
     schedule = tuner().schedule()
-    found = train(schedule, data, config.arch, batch_size=32, restarts=1, seed=5)
-    from revdistill.distill.evaluation import SEED_OFFSET
-    from revdistill.outer.networks import Population
+    found = measure(schedule, data, config.arch, batch_size=32, restarts=1, seed=5)
+    from revdistill.outer.networks import NetworkStack
+    from revdistill.outer.random_streams import evaluation_seed
 
-    population = Population(config.arch, 1, data.input_shape, data.classes, torch.device("cpu"))
+    stack = NetworkStack(config.arch, 1, data.input_shape, data.classes, torch.device("cpu"))
     net = build(config.arch, data.input_shape, data.classes)
-    drawn = population.sample(SEED_OFFSET + 5)
+    drawn = stack.sample(evaluation_seed(5))
     with torch.no_grad():
         for name, p in net.named_parameters():
             p.copy_(drawn[name][0])
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    batch = Batches(data, 32, SEED_OFFSET + 5)
+    batch = Minibatches(data, 32, evaluation_seed(5))
     for k in range(config.steps):
         x, y = batch(k)
         optimizer.zero_grad()

@@ -1,0 +1,80 @@
+"""One distillation in one directory: distil, survive being killed, and evaluate at the end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from revdistill.distill import artifact as artifacts
+from revdistill.distill import checkpoint as checkpoints
+from revdistill.distill.distiller import Distiller, OuterStep
+from revdistill.distill.evaluation import evaluate
+from revdistill.outer.job import Job
+
+RESTARTS = 10
+
+
+class Distillation(Job[artifacts.Artifact]):
+    """A distiller's outer steps, then the evaluation; the result is the artifact, with its evaluation.
+
+    Args:
+        directory: see Job.
+        distiller: what makes the steps.
+        resume: see Job.
+        save_every: see Job.
+    """
+
+    noun, verb = "run", "distil"
+    checkpoint, results = checkpoints.FILE_NAME, (artifacts.FILE_NAME,)
+
+    def __init__(
+        self, directory: Path, distiller: Distiller, *, resume: bool = False, save_every: float = 60.0
+    ) -> None:
+        self.distiller, self._accuracy = distiller, math.nan
+        super().__init__(directory, resume=resume, save_every=save_every)
+
+    @property
+    def total(self) -> int:
+        return self.distiller.config.outer_steps
+
+    @property
+    def outer_step(self) -> int:
+        return self.distiller.outer_step
+
+    def step(self) -> tuple[dict[str, Any] | None, str]:
+        report = self.distiller.step()
+        validated = self.outer_step % max(1, self.total // 10) == 0 or self.outer_step == self.total
+        if validated:
+            self._accuracy = self.distiller.validation_accuracy()
+        logged = validated or report.step % max(1, self.total // 100) == 0 or report.diverged
+        shown = f"loss {report.loss:.4f}" + (
+            "" if math.isnan(self._accuracy) else f", held-out accuracy {self._accuracy:.1%}"
+        )
+        return _entry(report, self._accuracy if validated else None) if logged else None, shown
+
+    def save(self, path: Path) -> None:
+        checkpoints.save(path, self.distiller)
+
+    def restore(self, path: Path) -> None:
+        checkpoints.restore(path, self.distiller)
+
+    def finish(self) -> artifacts.Artifact:
+        result, device = self.distiller.artifact(), self.distiller.config.device
+        found = {
+            name: evaluate(result, self.distiller.data, name, restarts=RESTARTS, device=device).to_dict()
+            for name in result.architectures
+        }
+        result = replace(result, evaluation=found)
+        artifacts.write(self.directory / artifacts.FILE_NAME, result)
+        return result
+
+
+def _entry(report: OuterStep, accuracy: float | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"step": report.step, "loss": report.loss, "hypergradient_norm": report.norm}
+    if accuracy is not None:
+        entry["held_out_accuracy"] = accuracy
+    if report.diverged:
+        entry["diverged"] = report.diverged
+    return entry

@@ -1,0 +1,135 @@
+"""Checkpoints of outer loops: a configuration, and all that a `Descent` needs to go on to the same bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import revdistill
+from revdistill.outer.descent import Descent
+from revdistill.outer.hdf5 import Reader, reading, writing
+
+_MOMENTS, _AVERAGE = ("exp_avg", "exp_avg_sq"), "average"
+C = TypeVar("C")
+
+
+def save(path: Path, descent: Descent, *, version: int, config: dict[str, Any], averages: bool = False) -> None:
+    """Write the file whole, or leave what was there.
+
+    Args:
+        path: the file.
+        descent: its leaves, their mean, and Adam's state are kept.
+        version: of the file's format.
+        config: what makes the same job again, in the types of JSON.
+        averages: whether the format has means of iterates.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with writing(path) as file:
+        file.attrs["format_version"] = version
+        file.attrs["revdistill_version"] = revdistill.__version__
+        file.attrs["config"] = json.dumps(config)
+        file.attrs["outer_step"] = descent.outer_step
+        if averages:
+            file.attrs["averaged"] = descent.averaged
+        states = list(descent.optimizer.state.values())
+        file.attrs["adam_step"] = int(states[0]["step"]) if states else 0
+        for name, leaf in descent.leaves.items():
+            file.create_dataset(name, data=leaf.detach().cpu().numpy())
+            state = descent.optimizer.state.get(leaf, {})
+            for moment in _MOMENTS:
+                value: Tensor = state.get(moment, torch.zeros_like(leaf))
+                file.create_dataset(f"{name}.{moment}", data=value.cpu().numpy())
+        for name, average in descent.averages.items():
+            file.create_dataset(f"{name}.{_AVERAGE}", data=average.cpu().numpy())
+
+
+def restore(path: Path, descent: Descent, *, steps: int, averages: bool = False) -> None:
+    """Put a descent on the same leaves where `save` was called; it stays as it was where the file is damaged.
+
+    Args:
+        path: the file.
+        descent: of the configuration that the file has.
+        steps: outer steps in all, as that configuration says.
+        averages: whether the format has means of iterates.
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it.
+    """
+    with reading(path) as file:
+        names = ("outer_step", "adam_step", "averaged")[: 2 + averages]
+        counts = {name: file.integer(name) for name in names}
+        outer_step, adam_step, averaged = (counts.get(name, 0) for name in ("outer_step", "adam_step", "averaged"))
+        if not 0 <= averaged <= adam_step <= outer_step <= steps:
+            found = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise file.fail(f"attributes {found} do not go with its configuration")
+        tensors = _tensors(file, descent)
+    for name, leaf in descent.leaves.items():
+        with torch.no_grad():
+            leaf.copy_(tensors[name])
+        if adam_step:
+            state: dict[str, Any] = {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
+            descent.optimizer.state[leaf] = {"step": torch.tensor(float(adam_step)), **state}
+    for name, average in descent.averages.items():
+        average.copy_(tensors[f"{name}.{_AVERAGE}"])
+    descent.outer_step, descent.averaged = outer_step, averaged
+
+
+def _tensors(file: Reader, descent: Descent) -> dict[str, Tensor]:
+    """The leaves and what belongs to them, by "NAME" and "NAME.PART", each of its leaf's shape."""
+    parts = (*_MOMENTS, _AVERAGE) if descent.averages else _MOMENTS
+    tensors: dict[str, Tensor] = {}
+    for name, leaf in descent.leaves.items():
+        for key in (name, *(f"{name}.{part}" for part in parts)):
+            values = torch.from_numpy(file.array(key, "float32"))
+            if values.shape != leaf.shape:
+                raise file.fail(f"{key!r} has shape {list(values.shape)}; expected {list(leaf.shape)}")
+            tensors[key] = values.to(leaf.device)
+    return tensors
+
+
+def read_config(path: Path, version: int, from_dict: Callable[[dict[str, Any]], C]) -> C:
+    """The configuration of the job that wrote the checkpoint.
+
+    Args:
+        path: the file.
+        version: the format version that is read.
+        from_dict: makes a configuration of what `save` was given as `config`.
+
+    Raises:
+        ValueError: there is no such file.
+        ArtifactError: names the file and what is wrong with it.
+    """
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no {path.name} to resume from")
+    with reading(path) as file:
+        file.check_version(version)
+        values = file.json("config", dict)
+        try:
+            return from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise file.fail(f"attribute 'config' is not a configuration of this release ({error})") from error
+
+
+def written_by(path: Path) -> str:
+    """The version of revdistill that wrote the checkpoint.
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it.
+    """
+    with reading(path) as file:
+        return file.text("revdistill_version")
+
+
+def describe_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first field in which two configurations differ, in words; None where they are equal."""
+    for name, value in ours.items():
+        if value != theirs.get(name):
+            return f"{name} is {value!r} here, but {theirs.get(name)!r} in the run to be resumed"
+    return None

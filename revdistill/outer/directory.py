@@ -44,9 +44,8 @@ class DirectoryLock:
     def __exit__(self, *_: object) -> None:
         try:
             if self._is_held():
-                self._path.unlink(
-                    missing_ok=True
-                )  # before unlocking, so that whoever has opened it sees that it is gone
+                # before unlocking, so that whoever has opened the file sees that it is gone
+                self._path.unlink(missing_ok=True)
         except OSError:
             pass  # a file that is left without a lock on it locks nothing
         finally:

@@ -24,7 +24,7 @@ def test_one_gradient_and_one_product_per_step(monkeypatch: pytest.MonkeyPatch) 
     linearize = Gradient.linearize
     monkeypatch.setattr(Gradient, "linearize", lambda self, k, theta: calls.append(k) or linearize(self, k, theta))
     loss, params = rd.from_module(mlp(), CE)
-    for adjoint, expected in ((rd.Reversible(), 20), (rd.StoreAll(), 20), (rd.Checkpoint(), 30)):
+    for adjoint, expected in ((rd.Reversible(graph_bytes=0), 20), (rd.StoreAll(), 20), (rd.Checkpoint(), 30)):
         calls.clear()
         total(rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=10, adjoint=adjoint)).backward()
         assert len(calls) == expected
@@ -47,7 +47,7 @@ def test_graphs_that_fit_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch
         )
         return torch.autograd.grad(total(theta), [batches[0], lr, *params.values()])
 
-    plain = hypergradient()
+    plain = hypergradient(graph_bytes=0)
     sizes = []
 
     def watched(self: Gradient, k: int, theta: Tensor) -> Any:
@@ -57,7 +57,7 @@ def test_graphs_that_fit_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch
         return at
 
     monkeypatch.setattr(Gradient, "linearize", watched)
-    hypergradient()
+    hypergradient(graph_bytes=0)
     assert len(set(sizes)) == 1  # one step's graph is as large as another's
     calls.clear()
     found = hypergradient(graph_bytes=fitting * sizes[0] + sizes[0] // 2)
@@ -79,7 +79,7 @@ def test_nothing_is_kept_alive() -> None:
     before = {
         id(o) for o in gc.get_objects() if type(o) in (Trajectory, Linearization)
     }  # of caught errors in other tests
-    theta = rd.unroll(watched, params, data(5), rd.SGD(0.1), steps=30)
+    theta = rd.unroll(watched, params, data(5), rd.SGD(0.1), steps=30, adjoint=rd.Reversible(graph_bytes=0))
     total(theta).backward()
     del theta
     gc.collect()
@@ -117,7 +117,7 @@ def test_peak_memory_is_flat_in_the_number_of_steps() -> None:
     """Each in a fresh process. 33,310 parameters: 400 steps more may cost two spilled words and what the allocator
     rounds up.
     """
-    flat = peak(500, "rd.Reversible()") - peak(100, "rd.Reversible()")
+    flat = peak(500, "rd.Reversible(graph_bytes=0)") - peak(100, "rd.Reversible(graph_bytes=0)")
     growing = peak(500, "rd.StoreAll()") - peak(100, "rd.StoreAll()")
     assert flat < 4 * 2**20
     assert growing > 0.8 * 400 * 4 * 33_310

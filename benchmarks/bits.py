@@ -31,12 +31,12 @@ def measure(momentum: float, device: str) -> dict[str, Any]:
     """There and back."""
     started = time.perf_counter()
     n = COARSE.quantise(momentum)
-    ideal = math.log2(COARSE.radix / n)
+    ideal = math.log2(COARSE.base / n)
     steps = max(LEAST_STEPS, math.ceil(LOST_BITS / ideal))
     draw = torch.Generator().manual_seed(0)
     kicks = torch.randint(-(2**44), 2**44, (97, PARAMETERS), generator=draw).to(device)
     v = torch.zeros(PARAMETERS, dtype=torch.int64, device=device)
-    store = BitStore(v.shape, v.device, DeviceHistory())
+    store = BitStore(len(v), v.device, DeviceHistory())
     for k in range(steps):
         store.decay_(v, n)
         v += kicks[k % len(kicks)]

@@ -106,7 +106,8 @@ def integer_work(parameters: int = 100_000, rounds: int = 50) -> dict[str, Any]:
     """ns per parameter of one step's fixed-point work, forward and back: decay, kick, drift, float, and their
     inverses.
     """
-    from revdistill.engine.integers.fixedpoint import FixedPoint, add_rounded_
+    from revdistill.engine.integers.fixedpoint import FixedPoint
+    from revdistill.engine.integers.loops import LOOPS
     from revdistill.engine.integers.radix import COARSE
 
     torch.set_num_threads(1)
@@ -117,14 +118,14 @@ def integer_work(parameters: int = 100_000, rounds: int = 50) -> dict[str, Any]:
     seconds = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        COARSE.multiply_(v, head, n)
-        add_rounded_(v, gradient, fixed.scale, sign=1)
-        add_rounded_(theta, v, -0.01, sign=1)
-        fixed.to_float(theta, out=out)
-        add_rounded_(theta, v, -0.01, sign=-1)
-        fixed.to_float(theta, out=out)
-        add_rounded_(v, gradient, fixed.scale, sign=-1)
-        COARSE.divide_(v, head, n)
+        LOOPS.multiply(v, head, n, COARSE)
+        LOOPS.add(v, gradient, fixed.scale, 1)
+        LOOPS.add(theta, v, -0.01, 1)
+        LOOPS.to_float(theta, out, fixed)
+        LOOPS.add(theta, v, -0.01, -1)
+        LOOPS.to_float(theta, out, fixed)
+        LOOPS.add(v, gradient, fixed.scale, -1)
+        LOOPS.divide(v, head, n, COARSE)
         seconds.append(time.perf_counter() - started)
     return {"parameters": parameters, "ns_per_parameter": 1e9 * median(seconds[1:]) / parameters}
 

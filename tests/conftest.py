@@ -6,12 +6,12 @@ threads for the devices that it knew of when something first ran backward, and a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from revdistill.engine.adjoints import adjoint
 from tests import standin
 
 
@@ -27,13 +27,12 @@ def counts() -> Iterator[standin.Counts]:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Each unroll's own record of itself, as it is made."""
-    engine_unroll: Any = importlib.import_module("revdistill.engine.unroll")
     seen: list[Any] = []
 
-    class Watched(engine_unroll._Run):  # type: ignore[misc, name-defined]
+    class Watched(adjoint.Unrolled):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             seen.append(self)
 
-    monkeypatch.setattr(engine_unroll, "_Run", Watched)
+    monkeypatch.setattr(adjoint, "Unrolled", Watched)
     return seen

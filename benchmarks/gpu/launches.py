@@ -38,7 +38,12 @@ def passes(task: Task, optimizer: str, steps: int) -> tuple[Callable[[], Tensor]
 
     def forward() -> Tensor:
         theta = rd.unroll(
-            task.loss, task.params, task.batches, OPTIMIZERS[optimizer](rates), steps=steps, adjoint=rd.Reversible()
+            task.loss,
+            task.params,
+            task.batches,
+            OPTIMIZERS[optimizer](rates),
+            steps=steps,
+            adjoint=rd.Reversible(graph_bytes=0),
         )
         return task.outer(theta)
 
@@ -88,12 +93,12 @@ def sweep_alone(value: Tensor) -> None:
     """The way back called directly: autograd keeps its nodes' warnings to its end, where nobody knows their line any
     more.
     """
-    (node,) = (n for n in graph_nodes(value) if hasattr(n, "run"))  # the unroll's own
-    run = node.run
-    recording, run.recording = run.recording, None
+    (node,) = (n for n in graph_nodes(value) if hasattr(n, "unrolled"))  # the unroll's own
+    unrolled = node.unrolled
+    recording, unrolled.recording = unrolled.recording, None
     (bar,) = torch.autograd.grad(value, torch.autograd.graph.GradientEdge(node, 0))
-    with torch.no_grad(), run.problem.determinism.passage():
-        recording.backward(Sweep(run.problem, bar.contiguous()))
+    with torch.no_grad(), unrolled.problem.determinism.passage():
+        recording.backward(Sweep(unrolled.problem, bar.contiguous()))
 
 
 def measure_cuda(problem: Task, **what: Any) -> None:

@@ -11,17 +11,11 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.integers.bitstore import BitStore
-from revdistill.engine.integers.fingerprint import fingerprint, fingerprint_by_passes, largest, largest_on_device
-from revdistill.engine.integers.fixedpoint import FixedPoint, add_rounded_, add_rounded_by_passes_
+from revdistill.engine.integers.fixedpoint import LOW_MASK, FixedPoint, Wide
 from revdistill.engine.integers.history import DeviceHistory, FileHistory, History, HostHistory
-from revdistill.engine.integers.radix import COARSE, FINE, HEAD_BITS, WIDE, Scaling, divisor_of
-from revdistill.engine.integers.wide import (
-    LOW_MASK,
-    Wide,
-    add_rounded_wide_,
-    add_rounded_wide_by_passes_,
-    to_float_by_passes,
-)
+from revdistill.engine.integers.loops import LOOPS
+from revdistill.engine.integers.passes import Passes, divide_, multiply_
+from revdistill.engine.integers.radix import COARSE, FINE, HEAD_BITS, WIDE, Radix
 from tests.cuda.cases import DEVICE
 
 pytestmark = pytest.mark.cuda
@@ -48,9 +42,9 @@ def integers(low: int, high: int, seed: int = 0) -> Tensor:
     return x
 
 
-def slot_for(scaling: Scaling) -> Tensor:
+def slot_for(radix: Radix) -> Tensor:
     v = integers(-(2**62) + 1, 2**62)
-    return v if scaling is not WIDE else torch.stack([v, integers(0, LOW_MASK + 1, seed=2)])
+    return v if radix is not WIDE else torch.stack([v, integers(0, LOW_MASK + 1, seed=2)])
 
 
 def values(dtype: torch.dtype) -> Tensor:
@@ -63,19 +57,19 @@ def values(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize(("scaling", "n"), DECAYS)
-def test_decays_are_the_cpus(device: torch.device, scaling: Scaling, n: int, as_tensor: bool) -> None:
-    v, head = slot_for(scaling), integers(0, n << HEAD_BITS - scaling.radix_bits, seed=3)
+@pytest.mark.parametrize(("radix", "n"), DECAYS)
+def test_decays_are_the_cpus(device: torch.device, radix: Radix, n: int, as_tensor: bool) -> None:
+    v, head = slot_for(radix), integers(0, n << HEAD_BITS - radix.bits, seed=3)
     start_v, start_head = v.clone(), head.clone()
-    there, heads, divisor = v.to(device, copy=True), head.to(device, copy=True), divisor_of(n, device)
+    there, heads, divisor = v.to(device, copy=True), head.to(device, copy=True), Passes().divisor(n, device)
     numerator: Any = torch.full((), n, device=device) if as_tensor else n
-    scaling.multiply_(v, head, n)
-    scaling.multiply_by_passes_(there, heads, numerator, divisor)
+    LOOPS.multiply(v, head, n, radix)
+    multiply_(there, heads, numerator, divisor, radix)
     assert not torch.equal(v, start_v)
     assert torch.equal(there.cpu(), v)
     assert torch.equal(heads.cpu(), head)
-    scaling.divide_(v, head, n)
-    scaling.divide_by_passes_(there, heads, numerator, divisor)
+    LOOPS.divide(v, head, n, radix)
+    divide_(there, heads, numerator, divisor, radix)
     assert torch.equal(v, start_v)
     assert torch.equal(head, start_head)
     assert torch.equal(there.cpu(), start_v)
@@ -96,24 +90,17 @@ def source_and_factor(kind: torch.dtype, each: bool, scale: float) -> tuple[Tens
 
 @pytest.mark.parametrize("each", [False, True], ids=["one factor", "a factor each"])
 @pytest.mark.parametrize("kind", SOURCES)
-@pytest.mark.parametrize("add_", [add_rounded_by_passes_, add_rounded_wide_by_passes_])
-def test_rounded_sums_are_the_cpus(
-    device: torch.device, add_: Callable[..., None], kind: torch.dtype, each: bool
-) -> None:
-    wide = add_ is add_rounded_wide_by_passes_
+@pytest.mark.parametrize("wide", [False, True], ids=["one word", "two words"])
+def test_rounded_sums_are_the_cpus(device: torch.device, wide: bool, kind: torch.dtype, each: bool) -> None:
+    target = integers(-(2**61), 2**61)
     if wide:
-        target, on_the_cpu = (
-            torch.stack([integers(-(2**61), 2**61), integers(0, LOW_MASK + 1, seed=2)]),
-            add_rounded_wide_,
-        )
-    else:
-        target, on_the_cpu = integers(-(2**61), 2**61), add_rounded_
+        target = torch.stack([target, integers(0, LOW_MASK + 1, seed=2)])
     source, factor = source_and_factor(kind, each, Wide.scale if wide else FixedPoint().scale)
     start, there = target.clone(), target.to(device, copy=True)
     moved_source, moved_factor = source.to(device), factor.to(device) if isinstance(factor, Tensor) else factor
     for sign in (1, -1):
-        on_the_cpu(target, source, factor, sign=sign)
-        add_(there, moved_source, moved_factor, sign=sign)
+        LOOPS.add(target, source, factor, sign)
+        Passes().add(there, moved_source, moved_factor, sign)
         assert torch.equal(there.cpu(), target)
         assert torch.equal(target, start) == (sign == -1)
     assert torch.equal(moved_source.cpu(), source)
@@ -125,8 +112,8 @@ def test_fixed_point_numbers_are_read_and_written_as_on_the_cpu(device: torch.de
     q = fixed.from_float(x)
     assert torch.equal(fixed.from_float(x.to(device)).cpu(), q)
     q = integers(-(2**62) + 1, 2**62)
-    expected = fixed.to_float(q, out=torch.empty(NUMEL, dtype=dtype))
-    found = fixed.to_float(q.to(device), out=torch.empty(NUMEL, dtype=dtype, device=device))
+    expected = LOOPS.to_float(q, torch.empty(NUMEL, dtype=dtype), fixed)
+    found = Passes().to_float(q.to(device), torch.empty(NUMEL, dtype=dtype, device=device), fixed)
     assert torch.equal(found.cpu(), expected)
     assert torch.equal(expected, (q.double() * fixed.resolution).to(dtype))  # the CPU's loop is no other arithmetic
 
@@ -134,8 +121,9 @@ def test_fixed_point_numbers_are_read_and_written_as_on_the_cpu(device: torch.de
 @pytest.mark.parametrize("dtype", TYPES)
 def test_wide_numbers_are_read_as_on_the_cpu(device: torch.device, dtype: torch.dtype) -> None:
     q = slot_for(WIDE)
-    expected = Wide.to_float(q, out=torch.empty(NUMEL, dtype=dtype))
-    assert torch.equal(to_float_by_passes(q.to(device)).to(dtype).cpu(), expected)
+    expected = LOOPS.to_float(q, torch.empty(NUMEL, dtype=dtype), Wide())
+    found = Passes().to_float(q.to(device), torch.empty(NUMEL, dtype=dtype, device=device), Wide())
+    assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -143,10 +131,10 @@ def test_a_fingerprint_is_the_cpus_and_leaves_what_it_is_of(device: torch.device
     x = values(dtype)
     x[:5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")])
     there, bits = x.to(device, copy=True), torch.int32 if dtype == torch.float32 else torch.int64
-    assert int(fingerprint_by_passes(there)) == fingerprint(x)
+    assert int(Passes().fingerprint(there)) == LOOPS.fingerprint(x)
     assert torch.equal(there.cpu().view(bits), x.view(bits))
     there[-1] += 1
-    assert int(fingerprint_by_passes(there)) != fingerprint(x)
+    assert int(Passes().fingerprint(there)) != LOOPS.fingerprint(x)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -155,32 +143,32 @@ def test_the_largest_magnitude_is_the_cpus(device: torch.device, dtype: torch.dt
     for place in (0, NUMEL // 2, NUMEL - 1):
         x = torch.zeros(NUMEL, dtype=dtype)
         x[place] = entry
-        found, expected = float(largest_on_device(x.to(device))), largest(x)
+        found, expected = float(Passes().largest(x.to(device))), LOOPS.largest(x)
         assert found == expected or (found != found and expected != expected)
         assert expected == abs(entry) or dtype == torch.float32 or entry != entry
 
 
 @pytest.mark.parametrize("place", ["device", "host", "file"])
-@pytest.mark.parametrize("scaling", [COARSE, FINE, WIDE], ids=["coarse", "fine", "wide"])
-def test_a_bit_store_spills_and_comes_back(device: torch.device, scaling: Scaling, place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("radix", [COARSE, FINE, WIDE], ids=["coarse", "fine", "wide"])
+def test_a_bit_store_spills_and_comes_back(device: torch.device, radix: Radix, place: str, tmp_path: Path) -> None:
     """Rates that lose many bits, none or all, so that words are spilled often; each word to where it is kept,
     and back.
     """
-    factors = [0.5, 0.9, 0.01, 1.0, 1 / scaling.radix, 0.0, 0.999] * 4
+    factors = [0.5, 0.9, 0.01, 1.0, 1 / radix.base, 0.0, 0.999] * 4
     histories: dict[str, Callable[[], History]] = {
         "device": DeviceHistory,
         "host": lambda: HostHistory(device),
         "file": lambda: FileHistory(tmp_path, device),
     }
     numel = NUMEL // 10
-    v = slot_for(scaling)[..., :numel].clone()
+    v = slot_for(radix)[..., :numel].clone()
     there, start = v.to(device, copy=True), v.clone()
-    mine = BitStore((numel,), torch.device("cpu"), DeviceHistory(), scaling)
-    theirs = BitStore((numel,), device, histories[place](), scaling)
+    mine = BitStore(numel, torch.device("cpu"), DeviceHistory(), radix)
+    theirs = BitStore(numel, device, histories[place](), radix)
     noise = drawn(5)
     added = []
     for factor in factors:
-        n, more = scaling.quantise(factor), torch.randint(0, 2**40, (numel,), generator=noise)
+        n, more = radix.quantise(factor), torch.randint(0, 2**40, (numel,), generator=noise)
         mine.decay_(v, n)
         theirs.decay_(there, n)
         (v if v.ndim == 1 else v[0]).add_(more)
@@ -191,6 +179,6 @@ def test_a_bit_store_spills_and_comes_back(device: torch.device, scaling: Scalin
     assert theirs.history.nbytes == mine.history.nbytes > 3 * v.nbytes
     for factor, more in zip(reversed(factors), reversed(added), strict=True):
         (there if v.ndim == 1 else there[0]).sub_(more.to(device))
-        theirs.undecay_(there, scaling.quantise(factor))
+        theirs.undecay_(there, radix.quantise(factor))
     assert torch.equal(there.cpu(), start)
     assert bool(theirs.is_empty())

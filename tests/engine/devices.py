@@ -88,7 +88,7 @@ def outcome(case: Case, optimizer: Any, leaves: dict[str, Tensor], runs: list[An
     theta = rd.unroll(case.loss, case.params, case.batches, optimizer, seed=3, **kwargs)
     words, fingerprints = None, torch.zeros(0)
     if runs:  # not so with Backprop
-        words = words_of(runs[0].recording._history) if hasattr(runs[0].recording, "_history") else None
+        words = words_of(runs[0].recording.history) if hasattr(runs[0].recording, "history") else None
         fingerprints = standin.take(torch.as_tensor(runs[0].problem.gradient.fingerprints._kept))
     leaves = case.leaves | leaves
     found = torch.autograd.grad(total(theta), list(leaves.values()), allow_unused=True)

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.adjoints.trajectory import Kernels
-from revdistill.engine.integers.bitstore import BitStore
-from revdistill.engine.integers.compiled import CompiledKernels
-from revdistill.engine.integers.history import DeviceHistory
-from revdistill.engine.integers.radix import COARSE, FINE, WIDE, Scaling
+from revdistill.engine.integers.compiled import Compiled
+from revdistill.engine.integers.passes import Passes
+from revdistill.engine.integers.radix import COARSE, FINE, WIDE, Radix
 from revdistill.engine.loss import compiled, timing
 from revdistill.engine.loss.timing import best_times
 
@@ -60,12 +58,6 @@ def test_compiled_hypergradient_is_eagers() -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
-def store_with(head: Tensor, scaling: Scaling) -> BitStore:
-    store = BitStore(head.shape, head.device, DeviceHistory(), scaling)
-    store.head.copy_(head)
-    return store
-
-
 def operands(n: int, draw: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
     """([v, theta, moment], [their heads]), anywhere in the range: one word for COARSE and FINE, two for WIDE."""
     v, theta, high = (torch.randint(-(2**60), 2**60, (1001,), generator=draw) for _ in range(3))
@@ -80,26 +72,26 @@ def operands(n: int, draw: torch.Generator) -> tuple[list[Tensor], list[Tensor]]
 @pytest.mark.parametrize("n", [1, 49, 58982, 65535])
 def test_compiled_integers_have_eagers_bits(n: int) -> None:
     draw = torch.Generator().manual_seed(0)
-    kernels, eager = CompiledKernels(), Kernels()
-    slots, heads = operands(n, draw)
-    g, before = torch.randn(1001, generator=draw), [t.clone() for t in (*slots, *heads)]
-    states = []
-    for _ in range(2):
-        stores = [store_with(head, scaling) for head, scaling in zip(heads, (COARSE, FINE, WIDE), strict=True)]
-        states.append(([t.clone() for t in slots], stores))
-    calls = []
-    for own, stores in states:
-        pushes = [(store, slot, n) for store, slot in zip(stores, own, strict=True)]
-        calls.append((pushes, [(own[0], g, 2.0**44 * 0.37), (own[2], g, 2.0**94 * 0.37), (own[1], own[0], 0.01)]))
-    for k, call in zip((kernels, eager), calls, strict=True):
-        k.forward(*call)
-    (mine, my_stores), (theirs, their_stores) = states
+    compiled = Compiled()
+    numbers, heads = operands(n, draw)
+    g, before = torch.randn(1001, generator=draw), [t.clone() for t in (*numbers, *heads)]
+    mine, theirs = ([t.clone() for t in before] for _ in range(2))
+    for backend, own in ((compiled, mine), (Passes(), theirs)):
+        for v, head, radix in zip(own[:3], own[3:], (COARSE, FINE, WIDE), strict=True):
+            backend.multiply(v, head, n, radix)
+        backend.add(own[0], g, 2.0**44 * 0.37, 1)
+        backend.add(own[2], g, 2.0**94 * 0.37, 1)
+        backend.add(own[1], own[0], 0.01, 1)
+        backend.settle()
     assert all(map(torch.equal, mine, theirs))
-    assert all(torch.equal(a.head, b.head) for a, b in zip(my_stores, their_stores, strict=True))
-    kernels.inverse(*calls[0])
-    assert all(map(torch.equal, (*mine, *(store.head for store in my_stores)), before))
-    assert kernels._forward._compiled is not None
-    assert kernels._inverse._compiled is not None
+    compiled.add(mine[1], mine[0], 0.01, -1)
+    compiled.add(mine[2], g, 2.0**94 * 0.37, -1)
+    compiled.add(mine[0], g, 2.0**44 * 0.37, -1)
+    for v, head, radix in zip(mine[2::-1], mine[:2:-1], (WIDE, FINE, COARSE), strict=True):
+        compiled.divide(v, head, n, radix)
+    compiled.settle()
+    assert all(map(torch.equal, mine, before))
+    assert compiled.compiled is not None
 
 
 def _fake_compile(change: Any) -> Any:
@@ -138,43 +130,49 @@ def test_wrong_values_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_integers_with_one_wrong_bit_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(function: Any, pushes: Any, adds: Any) -> None:
-        function(pushes, adds)
-        adds[-1][0].bitwise_xor_(1)
+    def wrong(function: Any, operations: Any) -> None:
+        function(operations)
+        operations[-1].target.bitwise_xor_(1)
 
     monkeypatch.setattr(torch, "compile", _fake_compile(wrong))
-    kernels, eager = CompiledKernels(), Kernels()
+    compiled, eager = Compiled(), Passes()
     for _ in range(2):
         mine, theirs = torch.arange(5), torch.arange(5)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            kernels.forward([], [(mine, torch.ones(5), 3.0)])
-        eager.forward([], [(theirs, torch.ones(5), 3.0)])
+            compiled.add(mine, torch.ones(5), 3.0, 1)
+            compiled.settle()
+        eager.add(theirs, torch.ones(5), 3.0, 1)
         assert torch.equal(mine, theirs)
         messages = [str(w.message) for w in caught]
         assert messages == [] or "other bits than eager" in messages[0]
+        assert compiled.compiled is None
 
 
-@pytest.mark.parametrize("scaling", [COARSE, FINE, WIDE], ids=["coarse", "fine", "wide"])
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("radix", [COARSE, FINE, WIDE], ids=["coarse", "fine", "wide"])
+@pytest.mark.parametrize("direction", ["multiply", "divide"])
 def test_a_wrong_decay_is_dropped_where_slots_and_heads_are_still_zero(
-    monkeypatch: pytest.MonkeyPatch, scaling: Scaling, direction: str
+    monkeypatch: pytest.MonkeyPatch, radix: Radix, direction: str
 ) -> None:
     """Regression: the one comparison was that of step 0, where every decay of 0 is 0."""
 
-    def wrong(function: Any, pushes: Any, adds: Any) -> None:
-        function(pushes, adds)
-        for _, _, head, _ in pushes:
-            head.copy_(torch.where(head > 1000, head ^ 1, head))
+    def wrong(function: Any, operations: Any) -> None:
+        function(operations)
+        for o in operations:
+            if hasattr(o, "head"):
+                o.head.copy_(torch.where(o.head > 1000, o.head ^ 1, o.head))
 
     monkeypatch.setattr(torch, "compile", _fake_compile(wrong))
-    slot = torch.zeros(5, dtype=torch.int64) if scaling is not WIDE else torch.zeros(2, 5, dtype=torch.int64)
-    store, n = store_with(torch.zeros(5, dtype=torch.int64), scaling), scaling.quantise(0.9)
+    slot = torch.zeros(5, dtype=torch.int64) if radix is not WIDE else torch.zeros(2, 5, dtype=torch.int64)
+    head, compiled = torch.zeros(5, dtype=torch.int64), Compiled()
     state = torch.get_rng_state()
+    getattr(compiled, direction)(slot, head, radix.quantise(0.9), radix)
+    compiled.add(slot, torch.zeros(5), 1.0, 1)
     with pytest.warns(rd.CompileWarning, match="other bits than eager"):
-        getattr(CompiledKernels(), direction)([(store, slot, n)], [(slot, torch.zeros(5), 1.0)])
+        compiled.settle()
+    assert compiled.compiled is None
     assert not slot.any()  # what it was compared on is gone
-    assert not store.head.any()
+    assert not head.any()
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -201,9 +199,10 @@ def test_the_compilers_advice_to_use_tf32_drops_nothing(monkeypatch: pytest.Monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = hypergradient(loss, params, batches, compile=True)
-        kernels = CompiledKernels()
-        kernels.forward([], [(torch.arange(5), torch.ones(5), 3.0)])
-    assert kernels._forward._compiled is not None
+        compiled = Compiled()
+        compiled.add(torch.arange(5), torch.ones(5), 3.0, 1)
+        compiled.settle()
+    assert compiled.compiled is not None
     assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
 
 

@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import revdistill as rd
+from revdistill.engine.adjoints import memory, reversible
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.loss.gradient import EagerLinearization as Linearization
 from revdistill.engine.loss.gradient import Gradient
@@ -24,7 +26,7 @@ def test_one_gradient_and_one_product_per_step(monkeypatch: pytest.MonkeyPatch) 
     linearize = Gradient.linearize
     monkeypatch.setattr(Gradient, "linearize", lambda self, k, theta: calls.append(k) or linearize(self, k, theta))
     loss, params = rd.from_module(mlp(), CE)
-    for adjoint, expected in ((rd.Reversible(), 20), (rd.StoreAll(), 20), (rd.Checkpoint(), 30)):
+    for adjoint, expected in ((rd.Reversible(graph_bytes=0), 20), (rd.StoreAll(), 20), (rd.Checkpoint(), 30)):
         calls.clear()
         total(rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=10, adjoint=adjoint)).backward()
         assert len(calls) == expected
@@ -34,8 +36,8 @@ def test_one_gradient_and_one_product_per_step(monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 10
 
 
-@pytest.mark.parametrize("fitting", [0, 1, 4, 10, 99])
-def test_graphs_that_fit_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch, fitting: int) -> None:
+@pytest.mark.parametrize("fitting", [None, 0, 1, 4, 10, 99])
+def test_graphs_that_fit_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch, fitting: int | None) -> None:
     calls = []
     linearize = Gradient.linearize
     loss, params = rd.from_module(mlp(), CE)
@@ -47,7 +49,7 @@ def test_graphs_that_fit_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch
         )
         return torch.autograd.grad(total(theta), [batches[0], lr, *params.values()])
 
-    plain = hypergradient()
+    plain = hypergradient(graph_bytes=0)
     sizes = []
 
     def watched(self: Gradient, k: int, theta: Tensor) -> Any:
@@ -57,12 +59,86 @@ def test_graphs_that_fit_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch
         return at
 
     monkeypatch.setattr(Gradient, "linearize", watched)
-    hypergradient()
+    monkeypatch.setattr(reversible, "free_bytes", lambda device: 2**40)
+    hypergradient(graph_bytes=0)
     assert len(set(sizes)) == 1  # one step's graph is as large as another's
     calls.clear()
-    found = hypergradient(graph_bytes=fitting * sizes[0] + sizes[0] // 2)
-    assert calls == [*range(10), *reversed(range(10 - min(10, fitting)))]
+    found = hypergradient(graph_bytes=None if fitting is None else fitting * sizes[0] + sizes[0] // 2)
+    assert calls == [*range(10), *reversed(range(10 - min(10, 10 if fitting is None else fitting)))]
     assert all(map(torch.equal, found, plain))
+
+
+def evaluations(monkeypatch: pytest.MonkeyPatch, free: int | None = None, **kwargs: Any) -> tuple[list[int], int]:
+    """(Of which steps gradients were evaluated in an unroll of 10, the bytes of one step's graph.)"""
+    calls, sizes = [], []
+    linearize = Gradient.linearize
+
+    def watched(self: Gradient, k: int, theta: Tensor) -> Any:
+        at = linearize(self, k, theta)
+        calls.append(k)
+        sizes.append(at.nbytes)
+        return at
+
+    loss, params = rd.from_module(mlp(), CE)
+    with monkeypatch.context() as patch:
+        patch.setattr(Gradient, "linearize", watched)
+        if free is not None:
+            patch.setattr(reversible, "free_bytes", lambda device: free)
+        total(rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=10, **kwargs)).backward()
+    assert len(set(sizes)) == 1
+    return calls, sizes[0]
+
+
+def test_graphs_of_a_short_unroll_are_kept_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for adjoint in (None, rd.Reversible(), rd.Reversible(history="host", graph_bytes=None)):
+        calls, _ = evaluations(monkeypatch, free=2**40, adjoint=adjoint)
+        assert calls == [*range(10)]
+
+
+def test_graphs_take_a_sixteenth_of_the_free_memory_and_256_mib_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, size = evaluations(monkeypatch)
+    for free, kept in ((0, 0), (16 * size - 1, 0), (16 * size, 1), (16 * 3 * size + 15, 3), (2**60, 10)):
+        calls, _ = evaluations(monkeypatch, free=free)
+        assert calls == [*range(10), *reversed(range(10 - kept))]
+    assert reversible.GRAPH_BYTES == 256 * 2**20
+    for nbytes, kept in ((size, 1), (4 * size + 1, 4), (0, 0)):
+        monkeypatch.setattr(reversible, "GRAPH_BYTES", nbytes)
+        calls, _ = evaluations(monkeypatch, free=2**60)
+        assert calls == [*range(10), *reversed(range(10 - kept))]
+
+
+def test_an_explicit_size_does_not_look_at_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, _ = evaluations(monkeypatch, free=0, adjoint=rd.Reversible(graph_bytes=2**20))
+    assert calls == [*range(10)]
+
+
+@pytest.mark.parametrize(
+    ("meminfo", "limit", "used", "expected"),
+    [
+        ("MemTotal: 9 kB\nMemAvailable: 7 kB\n", None, None, 7 * 1024),
+        ("MemTotal: 9 kB\nMemAvailable: 7 kB\n", "max", "5", 7 * 1024),
+        ("MemTotal: 9 kB\nMemAvailable: 7 kB\n", "5000\n", "1000\n", 4000),  # a container's own limit
+        ("MemTotal: 9 kB\nMemAvailable: 7 kB\n", "999999", "1000", 7 * 1024),
+        ("MemTotal: 9 kB\nMemAvailable: 7 kB\n", "5000", "6000", 0),
+        ("MemTotal: 9 kB\n", "5000", "1000", 0),
+        ("MemAvailable:\n", None, None, 0),
+        (None, "5000", "1000", 0),  # a system that does not tell
+    ],
+)
+def test_free_memory(
+    meminfo: str | None,
+    limit: str | None,
+    used: str | None,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    for name, text in (("meminfo", meminfo), ("memory.max", limit), ("memory.current", used)):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    assert memory.free_bytes(torch.device("cpu")) == expected
 
 
 def test_nothing_is_kept_alive() -> None:
@@ -79,7 +155,7 @@ def test_nothing_is_kept_alive() -> None:
     before = {
         id(o) for o in gc.get_objects() if type(o) in (Trajectory, Linearization)
     }  # of caught errors in other tests
-    theta = rd.unroll(watched, params, data(5), rd.SGD(0.1), steps=30)
+    theta = rd.unroll(watched, params, data(5), rd.SGD(0.1), steps=30, adjoint=rd.Reversible(graph_bytes=0))
     total(theta).backward()
     del theta
     gc.collect()
@@ -117,7 +193,7 @@ def test_peak_memory_is_flat_in_the_number_of_steps() -> None:
     """Each in a fresh process. 33,310 parameters: 400 steps more may cost two spilled words and what the allocator
     rounds up.
     """
-    flat = peak(500, "rd.Reversible()") - peak(100, "rd.Reversible()")
+    flat = peak(500, "rd.Reversible(graph_bytes=0)") - peak(100, "rd.Reversible(graph_bytes=0)")
     growing = peak(500, "rd.StoreAll()") - peak(100, "rd.StoreAll()")
     assert flat < 4 * 2**20
     assert growing > 0.8 * 400 * 4 * 33_310

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import revdistill as rd
 from revdistill.engine.integers.bitstore import BitStore
-from revdistill.engine.integers.fingerprint import fingerprint
 from revdistill.engine.integers.history import DeviceHistory
-from revdistill.engine.integers.radix import COARSE, FINE, WIDE
+from revdistill.engine.integers.loops import LOOPS
+from revdistill.engine.integers.passes import Passes
+from revdistill.engine.integers.radix import COARSE, FINE, WIDE, Radix
 from tests import standin
 from tests.engine.devices import DTYPES, assert_same, classifier, go_back, least_quartics, mlp, outcome, stack
 from tests.engine.problems import SETTINGS, STEPS, optimizer_of, tensors_of
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("scaling", "rates"),
+    ("radix", "rates"),
     [
         (COARSE, [1, 2, 49, 58982, 65515, 65535]),
         (FINE, [1, 49, 2**29 + 1, 2**30 - 1]),
@@ -40,16 +41,16 @@ CPU = torch.device("cpu")
     ],
     ids=["coarse", "fine", "wide"],
 )
-def test_decays_have_the_cpus_bits(counts: standin.Counts, scaling: Any, rates: list[int]) -> None:
+def test_decays_have_the_cpus_bits(counts: standin.Counts, radix: Radix, rates: list[int]) -> None:
     """Regression: heads were divided by a number of the host, which CUDA multiplies by the number's rounded
     reciprocal.
     """
     numel = 20_000
     draw = torch.Generator().manual_seed(0)
     for n in rates:
-        here, there = (BitStore((numel,), where, DeviceHistory(), scaling) for where in (CPU, standin.device()))
+        here, there = (BitStore(numel, where, DeviceHistory(), radix) for where in (CPU, standin.device()))
         start = torch.randint(-(2**60), 2**60, (numel,), generator=draw)
-        if scaling is WIDE:
+        if radix is WIDE:
             start = torch.stack([start, torch.randint(0, 2**60, (numel,), generator=draw)])
         mine, theirs = start.clone(), standin.put(start)
         for _ in range(40):
@@ -64,7 +65,7 @@ def test_decays_have_the_cpus_bits(counts: standin.Counts, scaling: Any, rates: 
 
 
 def test_a_constant_rate_is_put_on_the_device_once(counts: standin.Counts) -> None:
-    store, v = BitStore((5,), standin.device(), DeviceHistory()), standin.put(torch.arange(5))
+    store, v = BitStore(5, standin.device(), DeviceHistory()), standin.put(torch.arange(5))
     for n in (58982, 58982, 58982, 49):
         store.decay_(v, n)
     assert counts.operators["aten::full"] == 2
@@ -75,9 +76,9 @@ def test_a_fingerprint_is_the_cpus_and_leaves_what_it_is_of(counts: standin.Coun
     """Regression: float64's bits are int64 already, and were mixed in place: the gradient itself."""
     x = torch.randn(1001, dtype=dtype, generator=torch.Generator().manual_seed(0))
     there = standin.put(x)
-    found = fingerprint(there)
+    found = Passes().fingerprint(there)
     assert isinstance(found, Tensor)
-    assert int(found) == fingerprint(x)
+    assert int(found) == LOOPS.fingerprint(x)
     assert torch.equal(standin.take(there), x)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import revdistill as rd
 from tests.engine.small import CE
 
-AGAIN = [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()]  # every gradient is evaluated a second time
-FIXED = [*AGAIN, rd.Reversible(graph_bytes=2**20)]
+AGAIN = [rd.Reversible(graph_bytes=0), rd.Checkpoint(), rd.StoreAll()]  # every gradient is evaluated a second time
+FIXED = [*AGAIN, rd.Reversible(), rd.Reversible(graph_bytes=2**20)]
 EVERY = [*FIXED, rd.Backprop()]
 STEPS = 10
 Params = dict[str, Tensor]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.adjoints.reversible import default_adjoint
 from revdistill.engine.loss.determinism import Determinism
+from revdistill.engine.unroll import default_adjoint
 from tests.engine.small import CE, data, mlp, total
 
 

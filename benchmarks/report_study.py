@@ -15,7 +15,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 DATA = (*STUDIED, "all")
-SCHEDULES = {"raw": "raw steps", "strategy1": "strategy 1", "strategy2": "strategy 2", "strategy3": "strategy 3"}
+STRATEGIES = {"raw": "raw steps", "strategy1": "strategy 1", "strategy2": "strategy 2", "strategy3": "strategy 3"}
 COLOURS = {"LinearNet": "C0", "NonLinearNet": "C1", "MoreNonLinearNet": "C2", "all": "C3"}
 
 # The talk's own figures (D. Medvedev, 2020): (data, schedule, test) -> mean, std.
@@ -55,7 +55,7 @@ def beside_the_talk(results: dict[str, Any], settings: tuple[str, ...] = ("ours"
     cells = by_place(results["cells"])
     rows = []
     for (data, schedule), talk in TALK.items():
-        label = "original data" if data == "original" else f"{data}, {SCHEDULES[schedule]}"
+        label = "original data" if data == "original" else f"{data}, {STRATEGIES[schedule]}"
         rows.append([label, "talk", *(in_words(*pair) for pair in talk)])
         for setting in ("faithful",) if data == "original" else settings:
             row = grid(cells, setting, data, schedule, STUDIED)
@@ -66,7 +66,7 @@ def beside_the_talk(results: dict[str, Any], settings: tuple[str, ...] = ("ours"
 def best_for_all(results: dict[str, Any]) -> str:
     """The data distilled for all: every schedule, every architecture."""
     cells = by_place(results["cells"])
-    rows = [[SCHEDULES[s], *grid(cells, "ours", "all", s, (*STUDIED, *UNSEEN))] for s in SCHEDULES]
+    rows = [[STRATEGIES[s], *grid(cells, "ours", "all", s, (*STUDIED, *UNSEEN))] for s in STRATEGIES]
     return table(["distilled for all (ours)", *STUDIED, *(f"{name} (unseen)" for name in UNSEEN)], rows)
 
 
@@ -107,7 +107,7 @@ def every_schedule(results: dict[str, Any], setting: str) -> str:
     """Rows: data and schedule; columns: all architectures."""
     cells = by_place(results["cells"])
     rows = [
-        [data, SCHEDULES[s], *grid(cells, setting, data, s, (*STUDIED, *UNSEEN))] for data in DATA for s in SCHEDULES
+        [data, STRATEGIES[s], *grid(cells, setting, data, s, (*STUDIED, *UNSEEN))] for data in DATA for s in STRATEGIES
     ]
     return table(["distilled for", "", *STUDIED, *UNSEEN], rows)
 
@@ -120,7 +120,7 @@ def datasets(results: dict[str, Any]) -> str:
         for data in DATA:
             for schedule in ("raw", "strategy1"):
                 row = grid(cells, "ours", data, schedule, (*STUDIED, *UNSEEN))
-                rows.append([name, data, SCHEDULES[schedule], *row])
+                rows.append([name, data, STRATEGIES[schedule], *row])
     return "### Circles, blobs, digits (ours, first step sizes 0.05, compression 3x)\n\n" + table(
         ["", "distilled for", "", *STUDIED, *UNSEEN], rows
     )

@@ -1,4 +1,4 @@
-"""What is the user's to put right."""
+"""Errors that the user can put right, and the checks of what the user gave."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ class UserError(Exception):
 
 @contextmanager
 def user_input(option: str | None = None) -> Iterator[None]:
-    """Around the checks of what the user gave: their errors are the user's. option: what to name in them."""
+    """Turn errors of the checks inside into UserError.
+
+    Args:
+        option: named at the start of the message.
+
+    Raises:
+        UserError: a ValueError, ArtifactError or PermissionError was raised inside.
+    """
     prefix = f"{option}: " if option else ""
     try:
         yield
@@ -28,14 +35,24 @@ def user_input(option: str | None = None) -> Iterator[None]:
 
 
 def dataset_of(artifact: Artifact, asked: str | None) -> str:
-    """The real data's name. A file does not get to say which other file is read: that must be asked for."""
+    """The name of the real data: the one asked for, or the artifact's.
+
+    An artifact may come from a stranger, so it does not choose which file of this machine is read.
+    """
     if asked is None and artifact.dataset not in NAMES:
         raise UserError(f"the data were distilled from {artifact.dataset!r}; give --dataset with that file to read it")
     return asked or artifact.dataset
 
 
 def read_run(run: Path) -> tuple[Path, Artifact]:
-    """The run's directory and artifact; `run` may also be the artifact itself."""
+    """The run's directory and its artifact.
+
+    Args:
+        run: the directory, or the artifact's file.
+
+    Raises:
+        UserError: there is no such run, or its artifact is damaged.
+    """
     path = run / FILE_NAME if run.is_dir() else run
     with user_input():
         if not run.exists():

@@ -20,19 +20,21 @@ from .table import evaluation_table
 @click.command(short_help="Train fresh networks on distilled data and measure them.")
 @click.argument("run", type=click.Path(path_type=Path))
 @options.arch
-@click.option("--restarts", type=click.IntRange(min=1), default=10, show_default=True, help="Fresh networks to train.")
+@click.option(
+    "--restarts", type=click.IntRange(min=1), default=10, show_default=True, help="How many fresh networks to train."
+)
 @click.option(
     "--schedule",
     type=click.Choice(list(STRATEGIES)),
     default="raw",
     show_default=True,
-    help="raw: the learned step sizes; the strategies train for 50 epochs (1: rates of its own, "
-    "2: the learned epochs repeated with decay, 3: the last epoch repeated with decay).",
+    help="raw: the learned step sizes as they are. The strategies train for 50 epochs: 1 with rates of its own, "
+    "2 repeats the learned epochs at falling rates, 3 repeats the last of them at falling rates.",
 )
 @options.dataset
 @options.data_dir
 @options.device
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def evaluate(
     run: Path,
     architectures: tuple[str, ...],
@@ -43,9 +45,10 @@ def evaluate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Train fresh networks on the distilled data of RUN with plain SGD, and measure their test accuracy.
+    """Train fresh networks on the distilled data of RUN with the plain optimizer that they were distilled for, and
+    measure their test accuracy.
 
-    Without --arch, the architectures that the data were distilled for.
+    Without --arch, they have the architectures that the data were distilled for.
     """
     _, artifact = read_run(run)
     found = {}

@@ -12,6 +12,7 @@ from revdistill.outer import models
 from revdistill.outer.data import DATA_DIR
 from revdistill.outer.device import check_device
 from revdistill.outer.image_files import FROM_FILES
+from revdistill.outer.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
@@ -60,14 +61,17 @@ def _device_name(name: str) -> str:
 ARCHITECTURE = _Checked("name", models.canonical)
 DEVICE = _Checked("device", _device_name)
 
+_OTHER_NAMES = [f"{f.title}: {f.momentum_name}" for f in OPTIMIZERS.values() if f.momentum_name != "momentum"]
+MOMENTUM = f"momentum ({', '.join(_OTHER_NAMES)})"
+
 arch = click.option(
     "--arch",
     "architectures",
     type=ARCHITECTURE,
     multiple=True,
     metavar="NAME",
-    help=f"Network: {', '.join(models.ARCHITECTURES)}, or your own factory package.module:function, called with "
-    "(input_shape, classes). Repeat it for several.",
+    help=f"Network: {', '.join(models.ARCHITECTURES)}, or your own factory package.module:function, which is called "
+    "with (input_shape, classes). Repeat the option for several.",
 )
 data_dir = click.option(
     "--data-dir",
@@ -76,13 +80,12 @@ data_dir = click.option(
     show_default=True,
     envvar="REVDISTILL_DATA_DIR",
     show_envvar=True,
-    help=f"Where the files of {', '.join(FROM_FILES)} are: the folder itself, or one that holds folders of "
-    "these names.",
+    help=f"Folder with the files of {', '.join(FROM_FILES)}, or with a folder of this name for each.",
 )
 dataset = click.option(
     "--dataset",
-    help="Real data instead of those that RUN names: a name, or a .npz file. Needed where RUN was distilled from a "
-    ".npz file: which file is read is yours to say.",
+    help="Use this real dataset (a name, or a .npz file) instead of the one that RUN names. It must be given where RUN "
+    "was distilled from a .npz file: the result of somebody else does not choose which of your files is read.",
 )
 device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 
@@ -93,9 +96,11 @@ def kept(noun: str, default: str) -> Callable[[FC], FC]:
         click.option(
             "--out",
             type=click.Path(path_type=Path, file_okay=False),
-            help=f"The {noun}'s directory.  [default: {default}]",
+            help=f"Directory of the {noun}.  [default: {default}]",
         ),
-        click.option("--resume", is_flag=True, help=f"Go on with the {noun} in --out, to the same result bit for bit."),
+        click.option(
+            "--resume", is_flag=True, help=f"Go on with the {noun} in --out. The result is the same, bit for bit."
+        ),
         click.option(
             "--save-every",
             type=click.FloatRange(min=0),

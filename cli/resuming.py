@@ -37,8 +37,8 @@ def check_agrees(ctx: click.Context, noun: str, out: Path, saved: Any, values: d
 
 @contextmanager
 def stopping(ctx: click.Context, config: Any, out: Path, data_dir: Path) -> Iterator[None]:
-    """Around the work: one that is told to stop says how to go on with the command, and exits as the signal
-    asks for.
+    """Run the work inside. Where it is told to stop, say which command goes on with it, and exit with the signal's
+    code.
     """
     try:
         yield

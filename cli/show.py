@@ -18,11 +18,11 @@ from .errors import UserError, dataset_of, read_run, user_input
 from .table import evaluation_table, table
 
 
-@click.command(short_help="Summary in the terminal, pictures to RUN/plots.")
+@click.command(short_help="Print a summary and draw pictures to RUN/plots.")
 @click.argument("run", type=click.Path(path_type=Path))
 @options.dataset
 def show(run: Path, dataset: str | None) -> None:
-    """Print what RUN holds and draw its pictures to RUN/plots."""
+    """Print a summary of RUN and draw its pictures to RUN/plots."""
     directory, artifact = read_run(run)
     with user_input():
         data = _data_behind(artifact, dataset)

@@ -37,63 +37,85 @@ _option = options.Fields(_DEFAULT)
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
-    help="Settings that belong together; what else is given goes before them.",
+    help="Take these settings together. An option that is given as well overrides its part of them.",
 )
 @_option("--dataset", f"{', '.join(NAMES)}, or a .npz file with x and y.")
 @options.data_dir
 @options.arch
-@_option("--steps", "Synthetic batches.", type=COUNT)
-@_option("--epochs", "How often they are gone through: steps x epochs inner steps.", type=COUNT)
+@_option("--steps", "How many synthetic batches are learned.", type=COUNT)
+@_option("--epochs", "How often a network trains on all of them: steps x epochs inner steps.", type=COUNT)
 @_option("--per-class", "Synthetic samples per class in a batch.", type=COUNT)
 @_option(
-    "--optimizer", "Of the inner training. Adam wants a smaller --lr, such as 0.005.", type=click.Choice(OPTIMIZERS)
+    "--optimizer",
+    "The inner training's optimizer. Adam wants a smaller --lr, such as 0.005.",
+    type=click.Choice(list(OPTIMIZERS)),
 )
-@_option("--momentum", "Of the inner SGD, or Adam's beta1.", type=click.FloatRange(0, 1))
-@_option("--learn-momentum", "Learn a momentum per inner step, from --momentum.", is_flag=True)
-@_option("--weight-decay", "Of the inner training, kept in the result.", type=click.FloatRange(min=0))
-@_option("--learn-labels", "Learn soft labels.", is_flag=True)
-@_option("--lr", "Inner step sizes at the start; one is learned per inner step.", type=RATE)
+@_option("--momentum", f"The inner training's {options.MOMENTUM}.", type=click.FloatRange(0, 1))
+@_option("--learn-momentum", "Learn a momentum for each inner step; --momentum is where they start.", is_flag=True)
+@_option(
+    "--weight-decay",
+    "The inner training's weight decay. It is part of the result, and not learned.",
+    type=click.FloatRange(min=0),
+)
+@_option("--learn-labels", "Learn soft labels as well.", is_flag=True)
+@_option("--lr", "Where the inner step sizes start; one is learned for each inner step.", type=RATE)
 @_option(
     "--init", "Distil for new random networks at every outer step, or for one fixed network.", type=click.Choice(INITS)
 )
-@_option("--inits", "Networks per outer step (and architecture), trained side by side.", type=COUNT)
+@_option("--inits", "Networks of each architecture in an outer step, trained side by side.", type=COUNT)
 @_option(
     "--start",
-    "Synthetic data start as noise, real samples, or centroids of the real samples of a class.",
+    "Start the synthetic data from noise, from real samples, or from centroids of each class's real samples.",
     type=click.Choice(list(STARTS)),
 )
-@_option("--outer-steps", "Adam steps on data and step sizes.", type=COUNT)
-@_option("--outer-lr", "Adam's rate.", type=RATE)
+@_option("--outer-steps", "How many Adam steps to make on the synthetic data and step sizes.", type=COUNT)
+@_option("--outer-lr", "Learning rate of these Adam steps.", type=RATE)
 @_option(
-    "--outer-lr-rates", "Adam's rate for step sizes and momenta.  [default: --outer-lr]", type=click.FloatRange(min=0)
+    "--outer-lr-rates", "The same for the step sizes and momenta.  [default: --outer-lr]", type=click.FloatRange(min=0)
 )
-@_option("--outer-decay", "How Adam's rate falls: to 0, halved ten times, or not.", type=click.Choice(OUTER_DECAYS))
-@_option("--outer-beta1", "Adam's beta1.", type=click.FloatRange(0, 1, max_open=True))
-@_option("--average", "Share of the last outer steps whose iterates are averaged.", type=click.FloatRange(0, 1))
+@_option(
+    "--outer-decay",
+    "How these rates fall: by a cosine to 0, by halving ten times, or not at all.",
+    type=click.Choice(OUTER_DECAYS),
+)
+@_option("--outer-beta1", "beta1 of these Adam steps.", type=click.FloatRange(0, 1, max_open=True))
+@_option(
+    "--average",
+    "The result is the mean over this share of the outer steps, the last ones; 0: the last step alone.",
+    type=click.FloatRange(0, 1),
+)
 @_option(
     "--window",
-    "Make a random number of inner steps, and go back over the last so many.  [default: all, over all]",
+    "Train for a random number of inner steps, and differentiate through this many of the last ones.  "
+    "[default: train for all of them, and differentiate through all]",
     type=COUNT,
 )
-@_option("--grow", "Share of the outer steps over which the number of inner steps grows.", type=click.FloatRange(0, 1))
+@_option(
+    "--grow",
+    "Let the number of inner steps grow to its full length over this share of the outer steps.",
+    type=click.FloatRange(0, 1),
+)
 @_option(
     "--augment",
-    f"Siamese augmentation, one at random for each outer step: {', '.join(AUGMENTATIONS)}. Repeat it for several.",
+    "Transform real and synthetic images alike, at each outer step by one of those given, at random. "
+    "Repeat the option for several.",
     type=click.Choice(list(AUGMENTATIONS)),
     multiple=True,
 )
-@_option("--batch-size", "Real samples per outer step.", type=COUNT)
+@_option("--batch-size", "Real samples in each outer step.", type=COUNT)
 @_option(
     "--noise",
-    "Gaussian noise on real samples, in their standard deviations.  [default: 0.5 on images, else 0]",
+    "Standard deviation of the Gaussian noise that is added to real samples.  [default: 0.5 on images, else 0]",
     type=click.FloatRange(min=0),
 )
-@_option("--clip", "Largest norm of a hypergradient; 0 for no clipping.", type=click.FloatRange(min=0))
+@_option("--clip", "Clip each hypergradient to this norm; 0: do not clip.", type=click.FloatRange(min=0))
 @click.option(
-    "--adjoint", type=click.Choice(list(ADJOINTS)), help="How the way back is done.  [default: the engine chooses]"
+    "--adjoint",
+    type=click.Choice(list(ADJOINTS)),
+    help="How the engine differentiates through the inner training.  [default: the engine chooses]",
 )
 @options.device
-@_option("--seed", "Of every random draw.", type=click.IntRange(0, 2**31 - 1))
+@_option("--seed", "Seed of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("run", "runs/DATASET, or the next free runs/DATASET-N")
 @click.pass_context
 def train(
@@ -106,10 +128,10 @@ def train(
     save_every: float,
     **values: Any,
 ) -> None:
-    """Learn a small synthetic dataset with its step sizes, such that a fresh network trained on it does well on the
-    real one.
+    """Distil a dataset: learn a small synthetic one, with step sizes, so that a fresh network trained on it does well
+    on the real one.
 
-    The result is OUT/distilled.h5; beside it metrics.jsonl, pictures in plots/, and checkpoint.h5 for --resume.
+    The result is OUT/distilled.h5. Beside it are metrics.jsonl, pictures in plots/, and checkpoint.h5 for --resume.
     """
     if preset:
         if resume:

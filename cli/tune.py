@@ -35,7 +35,7 @@ _option = options.Fields(_DEFAULT)
     type=options.ARCHITECTURE,
     default=_DEFAULT.arch,
     show_default=True,
-    help="Network; names and factories as for train.",
+    help="Network: a name or a factory, as for train.",
 )
 @_option("--steps", "Training steps, each on a minibatch of the real data.", type=COUNT)
 @click.option(
@@ -43,24 +43,28 @@ _option = options.Fields(_DEFAULT)
     default=",".join(_DEFAULT.learn),
     show_default=True,
     metavar="LIST",
-    help=f"What is learned, out of {','.join(LEARNABLE)}: rates and momenta per step, a weight decay, an initial "
-    "scale.",
+    help=f"What to learn, a list out of {','.join(LEARNABLE)}: a rate and a momentum for each step, one weight decay, "
+    "one factor on the initial weights.",
 )
-@_option("--per-layer", "Learn each of them for each layer.", is_flag=True)
-@_option("--optimizer", "Of the training.", type=click.Choice(OPTIMIZERS))
-@_option("--lr", "Rate of the starting schedule.", type=RATE)
-@_option("--momentum", "Momentum (Adam's beta1) of the starting schedule.", type=click.FloatRange(0, 1, max_open=True))
+@_option("--per-layer", "Learn each of these separately for each layer.", is_flag=True)
+@_option("--optimizer", "The optimizer of the training.", type=click.Choice(list(OPTIMIZERS)))
+@_option("--lr", "Learning rate of the starting schedule.", type=RATE)
+@_option(
+    "--momentum",
+    f"The optimizer's {options.MOMENTUM} in the starting schedule.",
+    type=click.FloatRange(0, 1, max_open=True),
+)
 @_option("--weight-decay", "Weight decay of the starting schedule.", type=click.FloatRange(min=0))
-@_option("--batch-size", "Samples per training step.", type=COUNT)
-@_option("--inits", "Fresh networks per outer step, trained side by side.", type=COUNT)
-@_option("--outer-steps", "Adam steps on the schedule.", type=COUNT)
-@_option("--outer-lr", "Adam's rate, on logarithms of rates and logits of momenta.", type=RATE)
-@_option("--outer-batch", "Held-out samples per outer step.", type=COUNT)
-@_option("--clip", "Largest norm of a hypergradient; 0 for no clipping.", type=click.FloatRange(min=0))
-@_option("--clip-back", "Largest norm of dL/dtheta at every step of the way back.  [default: none]", type=RATE)
-@_option("--window", "Go back over the last so many steps only.  [default: all]", type=COUNT)
+@_option("--batch-size", "Samples in each training step.", type=COUNT)
+@_option("--inits", "Fresh networks in each outer step, trained side by side.", type=COUNT)
+@_option("--outer-steps", "How many Adam steps to make on the schedule.", type=COUNT)
+@_option("--outer-lr", "Learning rate of these Adam steps, on logarithms of rates and logits of momenta.", type=RATE)
+@_option("--outer-batch", "Held-out samples in each outer step.", type=COUNT)
+@_option("--clip", "Clip each hypergradient to this norm; 0: do not clip.", type=click.FloatRange(min=0))
+@_option("--clip-back", "Clip dL/dtheta to this norm at every step of the way back.  [default: do not clip]", type=RATE)
+@_option("--window", "Differentiate through this many of the last steps only.  [default: all]", type=COUNT)
 @options.device
-@_option("--seed", "Of every random draw.", type=click.IntRange(0, 2**31 - 1))
+@_option("--seed", "Seed of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("tuning", "runs/tune-DATASET")
 @click.pass_context
 def tune(
@@ -68,8 +72,8 @@ def tune(
 ) -> None:
     """Learn a training schedule: differentiate the held-out loss through whole trainings of fresh networks.
 
-    The result is OUT/schedule.h5 and OUT/schedule.json, with a picture, OUT/schedule.png; at the end, fresh networks
-    are trained along the starting and the learned schedule and compared on test data that neither had seen.
+    The result is OUT/schedule.h5 and OUT/schedule.json, with a picture, OUT/schedule.png. At the end, fresh networks
+    are trained along the starting and along the learned schedule, and compared on test data that neither has seen.
     """
     values["learn"] = tuple(name.strip() for name in learn.split(",") if name.strip())
     out = out or Path("runs") / f"tune-{Path(values['dataset']).stem}"

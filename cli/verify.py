@@ -10,12 +10,12 @@ from revdistill.engine.selfcheck import checks
 from . import options
 
 
-@click.command(short_help="The engine against autograd on this machine.")
+@click.command(short_help="Check the engine against autograd on this machine.")
 @options.device
 @click.pass_context
 def verify(ctx: click.Context, /, device: str) -> None:
-    """Check the engine on this machine: exactness over 1,000 steps, hypergradients against autograd, bits against their
-    bound.
+    """Check the engine on this machine: that it is exact over 1,000 steps, that its hypergradients are autograd's, and
+    that its history takes no more bits than the bound says.
 
     Exits with 1 if any check fails.
     """

@@ -22,11 +22,28 @@ FILE_NAME = "distilled.h5"
 
 @dataclass(frozen=True)
 class Artifact:
-    """x: float32 [s, B, ...]; y: int64 [s, B] or float32 [s, B, C]; lr, momentum: float32 [T], T = s x epochs.
+    """Distilled data, and how to train on them.
 
-    Use without this project: for k in range(T), one torch.optim.SGD step on (x[k % s], y[k % s]) with lr[k],
-    momentum[k] and weight_decay. Where optimizer is "adam": torch.optim.Adam with lr[k], betas (momentum[k],
-    ADAM_BETA2), eps ADAM_EPS and weight_decay.
+    To use it without this project: for k in range(T), make one step of torch.optim.SGD on (x[k % s], y[k % s]) with
+    lr[k], momentum[k] and weight_decay. Where optimizer is "adam": of torch.optim.Adam with lr[k], betas (momentum[k],
+    0.999), eps 1e-8 and weight_decay.
+
+    Args:
+        x: float32 [s, B, ...], the synthetic batches.
+        y: int64 [s, B], or soft labels float32 [s, B, C].
+        lr: float32 [T], T = s x epochs.
+        momentum: float32 [T].
+        dataset: what was distilled: a name, or the path of a .npz file.
+        architectures: that the data were distilled for.
+        epochs: T / s.
+        seed: of the distillation.
+        normalization: {"mean": [...], "std": [...]}, what was done to the real inputs.
+        config: everything needed to distil again.
+        evaluation: architecture -> what `Evaluation.to_dict` gives.
+        optimizer: a name of OPTIMIZERS.
+        weight_decay: as torch.optim has it.
+        revdistill_version: that wrote the file.
+        torch_version: that wrote the file.
     """
 
     x: np.ndarray
@@ -47,21 +64,22 @@ class Artifact:
 
     @property
     def batches(self) -> int:
-        """s"""
+        """s, the number of synthetic batches."""
         return len(self.x)
 
     @property
     def inner_steps(self) -> int:
-        """T"""
+        """T, the number of training steps. (The file's attribute `steps` is s.)"""
         return len(self.lr)
 
     @property
     def has_soft_labels(self) -> bool:
+        """Whether y holds probabilities."""
         return self.y.ndim == 3
 
 
 def write(path: Path, artifact: Artifact) -> None:
-    """Write the file whole, or leave what was there."""
+    """Write the file whole, or leave what was there. Raises OSError."""
     with writing(path) as file:
         for name in ("x", "y", "lr", "momentum"):
             file.create_dataset(name, data=getattr(artifact, name))
@@ -82,14 +100,18 @@ def write(path: Path, artifact: Artifact) -> None:
 
 
 def _version(artifact: Artifact) -> int:
-    """The least that says all there is, for readers of earlier releases."""
+    """The lowest version that can say everything, so that earlier releases read the file where they can."""
     if artifact.weight_decay:
         return WITH_DECAY
     return FORMAT_VERSION if artifact.optimizer == DEFAULT else WITH_OPTIMIZER
 
 
 def read(path: str | Path) -> Artifact:
-    """Read and check the file. Errors: ArtifactError that names the file and what is wrong with it."""
+    """Read and check the file.
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it.
+    """
     with reading(path) as file:
         version = file.check_version(FORMAT_VERSION, WITH_OPTIMIZER, WITH_DECAY)
         artifact = Artifact(

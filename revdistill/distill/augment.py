@@ -20,8 +20,11 @@ SCALE, ROTATE = 1.2, 15.0  # a factor; degrees
 
 
 def draw(names: Sequence[str], generator: torch.Generator) -> Transform:
-    """One of the transformations by name with random strength: images [N, C, H, W] -> [N, C, H, W], the same for all of
-    them.
+    """One of these transformations, of random strength: images [N, C, H, W] -> [N, C, H, W], all changed alike.
+
+    Args:
+        names: keys of AUGMENTATIONS, of which one is drawn.
+        generator: draws the name and the strength.
     """
     chosen = names[int(torch.randint(len(names), (), generator=generator))]
     return AUGMENTATIONS[chosen](torch.rand(3, generator=generator).tolist())
@@ -42,7 +45,7 @@ def _color(random: list[float]) -> Transform:
 
 
 def _crop(random: list[float]) -> Transform:
-    """A shift; what comes in repeats the border."""
+    """A shift; the border is repeated where the image has moved away."""
     return _affine([[1.0, 0.0, 2 * CROP * (2 * random[0] - 1)], [0.0, 1.0, 2 * CROP * (2 * random[1] - 1)]])
 
 
@@ -57,12 +60,11 @@ def _rotate(random: list[float]) -> Transform:
 
 
 def _affine(matrix: list[list[float]]) -> Transform:
-    """Each pixel from the four around the point that the matrix takes it to, weighted by how near they are; the border
-    repeats.
+    """Bilinear sampling at the points that the matrix takes the pixels to; outside, the border is repeated.
 
-    As torch's grid_sample (bilinear, padding_mode="border", align_corners=False), whose derivative adds up by atomics
-    on CUDA, in any order, so that no run could be repeated there. All images are sampled at the same points: each pixel
-    is a bag of four.
+    The same as torch's grid_sample (padding_mode="border", align_corners=False). But its derivative adds up by atomics
+    on CUDA, in any order, so that no run could be repeated there. Here all images are sampled at the same points, and
+    each pixel is a weighted bag of four.
     """
 
     def apply(images: Tensor) -> Tensor:
@@ -80,8 +82,10 @@ def _affine(matrix: list[list[float]]) -> Transform:
 
 
 def _between(places: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Places in -1 to 1 along a side of so many pixels: the pixel before each, the one after, and how far it is from
-    the first.
+    """Where places in -1 to 1 lie along a side of so many pixels.
+
+    Returns:
+        The pixel before each place, the pixel after it, and the distance from the former.
     """
     exact = ((places + 1) * side / 2 - 0.5).clamp(0, side - 1)
     before = exact.floor()
@@ -93,7 +97,7 @@ def _flip(random: list[float]) -> Transform:
 
 
 def _cutout(random: list[float]) -> Transform:
-    """A square becomes 0, the mean of normalized images."""
+    """A square is set to 0, the mean of normalized images."""
 
     def apply(images: Tensor) -> Tensor:
         sides = images.shape[2:]

@@ -18,9 +18,8 @@ ADJOINTS: dict[str, type[Adjoint]] = {
     "store-all": StoreAll,
     "backprop": Backprop,
 }
-GRAPH_BYTES = (
-    256 * 2**20
-)  # for the unroll of one architecture: memory that any machine has, and a short unroll gains by
+# Of one architecture's unroll: any machine has this memory, and a short unroll is faster with it.
+GRAPH_BYTES = 256 * 2**20
 OUTER_DECAYS = ("cosine", "halving", "none")
 INITS = ("random", "fixed")
 _TUPLES = ("architectures", "augment")
@@ -28,28 +27,46 @@ _TUPLES = ("architectures", "augment")
 
 @dataclass(frozen=True)
 class Config:
-    """dataset: a name or a .npz file. architectures: distilled for all of them at once.
+    """What a distillation does.
 
-    steps: s, the number of synthetic batches; epochs: how often they are gone through, T = s x epochs inner steps;
-    per_class: images of each class in one batch. optimizer: of the inner training; momentum: SGD's, or Adam's beta1;
-    weight_decay: as torch.optim has it, part of the result, not learned; lr: its learned step sizes at the start.
-    init: "random" draws new networks at every outer step, "fixed" distils for one network; inits: networks per outer
-    step and architecture. start: a name of STARTS, what the synthetic data are at first. learn_labels, learn_momentum:
-    learn them too.
-    outer_steps, outer_lr, batch_size: Adam steps, their rate, real samples in each. outer_lr_rates: Adam's rate for
-    step sizes and momenta, None for outer_lr. outer_decay: "cosine" takes these rates to 0, "halving" halves them ten
-    times, as Wang et al., "none" keeps them. outer_beta1: Adam's. average: the share of the last outer steps whose
-    iterates are averaged for the result.
-    window: each outer step makes a random number of inner steps, from `window` to T, and goes back over the last
-    `window` only (Feng et al. 2023); None, or T and more, goes back over all T. grow: the share of the outer steps over
-    which T grows, from a tenth.
-    augment: names of AUGMENTATIONS; one at each outer step for real and synthetic images alike (Zhao & Bilen 2021).
-    noise: standard deviation of Gaussian noise on the real samples, which keeps a small training set from being learned
-    by heart; None for 0.5 on images and 0 otherwise. clip: the largest norm of a hypergradient, 0 for none.
-    adjoint: a name of ADJOINTS; None for the engine's choice, with the graphs of the last steps kept in up to
-    GRAPH_BYTES.
+    Args:
+        dataset: a name, or a .npz file.
+        architectures: distil for all of them at once.
+        steps: s, the number of synthetic batches.
+        epochs: how often a network trains on all of them; T = s x epochs inner steps.
+        per_class: images of each class in a batch.
+        optimizer: of the inner training, a name of OPTIMIZERS.
+        momentum: of the inner training, or what the optimizer has in its place.
+        learn_momentum: whether to learn a momentum for each inner step, from `momentum` on.
+        weight_decay: of the inner training, as torch.optim has it; part of the result, not learned.
+        inits: networks of each architecture in an outer step.
+        outer_steps: Adam steps on what is learned.
+        batch_size: real samples in each.
+        lr: where the inner step sizes start; one is learned for each inner step.
+        outer_lr: the rate of the Adam steps.
+        init: "random" draws new networks at every outer step, "fixed" distils for one network.
+        start: a name of STARTS, what the synthetic data are at first.
+        learn_labels: whether to learn soft labels.
+        noise: standard deviation of Gaussian noise on the real samples, which keeps a small training set from being
+            learned by heart; None for 0.5 on images and 0 otherwise.
+        clip: the norm that a hypergradient is clipped to, 0 for no clipping.
+        outer_lr_rates: the rate of the Adam steps on step sizes and momenta; None for `outer_lr`.
+        outer_decay: "cosine" takes the outer rates to 0, "halving" halves them ten times, as Wang et al., "none" keeps
+            them.
+        outer_beta1: of the Adam steps.
+        average: the share of the outer steps, the last ones, whose iterates are averaged for the result.
+        window: each outer step makes a random number of inner steps, from `window` to T, and goes back over the last
+            `window` only (Feng et al. 2023); None, or T and more, goes back over all T.
+        grow: the share of the outer steps over which the number of inner steps grows, from a tenth of T.
+        augment: names of AUGMENTATIONS; at each outer step one of them changes real and synthetic images alike (Zhao &
+            Bilen 2021).
+        adjoint: a name of ADJOINTS; None for the engine's choice, with the graphs of the last steps kept in up to
+            GRAPH_BYTES.
+        device: cpu, cuda or cuda:N.
+        seed: of every random draw.
 
-    Errors: ValueError that names the field, what came and what is accepted.
+    Raises:
+        ValueError: names the field, what came and what is accepted.
     """
 
     dataset: str = "digits"
@@ -123,6 +140,7 @@ class Config:
         return self.steps * self.epochs
 
     def make_adjoint(self) -> Adjoint | None:
+        """What `rd.unroll` takes as `adjoint`; None for its own choice."""
         if self.adjoint is not None:
             return ADJOINTS[self.adjoint]()
         return Reversible(graph_bytes=GRAPH_BYTES) if self.momentum > 0 else None
@@ -133,5 +151,9 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """From what `to_dict` gave; TypeError or ValueError where it did not."""
+        """The configuration that `to_dict` made these of.
+
+        Raises:
+            TypeError, ValueError: they are of no configuration.
+        """
         return cls(**(values | {name: tuple(values.get(name, ())) for name in _TUPLES}))

@@ -41,9 +41,13 @@ IMAGE_NOISE = 0.5  # in units of the standard deviation of the normalised images
 
 @dataclass(frozen=True)
 class OuterStep:
-    """loss: the networks' mean loss on a real batch after training; norm: of the hypergradient before clipping.
+    """What an outer step was.
 
-    diverged: the inner training left the range or was not finite, so this step changed nothing.
+    Attributes:
+        step: its number.
+        loss: the networks' mean loss on a real batch after training.
+        norm: of the hypergradient before clipping.
+        diverged: why the step changed nothing: the inner training left the range or was not finite; None otherwise.
     """
 
     step: int
@@ -53,8 +57,14 @@ class OuterStep:
 
 
 class Distiller:
-    """One distillation. Every random draw is a function of (seed, outer step), so a resumed run draws the same
-    numbers.
+    """One distillation. Every random draw is a function of (seed, outer step), so a resumed run draws the same ones.
+
+    Args:
+        config: what to do.
+        data: what to distil.
+
+    Raises:
+        ValueError: they do not go together.
     """
 
     def __init__(self, config: Config, data: Dataset) -> None:
@@ -87,7 +97,11 @@ class Distiller:
         return self.descent.outer_step
 
     def step(self) -> OuterStep:
-        """One Adam step on data, rates and whatever else is learned."""
+        """One Adam step on data, rates and whatever else is learned.
+
+        Raises:
+            RangeError, NonFiniteError: the tenth step in a row failed.
+        """
         k = self.outer_step
         x, y = self._real_batch(k)
         outcome = self.descent.step(lambda k: self._outer_loss(k, x, y))
@@ -152,7 +166,7 @@ class Distiller:
 
     @property
     def result(self) -> Synthetic:
-        """What would be shipped now: the average, once there is one."""
+        """What the artifact would hold now: the mean of the last iterates once there is one, else the last iterate."""
         descent = self.descent
         return self.synthetic.with_leaves(descent.averages) if descent.averaged else self.synthetic
 
@@ -170,7 +184,7 @@ class Distiller:
 
     @torch.no_grad()
     def validation_accuracy(self) -> float:
-        """Mean accuracy on the held-out data of networks that this outer step would draw."""
+        """Mean accuracy on the held-out data, of networks that this outer step would draw; NaN where training fails."""
         with repeatable(self.device):
             return self._validation_accuracy()
 
@@ -193,7 +207,7 @@ class Distiller:
         return float(torch.stack(found).mean())
 
     def artifact(self) -> Artifact:
-        """What was learned, as it stands."""
+        """What has been learned so far."""
         s, config = self.result, self.config
         momentum = s.momentum()
         with torch.no_grad():
@@ -215,5 +229,5 @@ class Distiller:
 
 
 def fixed_network_seed(seed: int, architecture: int) -> int:
-    """The seed of the one network of init="fixed", for the architecture of this position."""
+    """The seed of the one network of init="fixed", for the architecture at this position of the configuration."""
     return mix(seed, FIXED_NETWORK, architecture)

@@ -1,6 +1,4 @@
-"""What distilled data are worth: train fresh networks on them with plain torch.optim.SGD (or Adam), measure test
-accuracy.
-"""
+"""What distilled data are worth: the test accuracy of fresh networks that plain torch.optim trains on them."""
 
 from __future__ import annotations
 
@@ -22,7 +20,15 @@ from revdistill.outer.training import train
 
 @dataclass(frozen=True)
 class Evaluation:
-    """accuracies: of each restart; std: over them (n - 1), 0 for one."""
+    """Test accuracies of fresh networks.
+
+    Attributes:
+        schedule: the strategy that they were trained by, a name of STRATEGIES.
+        restarts: how many networks there were.
+        mean: of the accuracies.
+        std: of the accuracies (n - 1); 0 for one.
+        accuracies: of each network.
+    """
 
     schedule: str
     restarts: int
@@ -43,10 +49,20 @@ def evaluate(
     schedule: str = "raw",
     device: str = "cpu",
 ) -> Evaluation:
-    """Train `restarts` fresh networks on the artifact's batches and measure them on the test data.
+    """Train fresh networks on the artifact's batches and measure them on the test data.
 
-    A network distilled with init="fixed" is evaluated from that initialisation. Errors: ValueError where the data or
-    the architecture do not go with the artifact.
+    Data distilled with init="fixed" are evaluated from that initialisation.
+
+    Args:
+        artifact: the distilled data.
+        data: the real data; the test part is used.
+        architecture: of the networks.
+        restarts: how many networks to train.
+        schedule: a name of STRATEGIES.
+        device: cpu, cuda or cuda:N.
+
+    Raises:
+        ValueError: the data, the architecture or the schedule do not go with the artifact.
     """
     check_compatible(artifact, data)
     family = OPTIMIZERS[artifact.optimizer]
@@ -80,11 +96,16 @@ def train_plainly(
     momenta: Sequence[float],
     first: int = 0,
 ) -> None:
-    """One step of torch.optim's SGD or Adam per rate and momentum, on the artifact's batches in turn; changes params in
-    place.
+    """Train networks on the artifact's batches in turn, by the torch.optim optimizer that it names.
 
-    first: the number of the first of these networks, where they are some of many: each part has random numbers of its
-    own.
+    Args:
+        artifact: the distilled data.
+        stack: the networks.
+        params: their parameters, which are changed in place.
+        rates: the step sizes, one for each step.
+        momenta: the momenta, one for each step.
+        first: the number of the first of these networks, where they are some of many: each part has random numbers of
+            its own.
     """
     device = next(iter(params.values())).device
     x, y = torch.from_numpy(artifact.x).to(device), torch.from_numpy(artifact.y).to(device)

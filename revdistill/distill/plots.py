@@ -21,14 +21,22 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 MAX_IMAGE_ROWS, MAX_IMAGE_COLUMNS, MAX_RATE_COLUMNS = 10, 20, 4
-MAX_DRAWN = 1e100  # of what is drawn; beyond it matplotlib overflows
+MAX_DRAWN = 1e100  # beyond it matplotlib overflows
 GRID = 200  # points per side of a decision picture
 _COLOURS = plt.get_cmap("tab10")
 
 
 def draw_all(directory: Path, artifact: Artifact, data: Dataset | None, metrics: list[dict[str, Any]]) -> list[Path]:
-    """Write every picture that fits the run to directory/plots and return the files. data: needed for points in the
-    plane only.
+    """Write every picture that fits the run to directory/plots.
+
+    Args:
+        directory: of the run.
+        artifact: its result.
+        data: the real data, which are drawn where they are points in the plane; None otherwise.
+        metrics: the entries of its log.
+
+    Returns:
+        The files.
     """
     figures: dict[str, Figure] = {"rates": rates(artifact)}
     if metrics:
@@ -53,7 +61,7 @@ def draw_all(directory: Path, artifact: Artifact, data: Dataset | None, metrics:
 
 
 def images(artifact: Artifact) -> Figure:
-    """The synthetic images, classes in columns, a batch in as many rows as it has images of a class, rates beside it.
+    """The synthetic images: a column for each class, a row for each image of a class in a batch, step sizes beside it.
 
     As Wang et al. 2018, figure 3.
     """
@@ -98,7 +106,7 @@ def images(artifact: Artifact) -> Figure:
 
 
 def _per_class(artifact: Artifact) -> int:
-    """Images of a class in each batch, where a batch is ordered by class; else 1."""
+    """How many images of a class a batch has, where batches are ordered by class; otherwise 1."""
     size = artifact.x.shape[1]
     classes = artifact.y.shape[2] if artifact.has_soft_labels else len(np.unique(artifact.y))
     return size // classes if size % classes == 0 else 1
@@ -110,9 +118,7 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def _column_class(artifact: Artifact, column: int, per_class: int) -> int:
-    """The class of a column's images: of their mean label, as a single soft label may have come to favour another
-    class.
-    """
+    """The class of a column's images: that of their mean label, as a single learned label may favour another class."""
     y = artifact.y[:, column * per_class : (column + 1) * per_class]
     votes = y.mean((0, 1)) if artifact.has_soft_labels else np.bincount(y.ravel())
     return int(votes.argmax())
@@ -183,7 +189,7 @@ def rates(artifact: Artifact) -> Figure:
 
 
 def _logged(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of the entries that have one that can be drawn."""
+    """(step, value) of all entries whose value can be drawn."""
     found = [(m["step"] + 1, m.get(key)) for m in metrics]
     return [
         (step, float(v))

@@ -24,7 +24,7 @@ _WANG2018: dict[str, Any] = {
 # Ten batches that start from centroids, gone through twenty times with momentum; soft labels; one network an outer
 # step. Weight decay makes networks forget their random start, so that the same images suit more of them, and other
 # architectures. Back through the last 60 of a random number of steps: half the time of all of them. The rates are
-# hardly learned: where they grow, trainings turn chaotic, and what was learned is lost again.
+# hardly learned: where they grow, training turns chaotic, and what was learned is lost again.
 _BEST: dict[str, Any] = {
     "steps": 10,
     "epochs": 20,
@@ -46,8 +46,5 @@ _BEST: dict[str, Any] = {
     "clip": 0.15,
 }
 PRESETS: dict[str, dict[str, Any]] = {"wang2018": _WANG2018, "best": _BEST}
-USUAL = {
-    "mnist": "LeNet",
-    "fashion-mnist": "LeNet",
-    "cifar10": "AlexCifarNet",
-}  # architectures that a preset takes by default
+# The architecture that a preset uses for a dataset where none is given.
+USUAL = {"mnist": "LeNet", "fashion-mnist": "LeNet", "cifar10": "AlexCifarNet"}

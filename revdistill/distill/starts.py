@@ -1,5 +1,5 @@
-"""What synthetic data start as. Each gives float32 [batches, classes x per_class, ...], ordered by class, on the data's
-device.
+"""What synthetic data start as. Each function returns float32 [batches, classes x per_class, ...], ordered by class, on
+the data's device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def noise(data: Dataset, batches: int, per_class: int, generator: torch.Generato
 
 
 def real(data: Dataset, batches: int, per_class: int, generator: torch.Generator) -> Tensor:
-    """Real samples of each class, without repetition as long as there are enough."""
+    """Real samples of each class; one is used again only where there are too few."""
     needed = batches * per_class
     chosen = []
     for own in _by_class(data):
@@ -29,10 +29,10 @@ def real(data: Dataset, batches: int, per_class: int, generator: torch.Generator
 
 
 def kmeans(data: Dataset, batches: int, per_class: int, generator: torch.Generator) -> Tensor:
-    """The centroids of each class's k-means clusters (one: its mean), in random order; again and again where samples
-    are too few.
+    """The centroids of each class's k-means clusters, in random order.
 
-    They cover a class as no random choice of samples does, and average its noise away.
+    They cover a class as no random choice of samples does, and average its noise away. A single cluster's is the mean.
+    One is used again only where there are too few samples.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -44,7 +44,7 @@ def kmeans(data: Dataset, batches: int, per_class: int, generator: torch.Generat
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
         clusters = KMeans(min(needed, len(own)), n_init=1, random_state=seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of equal samples: then some centroids are equal too
+            warnings.simplefilter("ignore", ConvergenceWarning)  # samples that are equal make centroids that are equal
             centroids = torch.from_numpy(clusters.fit(samples).cluster_centers_).float()
         order = torch.randperm(len(centroids), generator=generator).repeat(-(-needed // len(centroids)))[:needed]
         chosen.append(centroids[order].reshape(batches, per_class, *data.input_shape))

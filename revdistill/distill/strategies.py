@@ -58,20 +58,29 @@ STRATEGIES: dict[str, Callable[[Sequence[float], int], Rates]] = {
 
 
 def momentum_for(rates: Rates, momentum: Sequence[float]) -> list[float]:
-    """The learned momenta, the last of them kept on: the strategies say nothing of momentum."""
+    """The learned momenta, the last of them again and again: the strategies say nothing of momentum."""
     if len(rates) <= len(momentum):
         return list(momentum[: len(rates)])
     return list(momentum) + [momentum[-1]] * (len(rates) - len(momentum))
 
 
-def plan(schedule: str, lr: Sequence[float], momentum: Sequence[float], batches: int) -> tuple[Rates, list[float]]:
-    """(rates, momenta) of every step of training along a schedule by name, from what was learned.
+def plan(strategy: str, lr: Sequence[float], momentum: Sequence[float], batches: int) -> tuple[Rates, list[float]]:
+    """What every step of training has, by one of the strategies.
 
-    Strategy 1 has rates for plain gradient descent; with momentum they are scaled by 1 - momentum, to the same length
-    of step.
+    Strategy 1 has rates for plain gradient descent; with momentum they are scaled by 1 - momentum, so that steps have
+    the same length.
+
+    Args:
+        strategy: a name of STRATEGIES.
+        lr: the learned step sizes.
+        momentum: the learned momenta.
+        batches: s.
+
+    Returns:
+        The step sizes and the momenta.
     """
-    rates = STRATEGIES[schedule](lr, batches)
+    rates = STRATEGIES[strategy](lr, batches)
     momenta = momentum_for(rates, momentum)
-    if schedule == "strategy1":
+    if strategy == "strategy1":
         rates = [rate * (1 - m) for rate, m in zip(rates, momenta, strict=True)]
     return rates, momenta

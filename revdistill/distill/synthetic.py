@@ -19,8 +19,12 @@ LABEL_SMOOTHING = 0.1  # of the start of learned labels: a softmax at exactly on
 class Synthetic:
     """Leaf tensors by name, and the values that they stand for.
 
-    x: float32 [s, B, ...], B = classes x per_class, ordered by class. Step sizes are softplus(raw_lr) [T]; momenta
-    sigmoid(raw_momentum) [T] when learned; labels softmax(raw_labels) [s, B, C] when learned, else int64 [s, B].
+    Args:
+        config: says what is learned and where it starts.
+        data: what is distilled.
+
+    Attributes:
+        leaves: what Adam changes: x, raw_lr, and where they are learned raw_labels and raw_momentum.
     """
 
     def __init__(self, config: Config, data: Dataset) -> None:
@@ -48,22 +52,26 @@ class Synthetic:
             leaf.requires_grad_()
 
     def with_leaves(self, leaves: dict[str, Tensor]) -> Synthetic:
-        """The same, with other values of the leaves."""
+        """The same with other leaves."""
         other = copy.copy(self)
         other.leaves = leaves
         return other
 
     @property
     def x(self) -> Tensor:
+        """Inputs, float32 [s, B, ...], B = classes x per_class, ordered by class."""
         return self.leaves["x"]
 
     def lr(self) -> Tensor:
+        """Step sizes softplus(raw_lr) [T]."""
         return F.softplus(self.leaves["raw_lr"])
 
     def momentum(self) -> float | Tensor:
+        """sigmoid(raw_momentum) [T] where momenta are learned, otherwise the configuration's."""
         raw = self.leaves.get("raw_momentum")
         return self._config.momentum if raw is None else torch.sigmoid(raw)
 
     def labels(self) -> Tensor:
+        """softmax(raw_labels) [s, B, C] where labels are learned, otherwise classes int64 [s, B]."""
         raw = self.leaves.get("raw_labels")
         return self.hard_labels if raw is None else torch.softmax(raw, -1)

@@ -1,4 +1,4 @@
-"""What every compiled part shares: the warning where one is dropped, and the first call, which compiles."""
+"""What all compiled parts share: the warning when one is dropped, and the context of the call that compiles."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from contextlib import contextmanager
 
 
 class CompileWarning(UserWarning):
-    """A part was not compiled, or its compiled form was dropped; the result is exact all the same."""
+    """A part could not be compiled, or its compiled form gave other values, and it runs without; results are exact.
+
+    That a compiled form is slower, and not used for that reason, is no warning.
+    """
 
 
 def warn(what: str, error: Exception | None = None) -> None:
-    """Say which part runs without torch.compile, and why."""
+    """Warn that a part runs without torch.compile.
+
+    Args:
+        what: happened, or was found.
+        error: what the compiler raised, if it did.
+    """
     reason = (
         f" ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
         if error
@@ -23,9 +31,10 @@ def warn(what: str, error: Exception | None = None) -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Around a call that compiles: the compiler's advice to use TensorFloat-32 is not for us, who turn it off.
+    """The context of a call that compiles, in which the compiler does not advise TensorFloat-32.
 
-    Where warnings are errors it would be one, and the compiled part would be dropped for it.
+    An unroll turns it off. Where the user makes errors of warnings, the advice would be one, and the compiled part
+    would be dropped for it.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)

@@ -46,8 +46,10 @@ class Layout:
         concatenation.
         """
         leading, parts = flat.shape[:-1], torch.split(flat, self.sizes, -1)
+        # A part that has its shape already is no view of itself: each is a node in every graph of the loss.
         return {
-            name: part.view(leading + shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+            name: part if len(shape) == 1 else part.view(leading + shape)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 
     def name_at(self, position: int) -> str:

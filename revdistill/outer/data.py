@@ -27,7 +27,19 @@ CHUNK = 4096  # samples normalised at once
 
 @dataclass(frozen=True)
 class Dataset:
-    """x: float32 [N, *input_shape], normalised; y: int64 [N] in 0..classes-1. validation is held out of training."""
+    """Real data in three parts.
+
+    Args:
+        name: of the dataset, or the path of its file.
+        x: the training part's inputs, float32 [N, *input_shape], normalised.
+        y: its classes, int64 [N] from 0 to classes - 1.
+        x_validation: what is held out of training.
+        y_validation: likewise.
+        x_test: what is used for nothing but the final measurement.
+        y_test: likewise.
+        classes: how many there are.
+        normalization: {"mean": [...], "std": [...]}, per feature or channel: what was done to the inputs.
+    """
 
     name: str
     x: Tensor
@@ -41,13 +53,16 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
+        """Of one sample."""
         return tuple(self.x.shape[1:])
 
     @property
     def is_image(self) -> bool:
+        """Whether a sample is [channels, H, W]."""
         return len(self.input_shape) == 3
 
     def to(self, device: torch.device) -> Dataset:
+        """The same data on another device."""
         tensors = ("x", "y", "x_validation", "y_validation", "x_test", "y_test")
         return Dataset(**(self.__dict__ | {name: getattr(self, name).to(device) for name in tensors}))
 
@@ -89,9 +104,16 @@ _AS_THEY_ARE = {"moons", "circles", "blobs"}
 def load(name: str, data_dir: str | Path = DATA_DIR) -> Dataset:
     """A dataset by name, or a .npz file by path.
 
-    data_dir: where the files of mnist, fashion-mnist and cifar10 are, see `image_files`. A .npz file holds x, numbers
-    [N, features] or [N, H, W] or [N, channels, H, W], and y, integer classes [N]; optionally x_test and y_test. Errors:
-    ValueError for a name that is none of these; ArtifactError that names the file and what is wrong with it.
+    A .npz file holds x, numbers [N, features] or [N, H, W] or [N, channels, H, W], and y, integer classes [N];
+    optionally x_test and y_test.
+
+    Args:
+        name: one of NAMES, or the path of a .npz file.
+        data_dir: where the files of mnist, fashion-mnist and cifar10 are, see `image_files`.
+
+    Raises:
+        ValueError: there is no dataset of this name.
+        ArtifactError: names the file and what is wrong with it.
     """
     if name in BUILT_IN:
         x, y = BUILT_IN[name]()

@@ -1,4 +1,4 @@
-"""A run's directory while the run goes on: one process at a time in it, and a log that outlives a full disk."""
+"""A job's directory while the job runs: one process at a time works in it, and its log outlives a full disk."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ class DirectoryInUseError(Exception):
 
 
 class DirectoryLock:
-    """The directory as this process's own, from `with` on. Made where it does not exist; made again where it is removed
-    meanwhile.
+    """A context manager: within it no other process can lock the directory.
 
-    Errors: DirectoryInUseError, which names the other process; OSError where the directory cannot be written to. A
-    process
-    that is gone has no claim: the system lets go of its lock.
+    The directory is made where it does not exist. The lock of a process that is gone is released by the system.
+
+    Args:
+        directory: to lock.
+
+    Raises:
+        DirectoryInUseError: another process, which the message names, has locked it.
+        OSError: the directory cannot be written to, or its disk has no locks.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -40,16 +44,19 @@ class DirectoryLock:
     def __exit__(self, *_: object) -> None:
         try:
             if self._is_held():
-                self._path.unlink(
-                    missing_ok=True
-                )  # before it is let go of: whoever opened it meanwhile sees that it is gone
+                # before unlocking, so that whoever has opened the file sees that it is gone
+                self._path.unlink(missing_ok=True)
         except OSError:
-            pass  # a file without a lock on it claims nothing
+            pass  # a file that is left without a lock on it locks nothing
         finally:
             self._close()
 
     def renew(self) -> None:
-        """Take the directory again where somebody removed it, or the lock in it."""
+        """Make and lock the directory again where somebody has removed it, or the lock in it.
+
+        Raises:
+            DirectoryInUseError, OSError: as when it was first locked.
+        """
         if not self._is_held():
             self._close()
             self._take()
@@ -58,7 +65,7 @@ class DirectoryLock:
         import fcntl  # not on every system; only a run needs it
 
         self._directory.mkdir(parents=True, exist_ok=True)
-        while not self._is_held():  # whose lock it was may have removed it between our opening and our locking it
+        while not self._is_held():  # the process that had the lock may remove the file after we opened it
             self._close()
             file = self._file = self._path.open("a+")
             try:
@@ -95,15 +102,20 @@ class DirectoryLock:
 
 
 class Log:
-    """A file of JSON lines. A line that could not be written whole does not spoil the next. JSON has no NaN: it is
-    null.
+    """A file with one JSON object a line. A line that could not be written whole does not spoil the next one.
+
+    JSON has no NaN and no infinity: they are written as null.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._torn = path, False
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Errors: OSError; the log is as it was, but for a line cut short, which `read_metrics` leaves out."""
+        """Add a line.
+
+        Raises:
+            OSError: it could not be written. What is there of it is left out by `read_metrics`.
+        """
         line = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in entry.items()
@@ -115,8 +127,14 @@ class Log:
 
 
 def resumed_log(path: Path, outer_step: int) -> tuple[Log, float]:
-    """The log, without the lines of steps that a checkpoint of this outer step does not have behind it; and the seconds
-    taken.
+    """Rewrite the log of a job that is resumed, without the steps that will be made again.
+
+    Args:
+        path: the log.
+        outer_step: how many steps the checkpoint has behind it; lines of later ones are deleted.
+
+    Returns:
+        The log, and the seconds that the kept steps took.
     """
     kept = [line for line in read_metrics(path) if line["step"] < outer_step]
     taken = [line.get("seconds") for line in kept]
@@ -128,7 +146,11 @@ def resumed_log(path: Path, outer_step: int) -> tuple[Log, float]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The log's entries; lines cut short, by a kill or a full disk, are left out. Errors: ArtifactError."""
+    """The log's entries, without lines that a kill or a full disk has cut short.
+
+    Raises:
+        ArtifactError: the file is too large, or cannot be read.
+    """
     lines = []
     try:
         if path.stat().st_size > MAX_METRICS:

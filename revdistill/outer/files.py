@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written to a temporary name, flushed to the disk, renamed."""
+"""Files that are whole or not there: each is written under a temporary name, flushed to the disk, and renamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ def _prefix(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes `path`'s place, on an error it is removed."""
+    """A temporary path beside `path`: it replaces `path` at the end of the block, or is deleted after an error.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=_SUFFIX)
     os.close(handle)
     temporary = Path(name)
@@ -35,6 +39,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """What processes that were killed left of `path` half written; nobody may be writing it now."""
+    """Delete the temporary files of `path` that killed processes have left behind.
+
+    Only while no other process can be writing `path`: its temporary file would be deleted too.
+    """
     for leftover in path.parent.glob(f"{_prefix(path)}*{_SUFFIX}"):
         leftover.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
-"""HDF5 files, written whole or not at all, and read as if they came from strangers: every object is looked at before
-anything is allocated or followed.
+"""HDF5 files: written whole or not at all, and read as if they came from strangers. Every object is checked before
+memory is allocated for it, and no link is followed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ _CHECKED = ("v108", "v108")
 
 
 class Reader:
-    """An open file; every method raises ArtifactError that names the file and what is wrong."""
+    """An open file. Every method that reads raises an ArtifactError that names the file and what is wrong with it."""
 
     def __init__(self, path: Path, file: h5py.File, size: int) -> None:
         self.path, self._file, self._size = path, file, size
 
     def fail(self, what: str) -> ArtifactError:
+        """The error to raise, with the file's name."""
         return ArtifactError(f"{self.path}: {what}")
 
     def names(self) -> list[str]:
+        """Of the file's datasets and groups, sorted."""
         return sorted(self._file)
 
     def check_version(self, *expected: int) -> int:
@@ -47,8 +49,12 @@ class Reader:
         return version
 
     def array(self, name: str, *dtypes: str, ndim: int | None = None) -> np.ndarray:
-        """A dataset of exactly one of these dtypes, whose values are in this very file, finite where they are
-        floats.
+        """The values of a dataset, which must lie in this very file and be finite where they are floats.
+
+        Args:
+            name: of the dataset.
+            dtypes: those that are accepted.
+            ndim: how many dimensions it must have; None for any.
         """
         link = self._file.get(name, getlink=True) if name in self.names() else None
         if link is None:
@@ -76,6 +82,7 @@ class Reader:
         return values
 
     def text(self, name: str) -> str:
+        """An attribute that is a text."""
         value = self._attribute(name)
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
@@ -84,12 +91,14 @@ class Reader:
         return value
 
     def integer(self, name: str) -> int:
+        """An attribute that is an integer."""
         value = self._attribute(name)
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
             raise self.fail(f"attribute {name!r} is {type(value).__name__}; expected an integer")
         return int(value)
 
     def number(self, name: str) -> float:
+        """An attribute that is a finite float."""
         value = self._attribute(name)
         if not isinstance(value, (float, np.floating)) or not math.isfinite(value):
             raise self.fail(f"attribute {name!r} is {type(value).__name__} {value}; expected a finite float")
@@ -122,10 +131,13 @@ class Reader:
 
 @contextmanager
 def writing(path: Path) -> Iterator[h5py.File]:
-    """A new file; on success it takes `path`'s place, on an error what was there stays. Errors: OSError.
+    """A new file, which replaces `path` at the end of the block; after an error, `path` is as it was.
 
-    It is made in memory and written in one go: where a disk is full, HDF5's own writing can end the process (a
-    segmentation fault while it closes the file, seen with h5py 3.16).
+    It is made in memory and then written at once: on a full disk HDF5's own writing can end the process (a segmentation
+    fault while it closes the file, seen with h5py 3.16).
+
+    Raises:
+        OSError: it cannot be written.
     """
     image = io.BytesIO()
     with h5py.File(image, "w", libver=_CHECKED) as file:
@@ -136,7 +148,11 @@ def writing(path: Path) -> Iterator[h5py.File]:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[Reader]:
-    """Open `path` for reading. What h5py raises on a damaged file becomes ArtifactError."""
+    """Open `path` for reading.
+
+    Raises:
+        ArtifactError: there is no such file, or it is damaged; whatever h5py raises on damaged files becomes this.
+    """
     path = Path(path)
     try:
         size = path.stat().st_size

@@ -26,7 +26,18 @@ _UNSIGNED_BYTE = 8  # the idx code of the only type that these datasets use
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array of an idx file, gzipped where its name ends in .gz. Errors: ArtifactError."""
+    """The array of an idx file.
+
+    Args:
+        path: gzipped where its name ends in .gz.
+        dimensions: that the array must have.
+
+    Returns:
+        The array, uint8.
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it.
+    """
     with _opened(path) as file:
         header = _exactly(path, file, 4 + 4 * dimensions, "header")
         expected = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
@@ -49,7 +60,17 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def read_cifar10(path: Path) -> Arrays:
-    """(uint8 [N, 3, 32, 32], int64 [N]) of one file of CIFAR-10's binary version. Errors: ArtifactError."""
+    """One file of CIFAR-10's binary version.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Images uint8 [N, 3, 32, 32] and classes int64 [N].
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it.
+    """
     record = 1 + math.prod(CIFAR_SHAPE)
     with _opened(path) as file:
         values = file.read(MAX_BYTES)

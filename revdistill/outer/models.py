@@ -141,7 +141,11 @@ ARCHITECTURES: dict[str, Factory] = {
 
 
 def canonical(name: str) -> str:
-    """The registered name whatever its case, or a `package.module:function` as it is; ValueError otherwise."""
+    """The name as it is registered, whatever the case of its letters; a `package.module:function` stays as it is.
+
+    Raises:
+        ValueError: there is no such architecture, or it cannot be imported.
+    """
     for known in ARCHITECTURES:
         if known.lower() == name.lower():
             return known
@@ -154,7 +158,16 @@ def canonical(name: str) -> str:
 
 
 def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """A new network: `factory(input_shape, classes)`. Errors: ValueError where it does not fit or is no module."""
+    """A new network of the named architecture.
+
+    Args:
+        name: a key of ARCHITECTURES, or `package.module:function`.
+        input_shape: of one sample.
+        classes: how many there are.
+
+    Raises:
+        ValueError: the architecture does not fit these, or is no torch.nn.Module.
+    """
     factory = ARCHITECTURES.get(name) or _factory(name)
     try:
         net = factory(input_shape, classes)

@@ -22,8 +22,11 @@ AT_ONCE, CACHED = 2048, 64
 
 
 def classification_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B, C] with classes [B] or probabilities [B, C]; binary where there is one logit [B,
-    1].
+    """Mean cross-entropy; binary where there is one logit per sample.
+
+    Args:
+        logits: [B, C], or [B, 1] for two classes.
+        y: classes [B], or probabilities [B, C].
     """
     if logits.shape[-1] == 1:
         target = y[..., 1] if y.is_floating_point() else y
@@ -37,10 +40,20 @@ def predictions(logits: Tensor) -> Tensor:
 
 
 class NetworkStack:
-    """name: the architecture; size: E. `loss(params, (x, y))` sums the networks' losses on one shared batch.
+    """E networks of one architecture. `loss(params, (x, y))` sums their losses on one shared batch.
 
     P0 is Xavier-normal weights and zero biases (scales of normalization layers 1) for the registered architectures, as
     in the study and in Wang et al. 2018; a user's own factory draws its parameters itself.
+
+    Args:
+        name: of the architecture.
+        size: E.
+        input_shape: of one sample.
+        classes: how many there are.
+        device: where the networks are.
+
+    Raises:
+        ValueError: there is no such architecture, or it does not go with the inputs or the classes.
     """
 
     def __init__(self, name: str, size: int, input_shape: tuple[int, ...], classes: int, device: torch.device) -> None:
@@ -84,10 +97,13 @@ class NetworkStack:
         return {name: p.to(self._device) for name, p in drawn.items()}
 
     def parts(self, params: Params) -> Iterator[tuple[int, NetworkStack, Params]]:
-        """(number of its first network, stack, parameters) of each part that is best evaluated side by side.
+        """Split the networks into parts that are best trained side by side.
 
-        All of them, but one at a time where they have convolutions on a CPU: a stack's are grouped ones there, which
-        for ConvNet-3 take twice as long.
+        That is all of them; but one at a time where they have convolutions on a CPU, as the grouped convolutions of a
+        stack take twice as long there (ConvNet-3).
+
+        Returns:
+            Of each part the number of its first network, its stack, and its parameters.
         """
         if self.size == 1 or not self._convolves:
             yield 0, self, params
@@ -103,7 +119,7 @@ class NetworkStack:
         return {name: torch.stack([s[name].detach() for s in states]).to(self._device) for name in self._shapes}
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
-        """[E, B, outputs] as in evaluation: dropout off; BatchNorm with the statistics of this very batch."""
+        """The outputs [E, B, outputs] as in evaluation: dropout is off, BatchNorm uses the statistics of this batch."""
 
         def one(params: Params, rest: Params) -> Tensor:
             found: Tensor = torch.func.functional_call(self._net, {**params, **rest}, (x,))
@@ -122,11 +138,13 @@ class NetworkStack:
 
     @torch.no_grad()
     def accuracies(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
-        """[E], each network's share of right answers."""
+        """Each network's share of right answers [E]."""
         right = torch.zeros(self.size, device=self._device)
         each = max(1, (CACHED if self._convolves and not self._batch_statistics else AT_ONCE) // self.size)
         batches = -(-len(x) // each)
-        for i in range(batches):  # each n-th sample: where data are sorted by class, BatchNorm sees all of the classes
+        for i in range(
+            batches
+        ):  # every n-th sample, so that BatchNorm sees all classes of data that are sorted by class
             right += (predictions(self.logits(params, x[i::batches])) == y[i::batches]).sum(-1)
         return right / len(x)
 

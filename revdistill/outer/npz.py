@@ -14,9 +14,17 @@ Arrays = tuple[np.ndarray, np.ndarray]
 
 
 def load_npz(path: Path) -> tuple[Arrays, Arrays | None]:
-    """((x, y), (x_test, y_test) or None): float32 [N, features] or [N, channels, H, W], and int64 [N] in 0..classes-1.
+    """A user's own data.
 
-    Errors: ArtifactError that names the file and what is wrong with it.
+    Args:
+        path: of the .npz file.
+
+    Returns:
+        (x, y), and (x_test, y_test) or None: x is float32 [N, features] or [N, channels, H, W], y int64 [N] from 0 to
+        classes - 1.
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it.
     """
     arrays = read_npz(path)
     for key in ("x", "y"):
@@ -38,7 +46,11 @@ def load_npz(path: Path) -> tuple[Arrays, Arrays | None]:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file. No pickle is read, and nothing larger than the file's own contents is allocated."""
+    """The arrays of a .npz file by name. No pickle is read, and no more memory is allocated than the file has contents.
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it.
+    """
     try:
         found = {}
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:

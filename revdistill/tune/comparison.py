@@ -1,4 +1,4 @@
-"""What a schedule is worth: fresh networks trained along it by plain torch.optim, on data that were used for nothing
+"""What a schedule is worth: fresh networks that plain torch.optim trains along it, measured on data used for nothing
 else.
 """
 
@@ -19,7 +19,15 @@ from revdistill.tune.tuner import sample_scaled
 
 @dataclass(frozen=True)
 class Trained:
-    """Test loss and accuracy over fresh networks: means, and standard deviations (n - 1) of the accuracy."""
+    """What fresh networks reach on the test data.
+
+    Attributes:
+        restarts: how many networks there were.
+        loss: mean over them.
+        accuracy: mean over them.
+        accuracy_std: standard deviation (n - 1); 0 for one.
+        accuracies: of each network.
+    """
 
     restarts: int
     loss: float
@@ -32,7 +40,16 @@ class Trained:
 
 
 def measure(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, restarts: int, seed: int) -> Trained:
-    """Train `restarts` fresh networks side by side, on minibatches in an order that no tuning saw."""
+    """Train fresh networks side by side along a schedule and measure them on the test data.
+
+    Args:
+        schedule: to follow.
+        data: the training part is trained on.
+        arch: of the networks.
+        batch_size: samples in each training step.
+        restarts: how many networks to train.
+        seed: of the networks and of the order of the minibatches, which no tuning has seen.
+    """
     device = data.x.device
     stack = NetworkStack(arch, restarts, data.input_shape, data.classes, device)
     params = sample_scaled(stack, evaluation_seed(seed), schedule)

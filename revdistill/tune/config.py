@@ -16,18 +16,32 @@ _TUPLES = ("learn",)
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """dataset: a name or a .npz file. arch: the network that is trained. steps: T, inner steps; batch_size: real
-    samples in each.
+    """What a tuning does.
 
-    learn: names of LEARNABLE. lr and momentum (Adam's beta1) get a value per step, weight decay and the scale of the
-    initial weights one; per_layer: each layer gets its own. optimizer, lr, momentum, weight_decay: of the starting
-    schedule.
-    inits: fresh networks per outer step, trained side by side. outer_steps, outer_lr: Adam steps on the schedule's
-    logarithms and logits, their rate, which falls to 0 by a cosine. outer_batch: held-out samples in each outer loss.
-    clip_back, window: of rd.unroll, against hypergradients that explode; clip: the largest norm of a whole
-    hypergradient, 0 for none.
+    Args:
+        dataset: a name, or a .npz file.
+        arch: the network that is trained.
+        steps: T, training steps.
+        learn: names of LEARNABLE. lr and momentum get a value for each step; weight decay and the factor on the initial
+            weights get one.
+        per_layer: whether each layer gets its own.
+        optimizer: of the training, a name of OPTIMIZERS.
+        lr: of the starting schedule.
+        momentum: of the starting schedule, or what the optimizer has in its place.
+        weight_decay: of the starting schedule.
+        batch_size: real samples in each training step.
+        inits: fresh networks in an outer step, trained side by side.
+        outer_steps: Adam steps on the schedule's logarithms and logits.
+        outer_lr: their rate, which falls to 0 by a cosine.
+        outer_batch: held-out samples in each outer loss.
+        clip: the norm that a whole hypergradient is clipped to, 0 for no clipping.
+        clip_back: of `rd.unroll`, against hypergradients that explode.
+        window: of `rd.unroll`, likewise.
+        device: cpu, cuda or cuda:N.
+        seed: of every random draw.
 
-    Errors: ValueError that names the field, what came and what is accepted.
+    Raises:
+        ValueError: names the field, what came and what is accepted.
     """
 
     dataset: str = "digits"
@@ -89,5 +103,9 @@ class TuneConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TuneConfig:
-        """From what `to_dict` gave; TypeError or ValueError where it did not."""
+        """The configuration that `to_dict` made these of.
+
+        Raises:
+            TypeError, ValueError: they are of no configuration.
+        """
         return cls(**(values | {name: tuple(values.get(name, ())) for name in _TUPLES}))

@@ -29,8 +29,11 @@ def draw(directory: Path, schedule: Schedule, start: Schedule) -> Path:
 
 
 def schedule_figure(schedule: Schedule, start: Schedule) -> Figure:
-    """Rates and momenta over the steps, a line per group, the starting schedule dashed; weight decay and initial scale
-    as bars.
+    """Rates and momenta over the steps, weight decays and initial scales as bars.
+
+    Args:
+        schedule: drawn with a line for each group.
+        start: drawn dashed.
     """
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(3, 3, 2), layout="constrained")
     steps = np.arange(1, schedule.steps + 1)

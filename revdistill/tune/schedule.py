@@ -1,4 +1,4 @@
-"""RUN/schedule.h5 and schedule.json: a training schedule, and what follows it in a plain torch.optim loop."""
+"""RUN/schedule.h5 and schedule.json: a training schedule, and a scheduler that follows it in a torch.optim loop."""
 
 from __future__ import annotations
 
@@ -27,11 +27,16 @@ _ARRAYS = {"lr": 2, "momentum": 2, "weight_decay": 1, "init_scale": 1}
 class Schedule:
     """A schedule of T steps for G groups of parameters: one group "all", or one per layer.
 
-    lr, momentum: float32 [T, G]; weight_decay, init_scale: float32 [G] (init_scale multiplies the initial weights, not
-    biases).
-    optimizer: "sgd", or "adam" (then momentum is beta1, with beta2 0.999 and eps 1e-8). groups: their names, a layer's
-    being the name of its module, such as "fc1" for "fc1.weight" and "fc1.bias". comparison: what fresh networks reached
-    with it.
+    Args:
+        lr: float32 [T, G].
+        momentum: float32 [T, G]; beta1 where the optimizer is "adam" (with beta2 0.999 and eps 1e-8).
+        weight_decay: float32 [G].
+        init_scale: float32 [G], multiplies the initial weights, not the biases.
+        optimizer: a name of OPTIMIZERS.
+        groups: the names of the groups; a layer has the name of its module, such as "fc1" for "fc1.weight" and
+            "fc1.bias".
+        config: everything needed to tune again.
+        comparison: what fresh networks reach with the starting and with the learned schedule.
     """
 
     lr: np.ndarray
@@ -45,11 +50,15 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """T"""
+        """T, the number of training steps."""
         return len(self.lr)
 
     def group_of(self, parameter: str) -> int:
-        """The group of a parameter by its name; ValueError where the schedule has none for it."""
+        """The number of a parameter's group.
+
+        Raises:
+            ValueError: the schedule has none for a parameter of this name.
+        """
         layer = layer_of(parameter)
         if self.groups == [ALL]:
             return 0
@@ -67,7 +76,7 @@ class Schedule:
                     p.mul_(float(self.init_scale[self.group_of(name)]))
 
     def make_optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
-        """torch.optim.SGD or Adam with a parameter group for each of the schedule's, to be led by `ScheduleLR`."""
+        """The torch.optim optimizer of the schedule, with its parameter groups, for `ScheduleLR` to lead."""
         members: list[list[Tensor]] = [[] for _ in self.groups]
         for name, p in net.named_parameters():
             if p.requires_grad:
@@ -87,11 +96,17 @@ def layer_of(parameter: str) -> str:
 
 
 class ScheduleLR(torch.optim.lr_scheduler.LambdaLR):
-    """torch's LambdaLR along a schedule; it sets each step's momentum (Adam's beta1) too. After step T the last values
+    """torch's LambdaLR along a schedule. It sets the momentum (or beta1) of each step too; after step T the last values
     stay.
 
-    optimizer: of `Schedule.make_optimizer`, or any with as many groups and rate 1. Call `step()` after each
-    `optimizer.step()`.
+    Call `step()` after each `optimizer.step()`.
+
+    Args:
+        optimizer: made by `Schedule.make_optimizer`, or any of the same kind with as many groups and rate 1.
+        schedule: to follow.
+
+    Raises:
+        ValueError: the optimizer has not as many parameter groups as the schedule.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
@@ -117,11 +132,20 @@ class ScheduleLR(torch.optim.lr_scheduler.LambdaLR):
 
 
 def schedule_lr(path: str | Path, net: nn.Module) -> tuple[torch.optim.Optimizer, ScheduleLR]:
-    """(optimizer, scheduler) that train a fresh `net` along the schedule of a file; its weights are scaled in place.
+    """An optimizer and its scheduler that train a fresh network along the schedule of a file.
 
-    Then, for each batch: loss.backward(); optimizer.step(); optimizer.zero_grad(); scheduler.step(). path: schedule.h5,
-    or the directory that holds it. Errors: ArtifactError for the file; ValueError where the net has layers that it does
-    not know.
+    Then, for each batch: loss.backward(); optimizer.step(); optimizer.zero_grad(); scheduler.step().
+
+    Args:
+        path: schedule.h5, or the directory that holds it.
+        net: freshly initialised; its weights are scaled in place.
+
+    Returns:
+        The optimizer and the scheduler.
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it.
+        ValueError: the network has layers that the schedule does not know.
     """
     schedule = read(Path(path))
     schedule.scale_(net)
@@ -130,7 +154,7 @@ def schedule_lr(path: str | Path, net: nn.Module) -> tuple[torch.optim.Optimizer
 
 
 def write(directory: Path, schedule: Schedule) -> None:
-    """schedule.h5 and schedule.json in the directory, each whole or as it was."""
+    """Write schedule.h5 and schedule.json to the directory, each whole or not at all. Raises OSError."""
     with writing(directory / FILE_NAME) as file:
         for name in _ARRAYS:
             file.create_dataset(name, data=getattr(schedule, name))
@@ -144,7 +168,11 @@ def write(directory: Path, schedule: Schedule) -> None:
 
 
 def read(path: Path) -> Schedule:
-    """The schedule of a file, or of the directory that holds it. Errors: ArtifactError that names file and fault."""
+    """The schedule of a file, or of the directory that holds it.
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it.
+    """
     with reading(path / FILE_NAME if path.is_dir() else path) as file:
         file.check_version(FORMAT_VERSION)
         arrays = {name: file.array(name, "float32", ndim=ndim) for name, ndim in _ARRAYS.items()}

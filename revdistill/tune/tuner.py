@@ -23,10 +23,15 @@ BETAS = (0.9, 0.99)  # of the outer Adam
 
 @dataclass(frozen=True)
 class TuneStep:
-    """loss: on held-out data after training; norm: of the hypergradient before clipping; longest: the largest norm of
-    dL/dtheta_k on the way back; explosion: the step where it passes a thousand times the smallest met before, or None.
+    """What an outer step was.
 
-    diverged: the training left the range or was not finite, so this step changed nothing.
+    Attributes:
+        step: its number.
+        loss: on held-out data after training.
+        norm: of the hypergradient before clipping.
+        longest: the largest norm of dL/dtheta_k on the way back.
+        explosion: the training step where that norm passes a thousand times the smallest one before it, or None.
+        diverged: why the step changed nothing: the training left the range or was not finite; None otherwise.
     """
 
     step: int
@@ -38,7 +43,15 @@ class TuneStep:
 
 
 class Tuner:
-    """One tuning. Every random draw is a function of (seed, outer step), so a resumed run draws the same numbers."""
+    """One tuning. Every random draw is a function of (seed, outer step), so a resumed run draws the same ones.
+
+    Args:
+        config: what to do.
+        data: what to train on.
+
+    Raises:
+        ValueError: they do not go together.
+    """
 
     def __init__(self, config: TuneConfig, data: Dataset) -> None:
         self.config, self.device = config, check_device(config.device)
@@ -65,7 +78,7 @@ class Tuner:
         return self.descent.outer_step
 
     def _start(self) -> dict[str, Tensor]:
-        """The starting schedule: logarithms, and logits of momenta."""
+        """The starting schedule as what is learned: logarithms, and logits of momenta."""
         c, groups = self.config, len(self.groups)
         values = {
             "lr": torch.full((c.steps, groups), math.log(c.lr)),
@@ -76,12 +89,16 @@ class Tuner:
         return {name: value.to(self.device) for name, value in values.items()}
 
     def values(self) -> dict[str, Tensor]:
-        """lr, momentum [T, G]; weight-decay, init [G]: what is learned and what is not, differentiable."""
+        """All that a schedule has, learned or not, differentiable: lr, momentum [T, G]; weight-decay, init [G]."""
         raw = self._fixed | self.leaves
         return {name: raw[name].sigmoid() if name == "momentum" else raw[name].exp() for name in raw}
 
     def step(self) -> TuneStep:
-        """One Adam step on the schedule."""
+        """One Adam step on the schedule.
+
+        Raises:
+            RangeError, NonFiniteError: the tenth step in a row failed.
+        """
         k, norms = self.outer_step, BackwardNorms()
         outcome = self.descent.step(lambda k: self._outer_loss(k, norms))
         longest = max(norms.norms.values(), default=math.nan)
@@ -115,7 +132,7 @@ class Tuner:
         return OPTIMIZERS[self.config.optimizer].engine(lr, momentum, decay)
 
     def schedule(self) -> Schedule:
-        """What was learned, as it stands."""
+        """What has been learned so far."""
         found = {name: value.detach().float().cpu().numpy() for name, value in self.values().items()}
         return Schedule(
             lr=found["lr"],
@@ -128,7 +145,7 @@ class Tuner:
         )
 
     def starting_schedule(self) -> Schedule:
-        """What it started from."""
+        """The schedule that the tuning starts from."""
         return Tuner(self.config, self.data).schedule()
 
 
@@ -138,7 +155,7 @@ def scaled(p: Tensor, scale: Tensor) -> Tensor:
 
 
 def sample_scaled(stack: NetworkStack, seed: int, schedule: Schedule) -> Params:
-    """Fresh parameters of a stack as the schedule wants them."""
+    """Fresh parameters of a stack, scaled as the schedule says."""
     start = stack.sample(seed)
     scales = torch.from_numpy(schedule.init_scale)
     return {name: scaled(p, scales[schedule.group_of(name)].to(p.device)) for name, p in start.items()}

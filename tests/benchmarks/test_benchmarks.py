@@ -22,7 +22,7 @@ from revdistill.distill.artifact import Artifact, read
 from revdistill.distill.config import Config
 from revdistill.distill.evaluation import Evaluation
 from revdistill.outer.data import load
-from tests.distill.test_image_files import write_mnist
+from tests.outer.test_image_files import write_mnist
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = stacked.Protocol(batches=3, per_class=2, epochs=2, outer_epochs=1, outer_batch=512)

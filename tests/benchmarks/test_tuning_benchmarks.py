@@ -18,7 +18,7 @@ import trainings
 
 import revdistill as rd
 from revdistill.outer.data import load
-from tests.distill.test_image_files import write_mnist
+from tests.outer.test_image_files import write_mnist
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 

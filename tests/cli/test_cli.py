@@ -21,9 +21,10 @@ from revdistill.cli.main import cli
 
 import revdistill
 from revdistill.distill.artifact import read
+from revdistill.distill.checkpoint import read_config
 from revdistill.distill.presets import PRESETS
 from revdistill.outer.directory import read_metrics
-from tests.distill.test_image_files import write_mnist
+from tests.outer.test_image_files import write_mnist
 
 QUICK = [
     "train",
@@ -385,3 +386,60 @@ def test_training_with_adam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     )
     assert code == 2
     assert "momentum is 1.0; accepted is a number below 1" in err
+
+
+def mounted(folder: Path, size: str) -> bool:
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_the_command_on_a_disk_that_is_full(tmp_path: Path) -> None:
+    """A real one. Regression: HDF5 ended the process with a segmentation fault when it closed a file on a full disk."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    saved_often = [*QUICK, "--save-every", "0"]
+    if not mounted(disk, "40k"):
+        pytest.skip("this system does not let root mount a tmpfs")
+    try:
+        (disk / "ballast").write_bytes(bytes(4096))
+        done = revdistill_command(*saved_often, "--out", str(disk / "run"), cwd=tmp_path)
+        # checkpoints are replaced, which needs room for two: one fits here, with little beside it
+        assert done.returncode in (0, 1)
+        assert "Traceback" not in done.stderr
+        assert "Segmentation" not in done.stderr
+        (disk / "more").write_bytes(bytes(disk_free(disk)))  # now really full
+        full = revdistill_command(*saved_often, "--out", str(disk / "other"), cwd=tmp_path)
+        assert full.returncode == 1
+        assert (
+            full.stderr.splitlines() == ["revdistill: [Errno 28] No space left on device"]
+            or "No space left" in full.stderr
+        )
+        assert full.stderr.count("\n") == 1
+        saved = read_config(disk / "run" / "checkpoint.h5")
+        assert saved.outer_steps == 6
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def disk_free(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def test_a_checkpoint_of_another_version(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of this format, it is resumed with a note; of another one, it is refused."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with h5py.File(run / "checkpoint.h5", "a") as file:
+        file.attrs["revdistill_version"] = "9.9.9"
+    code, _, err = invoke("train", "--resume", "--out", str(run), capsys=capsys)
+    assert code == 0
+    assert "note: the checkpoint was written by revdistill 9.9.9, this is" in err
+    with h5py.File(run / "checkpoint.h5", "a") as file:
+        file.attrs["format_version"] = 99
+    code, _, err = invoke("train", "--resume", "--out", str(run), capsys=capsys)
+    assert code == 2
+    assert "format version 99" in err

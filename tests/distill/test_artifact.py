@@ -1,3 +1,5 @@
+"""The artifact: read as it was written, usable without this project, and refused where it is damaged or hostile."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The distiller: it helps, its hypergradients are right, its configurations are checked; evaluation is plain SGD."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -13,7 +15,7 @@ from revdistill.distill.distiller import Distiller
 from revdistill.distill.evaluation import evaluate, train_plainly
 from revdistill.distill.starts import kmeans
 from revdistill.distill.strategies import STRATEGIES, momentum_for, plan, strategy1, strategy2, strategy3
-from revdistill.outer import models, networks
+from revdistill.outer import models
 from revdistill.outer.data import load
 from revdistill.outer.descent import MAX_FAILURES
 from revdistill.outer.networks import NetworkStack, classification_loss, predictions
@@ -180,26 +182,6 @@ def test_evaluation_is_plain_sgd_one_network_at_a_time(dataset: str, architectur
         assert found.accuracies[e] == pytest.approx(accuracy, abs=0.005)  # a float32 tie or two
 
 
-def test_batch_statistics_are_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Regression: data sorted by class were evaluated in batches of one class, whose mean BatchNorm then took away."""
-    monkeypatch.setattr(networks, "AT_ONCE", 40)
-    stack = NetworkStack(f"{__name__}:own_network", 2, (2,), 3, torch.device("cpu"))
-    y = torch.arange(3).repeat_interleave(25)
-    x = y[:, None].float() + 0.1 * torch.randn(75, 2, generator=torch.Generator().manual_seed(0))
-    params = stack.sample(0)
-    batches: list[torch.Tensor] = []
-
-    def logits(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        batches.append(x[:, 0].round().long().clamp(0, 2))
-        return one_hot[x[:, 0].round().long().clamp(0, 2)].expand(2, -1, -1)
-
-    one_hot = torch.eye(3)
-    monkeypatch.setattr(stack, "logits", logits)
-    assert stack.accuracies(params, x, y).tolist() == [1.0, 1.0]
-    assert sorted(torch.cat(batches).tolist()) == y.tolist()
-    assert all(len(batch) <= 20 and set(batch.tolist()) == {0, 1, 2} for batch in batches)
-
-
 def test_fixed_init_is_evaluated_from_its_own_network() -> None:
     artifact, data = distil(replace(SMALL, init="fixed")).artifact(), load("moons")
     found = evaluate(artifact, data, "NonLinearNet", restarts=3)
@@ -279,23 +261,6 @@ def test_outer_steps_are_made_with_an_unrolls_settings(monkeypatch: pytest.Monke
     distil(SMALL, steps=1)
     assert seen == [2, 2]  # errors where there is no deterministic kernel; forward, and back
     assert torch.get_deterministic_debug_mode() == 0
-
-
-def test_lenet_fits_what_it_fits() -> None:
-    for shape in ((1, 28, 28), (3, 32, 32), (1, 12, 12), (1, 13, 15)):
-        assert models.build("LeNet", shape, 7)(torch.zeros(2, *shape)).shape == (2, 7)
-    with pytest.raises(ValueError, match="at least 12 x 12"):
-        models.build("LeNet", (1, 8, 8), 10)
-
-
-def test_xavier_start() -> None:
-    stack = NetworkStack("LeNet", 200, (1, 28, 28), 10, torch.device("cpu"))
-    params = stack.sample(1)
-    assert float(params["conv1.bias"].abs().max()) == 0
-    assert float(params["fc1.weight"].std()) == pytest.approx((2 / (400 + 120)) ** 0.5, rel=0.02)
-    assert float(params["conv2.weight"].std()) == pytest.approx((2 / (25 * (6 + 16))) ** 0.5, rel=0.02)
-    assert torch.equal(stack.sample(1)["fc3.weight"], params["fc3.weight"])
-    assert not torch.equal(stack.sample(2)["fc3.weight"], params["fc3.weight"])
 
 
 def test_strategies_are_the_studys() -> None:

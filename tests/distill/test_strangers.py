@@ -17,9 +17,7 @@ import numpy as np
 import pytest
 from revdistill.cli import main as command
 
-import revdistill as rd
 from revdistill.distill.artifact import write
-from revdistill.outer import directory as directories
 from revdistill.outer.directory import read_metrics
 from tests.distill.fuzz import artifact
 
@@ -83,11 +81,3 @@ def test_a_log_that_cannot_be_drawn_is_left_out(tmp_path: Path, capsys: pytest.C
     assert command.run(["show", str(tmp_path)]) == 0
     assert capsys.readouterr().err == ""
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(odd)
-
-
-def test_a_log_too_large_to_be_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directories, "MAX_METRICS", 1000)
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n' * 100)
-    with pytest.raises(rd.ArtifactError, match=r"metrics.jsonl: has 1200 bytes; at most 1000 are read"):
-        read_metrics(path)

@@ -240,13 +240,45 @@ ADAMW_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
     },
     "adamw groups": _adam_groups,
 }
-SETTINGS = SGD_SETTINGS | ADAM_SETTINGS | ADAMW_SETTINGS
+RMSPROP_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "rmsprop": lambda case: {
+        "lr": _schedule(0.01, 0.03),
+        "alpha": _tensor(0.9),
+        "eps": _tensor(1e-2),
+        "momentum": _tensor(0.8),
+    },
+    "rmsprop without momentum": lambda case: {
+        "lr": _tensor(0.02),
+        "alpha": _schedule(0.8, 0.95),
+        "eps": 1e-2,
+        "weight_decay": _tensor(0.1),
+    },
+    "rmsprop centered": lambda case: {
+        "lr": _tensor(0.01),
+        "alpha": _tensor(0.9),
+        "eps": _schedule(0.05, 0.1),
+        "momentum": _schedule(0.5, 0.9),
+        "weight_decay": _schedule(0.1, 0.0),
+        "centered": True,
+    },
+    "rmsprop groups": lambda case: {
+        "lr": _per_parameter(case, lambda i: _schedule(0.01, 0.03) if i % 2 else _tensor(0.02)),
+        "alpha": _per_parameter(case, lambda i: 0.9 if i % 2 else _schedule(0.8, 0.9)),
+        "eps": _per_parameter(case, lambda i: 1e-2 if i % 2 else _tensor(0.02)),
+        "momentum": _per_parameter(case, lambda i: _tensor(0.7) if i % 2 else 0.9),
+        "weight_decay": _per_parameter(case, lambda i: _tensor(0.02) if i % 2 else 0.0),
+    },
+}
+SETTINGS = SGD_SETTINGS | ADAM_SETTINGS | ADAMW_SETTINGS | RMSPROP_SETTINGS
+WITHOUT_WAY_BACK = {"nesterov", "amsgrad", "rmsprop without momentum"}  # Reversible refuses these
 
 
 def optimizer_of(setting: str, settings: dict[str, Any]) -> Any:
     """The optimizer that a setting is for."""
     if setting in SGD_SETTINGS:
         return rd.SGD(**settings)
+    if setting in RMSPROP_SETTINGS:
+        return rd.RMSprop(**settings)
     return rd.Adam(**settings) if setting in ADAM_SETTINGS else rd.AdamW(**settings)
 
 

@@ -35,7 +35,11 @@ def gradients_of(case: Case, theta: dict[str, Tensor], k: int, seeds: Any) -> di
 def train(
     case: Case, settings: dict[str, Any], steps: int, seeds: Any, *, decoupled: bool = False
 ) -> dict[str, Tensor]:
-    """theta_T by SGD; by Adam where there is an eps, or by AdamW where that is decoupled."""
+    """theta_T by SGD; by RMSprop where there is an alpha; by Adam where there is an eps, or by AdamW where that is
+    decoupled.
+    """
+    if "alpha" in settings:
+        return train_by_rmsprop(case, settings, steps, seeds)
     if "eps" in settings:
         return train_by_adam(case, settings, steps, seeds, decoupled)
     theta = dict(case.params)
@@ -78,4 +82,23 @@ def train_by_adam(case: Case, settings: dict[str, Any], steps: int, seeds: Any, 
             root = (peak[name] + (peak[name] == 0)).sqrt() * (peak[name] != 0)  # 0 has derivative 0
             denominator = root / (1 - beta2 ** (k + 1)) ** 0.5 + eps
             theta[name] = p - lr / (1 - beta1 ** (k + 1)) * first[name] / denominator
+    return theta
+
+
+def train_by_rmsprop(case: Case, settings: dict[str, Any], steps: int, seeds: Any) -> dict[str, Tensor]:
+    theta = dict(case.params)
+    square, mean, buffer = ({name: torch.zeros_like(p) for name, p in theta.items()} for _ in range(3))
+    for k in range(steps):
+        gradients = gradients_of(case, theta, k, seeds)
+        for name, p in list(theta.items()):
+            lr, eps = at(settings["lr"], name, k), at(settings["eps"], name, k)
+            alpha = quantised(at(settings["alpha"], name, k), 2**30)
+            g = gradients[name] + at(settings.get("weight_decay", 0.0), name, k) * p
+            square[name] = alpha * square[name] + (1 - alpha) * g * g
+            mean[name] = alpha * mean[name] + (1 - alpha) * g
+            variance = square[name] - mean[name] ** 2 if settings.get("centered") else square[name]
+            positive = variance > 0
+            root = torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
+            buffer[name] = quantised(at(settings.get("momentum", 0.0), name, k)) * buffer[name] + g / (root + eps)
+            theta[name] = p - lr * buffer[name]
     return theta

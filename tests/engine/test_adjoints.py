@@ -16,7 +16,16 @@ from torch import Tensor
 
 import revdistill as rd
 from revdistill.engine.loss.determinism import Determinism
-from tests.engine.problems import ADAMW_SETTINGS, PROBLEMS, SETTINGS, STEPS, Case, optimizer_of, tensors_of
+from tests.engine.problems import (
+    ADAMW_SETTINGS,
+    PROBLEMS,
+    SETTINGS,
+    STEPS,
+    WITHOUT_WAY_BACK,
+    Case,
+    optimizer_of,
+    tensors_of,
+)
 from tests.engine.reference import train
 
 SEED = 11
@@ -184,17 +193,17 @@ class AdjointContract:
 
 class TestReversible(AdjointContract):
     adjoint = rd.Reversible()
-    refuses: ClassVar[set[str]] = {"nesterov", "amsgrad"}
+    refuses: ClassVar[set[str]] = WITHOUT_WAY_BACK
 
 
 class TestReversibleInHostMemory(AdjointContract):
     adjoint = rd.Reversible(history="host")
-    refuses: ClassVar[set[str]] = {"nesterov", "amsgrad"}
+    refuses: ClassVar[set[str]] = WITHOUT_WAY_BACK
 
 
 class TestReversibleOnDisk(AdjointContract):
     adjoint = rd.Reversible(history=tempfile.gettempdir())
-    refuses: ClassVar[set[str]] = {"nesterov", "amsgrad"}
+    refuses: ClassVar[set[str]] = WITHOUT_WAY_BACK
 
 
 class TestCheckpoint(AdjointContract):
@@ -216,7 +225,7 @@ class TestBackprop(AdjointContract):
 FIXED = [rd.Reversible(), rd.Reversible(history="host"), rd.Checkpoint(), rd.Checkpoint(every=4), rd.StoreAll()]
 
 
-@pytest.mark.parametrize("setting", [s for s in SETTINGS if s not in ("nesterov", "amsgrad")])
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s not in WITHOUT_WAY_BACK])
 def test_fixed_point_adjoints_agree_to_the_last_bit_on_theta(setting: str) -> None:
     ends = []
     for adjoint in FIXED:

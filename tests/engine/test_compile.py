@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
 import warnings
 from typing import Any
 
@@ -15,12 +16,20 @@ import revdistill as rd
 from revdistill.engine.integers.compiled import Compiled
 from revdistill.engine.integers.passes import Passes
 from revdistill.engine.integers.radix import COARSE, FINE, WIDE, Radix
+from revdistill.engine.loss import compiled, timing
+from revdistill.engine.loss.timing import best_times
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler"
 )
 # The compiler's own imports and sub-processes warn; only ours matter here.
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.filterwarnings("error::revdistill.CompileWarning")]
+
+
+@pytest.fixture(autouse=True)
+def compiled_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine is doing: these networks are so small that either form may be."""
+    monkeypatch.setattr(compiled, "best_times", lambda first, second: (1.0, 2.0))
 
 
 def problem() -> tuple[Any, dict[str, Tensor], tuple[Tensor, Tensor]]:
@@ -223,3 +232,153 @@ def test_a_product_whose_gradient_has_other_bits_does_not_feed_the_reversal(
     assert (
         len(separate) == 1 + 20 + again + 4
     )  # the check, the steps forward, and only where the product's had other bits
+
+
+# Which form is kept
+
+
+class Calls:
+    """A stand-in for torch.compile, that counts the calls of what it compiled by their number of arguments."""
+
+    def __init__(self, slow: set[int], **scales: float) -> None:
+        self.slow, self.scale, self.counts = slow, scales.get("scale", 1.0), {3: 0, 4: 0}
+
+    def __call__(self, function: Any, **_: Any) -> Any:
+        """The function, a gradient (3 arguments) or a product (4); 20 ms slower where it is to be slow."""
+
+        def call(*args: Any) -> Any:
+            self.counts[len(args)] += 1
+            if len(args) in self.slow:
+                time.sleep(0.02)
+            found = function(*args)
+            return found[0] * self.scale, found[1]
+
+        return call
+
+
+GRADIENT, PRODUCT = 3, 4
+
+
+def slow_unless_compiled(loss: Any) -> Any:
+    """A loss that takes 20 ms, but where torch.func differentiates it, as compiled functions do."""
+
+    def wrapped(params: dict[str, Tensor], pair: tuple[Tensor, ...]) -> Tensor:
+        if not torch._C._functorch.is_gradtrackingtensor(next(iter(params.values()))):
+            time.sleep(0.02)
+        return loss(params, pair)
+
+    return wrapped
+
+
+def unrolled(loss: Any, params: Any, batches: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # to be slower is no reason to warn
+        return hypergradient(loss, params, batches, compile=True, **kwargs)
+
+
+@pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()], ids=repr)
+def test_a_slow_compiled_gradient_is_dropped(monkeypatch: pytest.MonkeyPatch, adjoint: Any) -> None:
+    loss, params, batches = problem()
+    eager = hypergradient(loss, params, batches, adjoint=adjoint)
+    fake = Calls(slow={GRADIENT, PRODUCT}, scale=1 + 1e-6)  # other bits, within the tolerance
+    monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(compiled, "best_times", best_times)
+    assert all(map(torch.equal, unrolled(loss, params, batches, adjoint=adjoint), eager))
+    compared = fake.counts[GRADIENT]
+    assert compared < 10  # the values, and the time
+    assert all(map(torch.equal, unrolled(loss, params, batches, adjoint=adjoint), eager))
+    assert fake.counts == {GRADIENT: compared, PRODUCT: 0}
+
+
+def test_a_fast_compiled_form_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, params, batches = problem()
+    loss = slow_unless_compiled(loss)
+    eager = hypergradient(loss, params, batches)
+    fake = Calls(slow=set())
+    monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(compiled, "best_times", best_times)
+    unrolled(loss, params, batches)
+    compared = dict(fake.counts)
+    for mine, theirs in zip(unrolled(loss, params, batches), eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert fake.counts[PRODUCT] == compared[PRODUCT] + 20
+    assert compared[GRADIENT] + 20 <= fake.counts[GRADIENT] <= compared[GRADIENT] + 40
+
+
+@pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()], ids=repr)
+def test_one_unroll_has_one_gradient_function(monkeypatch: pytest.MonkeyPatch, adjoint: Any) -> None:
+    """A product that is dropped on the way back takes the gradient with it, from the next unroll on: in this one the
+    way back needs the forward pass's bits.
+    """
+    loss, params, batches = problem()
+    eager = hypergradient(loss, params, batches, adjoint=adjoint)
+    fake = Calls(slow={PRODUCT}, scale=1 + 1e-6)  # with eager's gradient the way back would not end at the start
+    monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(
+        compiled, "best_times", lambda first, second: (1.0, 1.5) if not fake.counts[PRODUCT] else (3.0, 2.0)
+    )
+    for mine, theirs in zip(unrolled(loss, params, batches, adjoint=adjoint), eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert fake.counts[GRADIENT] >= 40  # both ways
+    counted = dict(fake.counts)
+    assert all(map(torch.equal, unrolled(loss, params, batches, adjoint=adjoint), eager))
+    assert fake.counts == counted
+
+
+def test_a_much_faster_gradient_stays_without_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, params, batches = problem()
+    fake = Calls(slow=set())
+    monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(
+        compiled, "best_times", lambda first, second: (1.0, 3.0) if not fake.counts[PRODUCT] else (3.0, 2.0)
+    )
+    for _ in range(2):
+        before = fake.counts[GRADIENT]
+        unrolled(loss, params, batches)
+        assert fake.counts[GRADIENT] >= before + 40
+    assert fake.counts[PRODUCT] == 1  # the comparison of the values
+
+
+def test_an_unroll_keeps_its_gradient_while_another_unroll_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that gives batches lets other unrolls of the same loss in, before this one has compared."""
+    loss, params, (x, y) = problem()
+    fake = Calls(slow={GRADIENT}, scale=1 + 1e-6)
+    monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(compiled, "best_times", best_times)
+    entered: list[int] = []
+
+    def batch(k: int) -> tuple[Tensor, Tensor]:
+        if not entered:
+            entered.append(k)
+            rd.unroll(loss, params, batch, rd.SGD(0.1), steps=2, compile=True)
+        return x.detach()[k % 4], y[k % 4]
+
+    theta = rd.unroll(loss, params, batch, rd.SGD(0.1), steps=5, compile=True)
+    torch.stack([p.square().sum() for p in theta.values()]).sum().backward()
+
+
+def test_the_function_that_gives_batches_is_not_called_for_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, params, (x, y) = problem()
+    monkeypatch.setattr(torch, "compile", Calls(slow={GRADIENT}))
+    monkeypatch.setattr(compiled, "best_times", best_times)
+    asked: list[int] = []
+    rd.unroll(
+        loss,
+        params,
+        lambda k: asked.append(k) or (x.detach()[k % 4], y[k % 4]),
+        rd.SGD(0.1),
+        steps=5,
+        compile=True,
+    )
+    assert asked == list(range(5))
+
+
+def test_long_calls_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    first, second = (lambda name=name: calls.append(name) or torch.zeros(()) for name in "ab")
+    best_times(first, second)
+    assert calls == ["a", "b"] * (1 + timing.REPETITIONS)
+    calls.clear()
+    monkeypatch.setattr(timing, "ENOUGH", 0.0)
+    best_times(first, second)
+    assert calls == ["a", "b"] * 2

@@ -192,18 +192,6 @@ def test_explosions_are_reported_and_clipped() -> None:
     assert calm.explosion is None
 
 
-def test_batches_are_epochs_of_the_training_data() -> None:
-    data = load("moons")
-    draw, again = Minibatches(data, 100, 3), Minibatches(data, 100, 3)
-    per_epoch = len(data.x) // 100
-    seen = torch.cat([draw(k)[0] for k in range(per_epoch)])
-    assert len({tuple(row) for row in seen.tolist()}) == len(
-        {tuple(r) for r in data.x.tolist()} & {tuple(r) for r in seen.tolist()}
-    )
-    assert torch.equal(draw(per_epoch + 1)[0], again(per_epoch + 1)[0])  # whatever was asked for before
-    assert not torch.equal(draw(0)[0], draw(per_epoch)[0])
-
-
 def test_round_trip(tmp_path: Path) -> None:
     schedules.write(tmp_path, a_schedule())
     found = schedules.read(tmp_path)

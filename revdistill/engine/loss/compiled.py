@@ -1,4 +1,4 @@
-"""torch.compile for the gradient and the product: compared with eager on first use, dropped where it differs.
+"""torch.compile for the gradient and the product: compared with eager on first use, kept where right and faster.
 
 The compiled gradient serves both directions, so exactness does not rest on its agreeing with eager autograd to the bit;
 its values are compared because a compiled function can be silently wrong (torch 2.13: the gradient of a LeNet, 55 %
@@ -24,35 +24,63 @@ from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient, Linearization, Products
 from revdistill.engine.loss.operators import named_errors
+from revdistill.engine.loss.timing import best_times
 
 # Normwise relative difference that reordered sums explain; a wrong kernel is off by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 
+_CompiledGradient = Callable[..., tuple[Tensor, Tensor]]
+_CompiledProduct = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+
 
 @dataclass
 class _Functions:
-    """The compiled functions of one loss; they outlive an unroll, so that an outer loop compiles once."""
+    """The compiled functions of one loss, None where eager is right or faster.
 
-    gradient: Callable[..., tuple[Tensor, Tensor]] | None
-    product: Callable[..., tuple[Tensor, tuple[Tensor, ...]]] | None
+    They outlive an unroll, so that an outer loop compiles once. gradient_times: of the compiled and the eager gradient,
+    in seconds.
+    """
+
+    gradient: _CompiledGradient | None
+    product: _CompiledProduct | None
     gradient_checked: bool = False
     product_checked: bool = False
+    gradient_times: tuple[float, float] = (0.0, 0.0)
+
+    def drop_product(self) -> None:
+        """Without it a compiled gradient is evaluated twice per step and the eager one besides, for the product.
+
+        Where that takes longer than the eager one alone, the unrolls to come are eager.
+        """
+        self.product = None
+        compiled, eager = self.gradient_times
+        if 2 * compiled > eager:
+            self.gradient = None
 
 
 _functions: weakref.WeakKeyDictionary[Loss, dict[Any, _Functions]] = weakref.WeakKeyDictionary()
 
 
 class CompiledGradient(Gradient):
-    """Gradient, with both functions compiled where that works."""
+    """`Gradient`, with both functions compiled where that works and is faster.
+
+    One unroll has one gradient function in both directions, chosen at its first step: a form that is dropped later, in
+    this unroll or in another, is dropped for the unrolls to come.
+    """
 
     def __init__(self, loss: Loss, layout: Layout, data: Data, determinism: Determinism, steps: int) -> None:
         super().__init__(loss, layout, data, determinism, steps)
-        self.wanted = tuple(t.requires_grad for t in (*data.tensors, *data.hypers))
-        self._hypers = [t.detach() for t in data.hypers]
+        self.wanted = (*self._batch_wanted, *self._hyper_wanted)
+        self._hypers = tuple(t.detach() for t in data.hypers)
         key = (layout, self.wanted, data.hyper_names, data.hyper_kind, data.function is None)
-        self.functions = _functions.setdefault(loss, {}).setdefault(key, _Functions(*self._compile()))
+        known = _functions.setdefault(loss, {})
+        if key not in known:
+            known[key] = _Functions(*self._compile())
+        self.functions = known[key]
+        self.compiled: _CompiledGradient | None = None
+        self._chosen = self.functions.gradient is None
 
-    def _compile(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _compile(self) -> tuple[_CompiledGradient, _CompiledProduct]:
         layout, wanted, batches = self.layout, self.wanted, len(self.data.tensors)
         pack_hyper, from_table = self.data.pack_hyper, self.data.function is None
         loss_of = weakref.ref(self.loss)  # the cache must not keep its own key alive
@@ -70,67 +98,82 @@ class CompiledGradient(Gradient):
         def product(
             theta: Tensor, extra: tuple[Tensor, ...], batch: Any, vector: Tensor
         ) -> tuple[Tensor, tuple[Tensor, ...]]:
-            def at(theta: Tensor, *differentiated: Tensor) -> Tensor:
+            def gradient_of(theta: Tensor, *differentiated: Tensor) -> Tensor:
                 rest = iter(differentiated)
                 merged = tuple(next(rest) if want else t for t, want in zip(extra, wanted, strict=True))
                 found: Tensor = torch.func.grad(value)(theta, merged, batch)
                 return found
 
-            found, vjp, *_ = torch.func.vjp(at, theta, *(t for t, want in zip(extra, wanted, strict=True) if want))
+            differentiated = (t for t, want in zip(extra, wanted, strict=True) if want)
+            found, vjp, *_ = torch.func.vjp(gradient_of, theta, *differentiated)
             return found, vjp(vector)
 
         return torch.compile(gradient), torch.compile(product)
 
     def linearize(self, k: int, theta: Tensor) -> Linearization:  # type: ignore[override]
+        """See `Gradient.linearize`."""
+        batch = self._batch(k)
+        if not self._chosen:
+            self._choose(k, theta, batch)
+        if self.compiled is None:
+            return self._linearize(k, theta, batch)
+        return CompiledLinearization(self, self.compiled, k, theta.detach(), batch)
+
+    def _choose(self, k: int, theta: Tensor, batch: Any) -> None:
+        """Choose the gradient function of this unroll; on the loss's first use by comparing both."""
+        # The checks of eager come in any case: a scalar loss, no tensors that reach it by closure.
+        eager = self._linearize(k, theta, batch).gradient
         functions = self.functions
-        if functions.gradient is None:
-            return super().linearize(k, theta)
-        extra = (*self.data.rows(k), *self._hypers)
-        batch = self._from_function(k) if self.data.function is not None else None
-        if not self._checked:  # the checks of eager: scalar loss, tensors that reach it by closure
-            eager = super().linearize(k, theta)
-            if not functions.gradient_checked:
-                functions.gradient_checked = True
-                if not self._gradient_agrees(k, theta, extra, batch, eager.gradient):
+        if functions.gradient is not None and not functions.gradient_checked:
+            functions.gradient_checked = True
+            at = CompiledLinearization(self, functions.gradient, k, theta.detach(), batch)
+            if not _gradient_agrees(at, eager):
+                functions.gradient = None
+            else:
+                functions.gradient_times = best_times(
+                    lambda: at.evaluate()[0], lambda: self._linearize(k, theta, batch).gradient
+                )
+                if functions.gradient_times[0] > functions.gradient_times[1]:
                     functions.gradient = None
-                    return eager
-        return CompiledLinearization(self, k, theta.detach(), extra, batch)
+        self.compiled, self._chosen = functions.gradient, True
 
-    def _gradient_agrees(self, k: int, theta: Tensor, extra: tuple[Tensor, ...], batch: Any, eager: Tensor) -> bool:
-        assert self.functions.gradient is not None
-        try:
-            with self.determinism.step(k), compiling():
-                found, _ = self.functions.gradient(theta.detach(), extra, batch)
-        except Exception as error:  # whatever the compiler raises, eager is right
-            warn("the gradient could not be compiled", error)
-            return False
-        return _agrees("gradient", found, eager)
+    def arguments(self, batch: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """What a compiled function takes beside theta: the tensors that may be differentiated, and another batch."""
+        if self.data.function is None:
+            return (*batch, *self._hypers), None
+        return self._hypers, batch
 
-    def eager_product(self, k: int, theta: Tensor, vector: Tensor) -> Products:
-        return super().linearize(k, theta).product(vector)
+    def eager_product(self, k: int, theta: Tensor, batch: Any, vector: Tensor) -> Products:
+        """The product by eager autograd, which evaluates the eager gradient first."""
+        return self._linearize(k, theta, batch).product(vector)
 
 
 class CompiledLinearization:
-    """The loss and its gradient at one theta and step, evaluated when first asked for."""
+    """The loss and its gradient at one theta and step, evaluated when first asked for: a `Linearization`."""
 
-    def __init__(self, owner: CompiledGradient, k: int, theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> None:
-        self._owner, self._k, self._theta, self._extra, self._batch = owner, k, theta, extra, batch
+    def __init__(self, owner: CompiledGradient, function: _CompiledGradient, k: int, theta: Tensor, batch: Any) -> None:
+        self._owner, self._function, self._k, self._theta, self._batch = owner, function, k, theta, batch
+        self._arguments = owner.arguments(batch)
         self._from_product: Tensor | None = None
+
+    def evaluate(self) -> tuple[Tensor, Tensor]:
+        """The gradient and the loss, detached."""
+        with self._owner.determinism.step(self._k), named_errors():
+            found, loss = self._function(self._theta, *self._arguments)
+        return found.detach(), loss.detach()
 
     @cached_property
     def _gradient_and_loss(self) -> tuple[Tensor, Tensor]:
-        function = self._owner.functions.gradient
-        assert function is not None
-        with self._owner.determinism.step(self._k), named_errors():
-            found, loss = function(self._theta, self._extra, self._batch)
-        return found.detach(), loss.detach()
+        return self.evaluate()
 
     @property
     def loss(self) -> Tensor:
+        """0-dim, detached."""
         return self._gradient_and_loss[1]
 
     @property
     def gradient(self) -> Tensor:
+        """[numel], detached."""
         # The product computes a gradient too, mostly of the same bits (torch 2.13, an MLP: 99 steps of 100).
         if self._from_product is not None and self._owner.fingerprints.matches(self._k, self._from_product):
             return self._from_product
@@ -138,25 +181,32 @@ class CompiledLinearization:
 
     @property
     def nbytes(self) -> int:
+        """0: no graph is held."""
         return 0
 
     def product(self, vector: Tensor) -> Products:
+        """See `Linearization.product`."""
         functions = self._owner.functions
         if functions.product is None:
-            return self._owner.eager_product(self._k, self._theta, vector)
+            return self._eager_product(vector)
         if not functions.product_checked:
             functions.product_checked = True
-            eager = self._owner.eager_product(self._k, self._theta, vector)
-            if not self._product_agrees(vector, eager):
-                functions.product = None
+            eager = self._eager_product(vector)
+            if not self._product_agrees(functions.product, vector, eager) or not self._product_is_faster(
+                functions.product, vector
+            ):
+                functions.drop_product()
+                self._from_product = None
                 return eager
-        return self._compiled_product(vector)
+        return self._compiled_product(functions.product, vector)
 
-    def _compiled_product(self, vector: Tensor) -> Products:
-        function, wanted = self._owner.functions.product, self._owner.wanted
-        assert function is not None
+    def _eager_product(self, vector: Tensor) -> Products:
+        return self._owner.eager_product(self._k, self._theta, self._batch, vector)
+
+    def _compiled_product(self, function: _CompiledProduct, vector: Tensor) -> Products:
+        wanted = self._owner.wanted
         with self._owner.determinism.step(self._k):
-            found, products = function(self._theta, self._extra, self._batch, vector.detach())
+            found, products = function(self._theta, *self._arguments, vector.detach())
         if found.device.type == "cpu":
             self._from_product = found.detach()
         rest = iter(products[1:])
@@ -164,10 +214,10 @@ class CompiledLinearization:
         split = len(self._owner.data.tensors)
         return Products(products[0], extra[:split], extra[split:])
 
-    def _product_agrees(self, vector: Tensor, eager: Products) -> bool:
+    def _product_agrees(self, function: _CompiledProduct, vector: Tensor, eager: Products) -> bool:
         try:
             with compiling():
-                found = self._compiled_product(vector)
+                found = self._compiled_product(function, vector)
         except Exception as error:  # whatever the compiler raises, eager is right
             warn("the Hessian product could not be compiled", error)
             return False
@@ -176,6 +226,26 @@ class CompiledLinearization:
             if a is not None and not _agrees("Hessian product", a, torch.zeros_like(a) if b is None else b):
                 return False
         return True
+
+    def _product_is_faster(self, function: _CompiledProduct, vector: Tensor) -> bool:
+        def first(products: Products) -> Tensor:
+            return next((t for t in (products.theta, *products.batch, *products.hyper) if t is not None), vector)
+
+        compiled, eager = best_times(
+            lambda: first(self._compiled_product(function, vector)),
+            lambda: first(self._eager_product(vector)),
+        )
+        return compiled <= eager
+
+
+def _gradient_agrees(compiled: CompiledLinearization, eager: Tensor) -> bool:
+    try:
+        with compiling():
+            found, _ = compiled.evaluate()
+    except Exception as error:  # whatever the compiler raises, eager is right
+        warn("the gradient could not be compiled", error)
+        return False
+    return _agrees("gradient", found, eager)
 
 
 def _agrees(what: str, compiled: Tensor, eager: Tensor) -> bool:

@@ -8,19 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revdistill.engine.loss.substitution import Substitution
+
 PureLoss = Callable[[dict[str, Tensor], Any], Tensor]
 
 
 def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureLoss, dict[str, Tensor]]:
-    """(loss, params) with loss(params, (x, y)) = criterion(net(x), y), evaluated with `params` in the place of net's
-    own.
+    """A module and a criterion as the loss and params that rd.unroll takes.
 
-    params: the parameters of `net` that require grad, the very tensors (so params[name].grad is filled by backward). A
-    batch of more than two entries is (*inputs, target). Frozen parameters stay as they are. Buffers are those of this
-    moment,
-    and are left untouched: BatchNorm in training mode uses batch statistics. Parameters shared between layers are one.
+    Frozen parameters stay as they are, and parameters shared between layers are one. Buffers are those of this moment
+    and are left untouched: BatchNorm in training mode uses batch statistics.
 
-    Errors: TypeError for anything but a module and a callable, ValueError when no parameter requires grad.
+    Args:
+        net: the network. A call of the loss leaves it as it was.
+        criterion: criterion(output, target) -> scalar tensor.
+
+    Returns:
+        (loss, params). loss(params, (*inputs, target)) is criterion(net(*inputs), target), evaluated with `params` in
+        the place of net's own. params: name -> parameter of `net` that requires grad, the very tensors, so that
+        backward fills their `grad`.
+
+    Raises:
+        TypeError: `net` is no module, or `criterion` not callable.
+        ValueError: no parameter of `net` requires grad.
     """
     _check(net, criterion)
     buffers = _detached_buffers(net)
@@ -28,11 +38,13 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
     if not params:
         raise ValueError("net has no parameter that requires grad, so there is nothing to train")
 
+    call = Substitution(net)
+
     def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
         *inputs, target = batch
         # Fresh copies each time: what the module writes into them (running statistics) must not reach the next call.
-        state = {**params, **{name: b.clone() for name, b in buffers.items()}}
-        return criterion(torch.func.functional_call(net, state, tuple(inputs)), target)
+        tensors = {**params, **{name: b.clone() for name, b in buffers.items()}}
+        return criterion(call(tensors, tuple(inputs)), target)
 
     return loss, params
 
@@ -40,16 +52,25 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
 def stack_modules(
     nets: Sequence[nn.Module], criterion: Callable[..., Tensor], *, shared_batches: bool = True
 ) -> tuple[PureLoss, dict[str, Tensor]]:
-    """(loss, params) for E networks of one architecture trained side by side in one unroll, the loss summed over them.
+    """E networks of one architecture, trained side by side in one unroll, as the loss and params that rd.unroll takes.
 
-    params: name -> [E, ...], new leaf tensors that require grad. The networks do not interact, so each one's training
-    and hypergradient is what it would be alone. lr may then have shape [T, E]: a rate per step and network.
-    shared_batches: all networks see the same batch (x, y); otherwise each entry of a batch has a leading dimension E,
-    an own one for each network.
+    The networks do not interact, so each one's training and hypergradient is what it would be alone. lr may then have
+    shape [T, E]: a rate per step and network. Random numbers (dropout) differ between networks. An evaluation is one
+    batched call (torch.func.vmap; none of it where E is 1).
 
-    Cost: one batched evaluation (torch.func.vmap; none of it where E is 1). Random numbers (dropout) differ between
-    networks.
-    Errors: TypeError, ValueError when the networks' parameters differ in name or shape, or `nets` is empty.
+    Args:
+        nets: the E networks.
+        criterion: criterion(output, target) -> scalar tensor.
+        shared_batches: all networks see the same batch; otherwise each entry of a batch has a leading dimension E, one
+            batch for each network.
+
+    Returns:
+        (loss, params). loss(params, (*inputs, target)) is the sum of the networks' losses. params: name -> [E, ...],
+        new leaf tensors that require grad.
+
+    Raises:
+        TypeError: a net is no module, or `criterion` not callable.
+        ValueError: `nets` is empty, no parameter requires grad, or the networks' parameters differ in name or shape.
     """
     if not nets:
         raise ValueError("nets is empty; give at least one module")
@@ -64,9 +85,11 @@ def stack_modules(
     params = {name: torch.stack([t[name].detach() for t in tensors]).requires_grad_() for name in trained}
     rest = {name: torch.stack([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
 
+    call = Substitution(first)
+
     def one(params: dict[str, Tensor], rest: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
         *inputs, target = batch
-        return criterion(torch.func.functional_call(first, {**params, **rest}, tuple(inputs)), target)
+        return criterion(call({**params, **rest}, tuple(inputs)), target)
 
     every = torch.func.vmap(one, in_dims=(0, 0, None if shared_batches else 0), randomness="different")
 

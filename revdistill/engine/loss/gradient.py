@@ -101,8 +101,20 @@ class Gradient:
                 tensor that requires grad and was not passed to the unroll.
             UnsupportedError: the loss uses an operator that has no second derivatives or does not repeat itself.
         """
+        return self._linearize(k, theta, self._batch(k))
+
+    def _batch(self, k: int) -> Any:
+        """Step k's batch, detached where it is of a table."""
+        if self.data.function is None:
+            return self.data.rows(k)
+        with self.determinism.outside():
+            return self.data.from_function(k)
+
+    def _linearize(self, k: int, theta: Tensor, batch: Any) -> EagerLinearization:
         leaf = theta.detach().requires_grad_()
-        batch, batch_leaves = self._batch(k)
+        batch_leaves: tuple[Tensor, ...] = ()
+        if self.data.function is None:
+            batch = batch_leaves = _leaves(batch, self._batch_wanted)
         hyper_leaves = _leaves(self.data.hypers, self._hyper_wanted)
         with self.determinism.step(k), named_errors():
             value = self.loss(self.layout.views(leaf), batch, *self.data.pack_hyper(hyper_leaves))
@@ -110,17 +122,6 @@ class Gradient:
                 self._check(value, leaf, (*batch_leaves, *hyper_leaves))
             (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
         return EagerLinearization(value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k)
-
-    def _batch(self, k: int) -> tuple[Any, tuple[Tensor, ...]]:
-        """Step k's batch as the loss takes it, and the tensors of it that products are with respect to."""
-        if self.data.function is not None:
-            return self._from_function(k), ()
-        leaves = _leaves(self.data.rows(k), self._batch_wanted)
-        return leaves, leaves
-
-    def _from_function(self, k: int) -> Any:
-        with self.determinism.outside():
-            return self.data.from_function(k)
 
     def _check(self, value: object, leaf: Tensor, leaves: tuple[Tensor, ...]) -> None:
         check_loss(value)

@@ -27,6 +27,7 @@ from revdistill.engine.optimizers.hyperparameters import (
     Factor,
     Hyperparameter,
     Table,
+    above_zero,
     below_one,
     combined,
     quantised,
@@ -34,7 +35,18 @@ from revdistill.engine.optimizers.hyperparameters import (
 )
 from revdistill.engine.optimizers.moves import Add, Decay, Move, RunningMaximum
 from revdistill.engine.optimizers.optimizer import Optimizer
-from revdistill.engine.optimizers.sources import GRADIENT, SLACK, THETA, Bars, Read, Source, Square, Step, Values
+from revdistill.engine.optimizers.sources import (
+    GRADIENT,
+    SLACK,
+    THETA,
+    Bars,
+    Penalised,
+    Read,
+    Source,
+    Square,
+    Step,
+    Values,
+)
 from revdistill.engine.optimizers.update import Update
 
 
@@ -75,11 +87,8 @@ class Adam(Optimizer):
         numbers = partial(resolve, layout=layout, steps=steps, stackable=False)
         lr = resolve("lr", self.lr, layout, steps, stackable=True)
         beta1, beta2 = (below_one("betas", numbers(f"betas[{i}]", beta)) for i, beta in enumerate(self.betas))
-        eps, weight_decay = numbers("eps", self.eps), numbers("weight_decay", self.weight_decay)
-        if not all(map(all, eps.host)):
-            raise ValueError("eps must be above 0 at every step")
-        has_decay = weight_decay.values.requires_grad or not weight_decay.is_zero()
-        penalty = weight_decay if has_decay and not self.decoupled else None
+        eps, weight_decay = above_zero("eps", numbers("eps", self.eps)), numbers("weight_decay", self.weight_decay)
+        penalty = weight_decay if weight_decay.matters() and not self.decoupled else None
 
         rest1, rest2 = (combined(lambda beta: 1 - beta, beta) for beta in (beta1, beta2))
         exponents = torch.arange(1, steps + 1, dtype=torch.float64, device=layout.device)[:, None]
@@ -88,23 +97,23 @@ class Adam(Optimizer):
         tables |= {"1-beta1": rest1, "1-beta2": rest2, "c1": c1, "c2": c2}
 
         moves: list[Move] = [
-            Decay("m", "beta1", beta1, beta1.segments(layout), WIDE),
-            Decay("s", "beta2", beta2, beta2.segments(layout), WIDE),
+            Decay("m", "beta1", beta1, layout, WIDE),
+            Decay("s", "beta2", beta2, layout, WIDE),
             Add("m", Read(GRADIENT), Factor(tables={"1-beta1": rest1})),
         ]
         if penalty is not None:
             moves.append(Add("m", Read(THETA), Factor(tables={"1-beta1": rest1, "weight_decay": penalty})))
-        moves.append(Add("s", Square(penalty), Factor(tables={"1-beta2": rest2})))
+        moves.append(Add("s", Square(Penalised(penalty)), Factor(tables={"1-beta2": rest2})))
         second = "s"
         if self.amsgrad:
             second = "peak"
             moves.append(RunningMaximum(second, "s", "amsgrad=True"))
-        if has_decay and self.decoupled:
+        if weight_decay.matters() and self.decoupled:
             keep = quantised(combined(lambda lr, decay: 1 - lr * decay, lr, weight_decay), FINE)
             if not all(v >= 0 for row in keep.host for v in row):
                 raise ValueError("lr * weight_decay must be at most 1 at every step, or theta would change its sign")
             tables["keep"] = keep
-            moves.append(Decay(THETA, "keep", keep, keep.segments(layout), FINE))
+            moves.append(Decay(THETA, "keep", keep, layout, FINE))
         moves.append(Add(THETA, _Direction(beta1, beta2, c1, c2, eps, second), Factor(-1.0, {"lr": lr})))
         return Update(layout, tables, tuple(moves), dict.fromkeys(("m", "s", "peak"), Wide()))
 

@@ -59,8 +59,9 @@ class Table:
     def _bounds(self) -> list[float]:
         return [max(map(abs, row)) for row in self.host]
 
-    def is_zero(self) -> bool:
-        return not any(map(any, self.host))
+    def matters(self) -> bool:
+        """Whether it is above 0 anywhere, or wants a gradient."""
+        return self.values.requires_grad or any(map(any, self.host))
 
     def accumulate(self, k: int, a: Tensor, b: Tensor, gradient: Tensor, *, factor: float = 1.0) -> None:
         """gradient[k] += factor * <a, b>, group by group; gradient has the shape of `values`."""
@@ -168,6 +169,13 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def above_zero(name: str, table: Table) -> Table:
+    """The table; ValueError that names it where it is 0 anywhere."""
+    if not all(map(all, table.host)):
+        raise ValueError(f"{name} must be above 0 at every step")
+    return table
 
 
 def below_one(name: str, table: Table) -> Table:

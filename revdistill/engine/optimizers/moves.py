@@ -23,6 +23,7 @@ from torch import Tensor
 from revdistill.engine.integers.bitstore import BitStore
 from revdistill.engine.integers.radix import COARSE, Radix
 from revdistill.engine.integers.state import State
+from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.hyperparameters import Factor, Table
 from revdistill.engine.optimizers.sources import Bars, Source, Step, Values
 
@@ -81,15 +82,19 @@ class Move(ABC):
 class Decay(Move):
     """target <- target factor, exactly invertible: radix factor is an integer n (Maclaurin et al. 2015, algorithm 3).
 
-    name: the factor's among the hyperparameters; segments: (part of the flat buffer, column of the table), as of
-    `Table.segments`.
+    name: the factor's among the hyperparameters; layout: of the flat buffer.
     """
 
     target: str
     name: str
     table: Table
-    segments: list[tuple[slice, int]] = field(repr=False)
+    layout: Layout = field(repr=False)
     radix: Radix = COARSE
+
+    @cached_property
+    def segments(self) -> list[tuple[slice, int]]:
+        """(part of the flat buffer, column of the table): each part has a bit store of its own."""
+        return self.table.segments(self.layout)
 
     @cached_property
     def _numerators(self) -> list[list[int]]:

@@ -49,19 +49,18 @@ class SGD(Optimizer):
         weight_decay = resolve("weight_decay", self.weight_decay, layout, steps, stackable=False)
         constant = self._kick_factor(momentum)
         self._check_nesterov(momentum)
-        has_decay = weight_decay.values.requires_grad or not weight_decay.is_zero()
 
         kick = Factor(constant, first=1.0)  # torch's first step sets v to the gradient, without dampening
         step = Factor(-1.0, {"lr": lr})
         moves: list[Move] = [
-            Decay("v", "momentum", momentum, momentum.segments(layout)),
+            Decay("v", "momentum", momentum, layout),
             Add("v", Read(GRADIENT), kick),
         ]
-        if has_decay:
+        if weight_decay.matters():
             moves.append(Add("v", Read(THETA), replace(kick, tables={"weight_decay": weight_decay})))
         if self.nesterov:
             looking_ahead = "nesterov=True"
-            if has_decay:
+            if weight_decay.matters():
                 decaying = Factor(-1.0, {"lr": lr, "weight_decay": weight_decay})
                 moves.append(Add(THETA, Read(THETA), decaying, looking_ahead))
             moves.append(Add(THETA, Read(GRADIENT), step, looking_ahead))

@@ -166,8 +166,8 @@ class Read(Source):
 
 
 @dataclass(frozen=True)
-class Square(Source):
-    """(gradient + weight_decay theta)^2, and without the penalty where there is none."""
+class Penalised(Source):
+    """gradient + weight_decay theta: an L2 penalty, as torch.optim has it. weight_decay: None where there is none."""
 
     weight_decay: Table | None
 
@@ -180,22 +180,34 @@ class Square(Source):
         return {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
 
     def value(self, values: Values, step: Step) -> Tensor:
-        return penalised(values, self.weight_decay, step).square()
+        gradient = values[GRADIENT]
+        return gradient if self.weight_decay is None else gradient + values[THETA] * step.of(self.weight_decay)
 
     def bound(self, k: int, bounds: Mapping[str, float]) -> float:
-        root = penalised_bound(k, bounds, self.weight_decay)
+        penalty = 0.0 if self.weight_decay is None else self.weight_decay.bound(k) * bounds[THETA]
+        return (bounds[GRADIENT] + penalty) * SLACK
+
+
+@dataclass(frozen=True)
+class Square(Source):
+    """of^2"""
+
+    of: Source
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.of.reads
+
+    @property
+    def tables(self) -> Mapping[str, Table]:
+        return self.of.tables
+
+    def value(self, values: Values, step: Step) -> Tensor:
+        return self.of.value(values, step).square()
+
+    def bound(self, k: int, bounds: Mapping[str, float]) -> float:
+        root = self.of.bound(k, bounds)
         return root * root * SLACK
-
-
-def penalised(values: Values, weight_decay: Table | None, step: Step) -> Tensor:
-    """gradient + weight_decay theta: an L2 penalty, as torch.optim has it."""
-    gradient = values[GRADIENT]
-    return gradient if weight_decay is None else gradient + values[THETA] * step.of(weight_decay)
-
-
-def penalised_bound(k: int, bounds: Mapping[str, float], weight_decay: Table | None) -> float:
-    """A bound on it."""
-    return bounds[GRADIENT] + (0.0 if weight_decay is None else weight_decay.bound(k) * bounds[THETA])
 
 
 def _float64(name: str, state: State, gradient: Tensor | None) -> Tensor:

@@ -1,3 +1,5 @@
+"""Datasets: the built-in ones, and .npz files from users and strangers."""
+
 from __future__ import annotations
 
 import io

@@ -1,7 +1,12 @@
+"""A distillation in its directory: its files and pictures, and how it is resumed after being stopped or killed."""
+
 from __future__ import annotations
 
 import json
-import math
+import os
+import random
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +23,7 @@ from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.plots import draw_all, images
 from revdistill.outer.data import load
-from revdistill.outer.directory import METRICS, Log, read_metrics, resumed_log
+from revdistill.outer.directory import read_metrics
 
 SMALL = Config(
     dataset="moons", architectures=("NonLinearNet",), steps=4, epochs=2, outer_steps=8, batch_size=64, learn_labels=True
@@ -103,13 +108,6 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, distiller.synthetic.leaves.values(), strict=True))
 
 
-def test_metrics_cut_short_by_a_kill_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "loss": 1.5}\n[1]\n{"step": 1, "lo')
-    assert read_metrics(path) == [{"step": 0, "loss": 1.5}]
-    assert read_metrics(tmp_path / "none") == []
-
-
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -137,23 +135,59 @@ def test_columns_are_named_by_their_class(learn_labels: bool) -> None:
     assert [title for title in titles if title] == [str(c) for c in range(10)]
 
 
-def test_the_log_is_json_where_numbers_are_not(tmp_path: Path) -> None:
-    Log(tmp_path / METRICS).append(
-        {"step": 3, "loss": math.nan, "hypergradient_norm": math.inf, "seconds": 1.5, "diverged": "why"}
-    )
-    assert "NaN" not in (tmp_path / METRICS).read_text()
-    (line,) = read_metrics(tmp_path / METRICS)
-    assert line == {"step": 3, "loss": None, "hypergradient_norm": None, "seconds": 1.5, "diverged": "why"}
+KILLS = 200
 
 
-@pytest.mark.parametrize("damaged", ['"ten"', "null", "-3", "1e999", "1" + "0" * 400, "[]"])
-def test_a_resumed_run_counts_the_seconds_that_its_log_has(damaged: str, tmp_path: Path) -> None:
-    """Regression: a log from elsewhere whose seconds were no number ended in a traceback."""
-    path = tmp_path / METRICS
-    lines = ('"step": 0, "seconds": 1.5', f'"step": 1, "seconds": {damaged}', '"step": 2', '"step": 7, "seconds": 9')
-    path.write_text("".join(f"{{{line}}}\n" for line in lines))
-    log, seconds = resumed_log(path, 7)
-    assert seconds == 1.5
-    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
-    log.append({"step": 7})
-    assert read_metrics(path)[-1] == {"step": 7}
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_two_hundred_times(tmp_path: Path) -> None:
+    """kill -9 at random moments, a checkpoint after every step: each time the saved step has not gone back, and each
+    run ends in the uninterrupted run's bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
+    config = replace(SMALL, outer_steps=200, learn_labels=False)
+    expected = run(tmp_path / "whole", config, save_every=0.0).run(progress=False)
+    try:
+        draw, kills, finished = random.Random(0), 0, 0
+        while kills < KILLS:
+            directory = tmp_path / f"run-{finished}"
+            more, left = _kill_until_done(directory, config, draw)
+            kills, finished = kills + more, finished + 1
+            assert sorted(p.name for p in directory.iterdir()) == ["checkpoint.h5", "distilled.h5", "metrics.jsonl"]
+            assert all(
+                np.array_equal(getattr(read(directory / "distilled.h5"), name), getattr(expected, name))
+                for name in ("x", "y", "lr", "momentum")
+            )
+            assert more, "the run ended before it was killed once"
+            print(f"run {finished}: killed {more} times, {left} of them in the middle of writing a file")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _kill_until_done(directory: Path, config: Config, draw: random.Random) -> tuple[int, int]:
+    """Kills until the run in the directory was done, and how many of them left a file half written."""
+    data, kills, left, reached = load("moons"), 0, 0, 0
+    while True:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                resume = (directory / "checkpoint.h5").exists()
+                Distillation(directory, Distiller(config, data), resume=resume, save_every=0.0).run(progress=False)
+                code = 0
+            finally:
+                os._exit(code)
+        time.sleep(draw.uniform(0.02, 0.3))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            assert os.waitstatus_to_exitcode(status) == 0
+            return kills, left
+        kills += 1
+        left += any(p.suffix == ".tmp" for p in directory.iterdir()) if directory.exists() else 0
+        if (directory / "checkpoint.h5").exists():
+            distiller = Distiller(config, data)
+            checkpoints.restore(directory / "checkpoint.h5", distiller)
+            assert distiller.outer_step >= reached
+            reached = distiller.outer_step

@@ -53,7 +53,8 @@ def test_the_average_of_all_iterates_costs_no_pass_more(monkeypatch: pytest.Monk
     linearize = Gradient.linearize
     monkeypatch.setattr(Gradient, "linearize", lambda self, k, theta: calls.append(k) or linearize(self, k, theta))
     loss, params = rd.from_module(mlp(), CE)
-    along = rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=T, save_at=range(1, T + 1))
+    again = rd.Reversible(graph_bytes=0)
+    along = rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=T, save_at=range(1, T + 1), adjoint=again)
     total({name: p.mean(0) for name, p in along.items()}).backward()
     assert calls == [*range(T), *reversed(range(T))]
 

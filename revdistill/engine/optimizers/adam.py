@@ -24,7 +24,6 @@ from revdistill.engine.integers.radix import FINE, WIDE
 from revdistill.engine.integers.state import State
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.hyperparameters import (
-    Factor,
     Hyperparameter,
     Table,
     above_zero,
@@ -33,7 +32,7 @@ from revdistill.engine.optimizers.hyperparameters import (
     quantised,
     resolve,
 )
-from revdistill.engine.optimizers.moves import Add, Decay, Move, RunningMaximum
+from revdistill.engine.optimizers.moves import Add, Decay, Factor, Move, RunningMaximum
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.optimizers.sources import (
     GRADIENT,

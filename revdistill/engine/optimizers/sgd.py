@@ -12,8 +12,8 @@ from torch import Tensor
 
 from revdistill.engine.integers.radix import COARSE
 from revdistill.engine.layout import Layout
-from revdistill.engine.optimizers.hyperparameters import Factor, Hyperparameter, Table, quantised, resolve
-from revdistill.engine.optimizers.moves import Add, Decay, Move
+from revdistill.engine.optimizers.hyperparameters import Hyperparameter, Table, quantised, resolve
+from revdistill.engine.optimizers.moves import Add, Decay, Factor, Move
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Read
 from revdistill.engine.optimizers.update import Update

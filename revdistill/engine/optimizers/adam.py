@@ -161,7 +161,7 @@ class _Direction(Source):
     def vjp(self, k: int, values: Values, bars: Bars, bar: Tensor, factor: float | Tensor) -> Tensor | None:
         """With D = sqrt(s / c2) + eps: m_bar += u_bar / (c1 D), D_bar = -u_bar u / D; from D_bar to s, c2 and eps.
 
-        By hand: autograd over `value` takes twice as many operators.
+        By hand: with autograd over `value` a hypergradient of tiny networks takes longer, by more than 3 %.
         """
         u_bar = (bar * factor).to(bar.dtype)
         c1, c2, eps = self.c1.value(k), self.c2.value(k), self.eps.value(k)

@@ -60,7 +60,7 @@ def test_tensorfloat_32_changes_no_bit_and_is_left_as_it_was(device: torch.devic
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
             before = settings()
-            found.append(hypergradient(problem, rd.Reversible()))
+            found.append(hypergradient(problem, rd.Reversible(graph_bytes=0)))
             assert settings() == before
     finally:
         torch.set_float32_matmul_precision(start)
@@ -86,7 +86,7 @@ def test_tensorfloat_32_would_have_changed_bits(device: torch.device) -> None:
         torch.set_float32_matmul_precision(start)
 
 
-@pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Backprop()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("adjoint", [rd.Reversible(graph_bytes=0), rd.Backprop()], ids=lambda a: type(a).__name__)
 def test_on_step_sees_torch_as_the_caller_left_it(device: torch.device, adjoint: Any) -> None:
     seen: list[Any] = []
     cudnn: Any = torch.backends.cudnn
@@ -102,7 +102,9 @@ def test_on_step_sees_torch_as_the_caller_left_it(device: torch.device, adjoint:
         cudnn.benchmark = before_benchmark
 
 
-@pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Checkpoint(), rd.Backprop()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "adjoint", [rd.Reversible(graph_bytes=0), rd.Checkpoint(), rd.Backprop()], ids=lambda a: type(a).__name__
+)
 def test_the_callers_random_numbers_go_on_as_if_nothing_had_been(device: torch.device, adjoint: Any) -> None:
     """Though the loss draws some, from the device's generator."""
     problem = case("dropout", torch.float32, device)
@@ -218,13 +220,13 @@ def test_two_threads_forward_and_back_at_once(device: torch.device) -> None:
     # Made before the threads start: a network draws its parameters from torch's one generator, and so from the other's
     # losses.
     problems = [case(name, torch.float32, device) for name in ("mlp", "dropout")]
-    expected = [hypergradient(problem, rd.Reversible()) for problem in problems]
+    expected = [hypergradient(problem, rd.Reversible(graph_bytes=0)) for problem in problems]
     found: dict[int, Any] = {}
 
     def one(i: int) -> None:
         try:
             with here(DEVICE):
-                found[i] = [hypergradient(problems[i], rd.Reversible()) for _ in range(2)]
+                found[i] = [hypergradient(problems[i], rd.Reversible(graph_bytes=0)) for _ in range(2)]
         except BaseException as error:  # told where it can be seen
             found[i] = error
 

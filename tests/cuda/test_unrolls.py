@@ -27,13 +27,15 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def test_float64_hypergradients_are_autograds(device: torch.device, name: str) -> None:
-    found, expected = (hypergradient(case(name, torch.float64, device), a) for a in (rd.Reversible(), rd.Backprop()))
+    found, expected = (
+        hypergradient(case(name, torch.float64, device), a) for a in (rd.Reversible(graph_bytes=0), rd.Backprop())
+    )
     assert_near(found, expected, EXACT)
 
 
 def test_float32_comes_back_to_the_bit_and_is_near_float64(device: torch.device, name: str) -> None:
     """Other devices draw other random numbers: a random loss is held against float32 autograd's on its own device."""
-    found = hypergradient(case(name, torch.float32, device), rd.Reversible())
+    found = hypergradient(case(name, torch.float32, device), rd.Reversible(graph_bytes=0))
     own = name == "dropout"
     expected = hypergradient(case(name, torch.float32, device), rd.Backprop()) if own else on_the_cpu(name)
     assert_near(found, expected, NEAR)
@@ -43,12 +45,15 @@ def test_float32_comes_back_to_the_bit_and_is_near_float64(device: torch.device,
 def test_optimizers_in_float64(device: torch.device, optimizer: str) -> None:
     problem = case("mlp", torch.float64, device)
     found, expected = (
-        hypergradient(problem, a, optimizer=OPTIMIZERS[optimizer]) for a in (rd.Reversible(), rd.Backprop())
+        hypergradient(problem, a, optimizer=OPTIMIZERS[optimizer])
+        for a in (rd.Reversible(graph_bytes=0), rd.Backprop())
     )
     assert_near(found, expected, EXACT)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers_in_float32(device: torch.device, optimizer: str) -> None:
-    found = hypergradient(case("mlp", torch.float32, device), rd.Reversible(), optimizer=OPTIMIZERS[optimizer])
+    found = hypergradient(
+        case("mlp", torch.float32, device), rd.Reversible(graph_bytes=0), optimizer=OPTIMIZERS[optimizer]
+    )
     assert_near(found, on_the_cpu("mlp", optimizer=OPTIMIZERS[optimizer]), NEAR)

@@ -32,24 +32,29 @@ from tests.cuda.cases import (
 pytestmark = pytest.mark.cuda
 
 
-@pytest.mark.parametrize("place", ["host", "file", "graphs"])
+@pytest.mark.parametrize("place", ["host", "file", "graphs", "default"])
 def test_where_bits_and_graphs_are_kept_changes_no_bit(device: torch.device, place: str, tmp_path: Path) -> None:
     """Over steps enough to spill: at a momentum of 0.5, a word every 16."""
     adjoints = {
-        "host": rd.Reversible("host"),
-        "file": rd.Reversible(tmp_path),
+        "host": rd.Reversible("host", graph_bytes=0),
+        "file": rd.Reversible(tmp_path, graph_bytes=0),
         "graphs": rd.Reversible(graph_bytes=2**17),
+        "default": rd.Reversible(),
     }
     steps, optimizer = max(80, STEPS), lambda lr: rd.SGD(lr, 0.5)
     problem = case("mlp", torch.float32, device)
     _, stats = rd.unroll(problem.loss, problem.params, problem.batches, optimizer(0.05), steps=steps, return_stats=True)
     assert stats.history_bytes
-    found, expected = (hypergradient(problem, a, steps, optimizer) for a in (adjoints[place], rd.Reversible()))
+    found, expected = (
+        hypergradient(problem, a, steps, optimizer) for a in (adjoints[place], rd.Reversible(graph_bytes=0))
+    )
     assert_same(found, expected)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "adjoint", [rd.Reversible(graph_bytes=0), rd.Checkpoint(), rd.StoreAll()], ids=lambda a: type(a).__name__
+)
 @pytest.mark.parametrize("what", ["all", "window"])
 def test_every_way_back_is_autograds(device: torch.device, adjoint: Any, what: str) -> None:
     kwargs = {"window": STEPS // 3} if what == "window" else {}
@@ -57,7 +62,9 @@ def test_every_way_back_is_autograds(device: torch.device, adjoint: Any, what: s
     assert_near(hypergradient(problem, adjoint, **kwargs), hypergradient(problem, rd.Backprop(), **kwargs), EXACT)
 
 
-@pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Checkpoint(), rd.StoreAll()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "adjoint", [rd.Reversible(graph_bytes=0), rd.Checkpoint(), rd.StoreAll()], ids=lambda a: type(a).__name__
+)
 def test_losses_along_the_way(device: torch.device, adjoint: Any) -> None:
     problem, at = case("mlp", torch.float64, device), [STEPS, 0, STEPS // 2]
     found, expected = (hypergradient(problem, a, save_at=at) for a in (adjoint, rd.Backprop()))
@@ -67,7 +74,7 @@ def test_losses_along_the_way(device: torch.device, adjoint: Any) -> None:
 def test_every_adjoint_trains_to_the_same_bits(device: torch.device) -> None:
     problem = case("groupnorm", torch.float32, device)
     ends = []
-    for adjoint in (rd.Reversible(), rd.Checkpoint(), rd.StoreAll()):
+    for adjoint in (rd.Reversible(graph_bytes=0), rd.Checkpoint(), rd.StoreAll()):
         theta = rd.unroll(
             problem.loss, problem.params, problem.batches, rd.SGD(0.05, 0.9), steps=STEPS, adjoint=adjoint, seed=1
         )
@@ -98,7 +105,7 @@ def test_stacked_networks_with_a_rate_each(device: torch.device, dtype: torch.dt
         assert off <= (NEAR if dtype == torch.float32 else EXACT)
 
 
-@pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Backprop()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("adjoint", [rd.Reversible(graph_bytes=0), rd.Backprop()], ids=lambda a: type(a).__name__)
 @pytest.mark.parametrize("step", [0, 17, 39])
 def test_a_loss_that_is_no_number_is_named_with_its_step(device: torch.device, adjoint: Any, step: int) -> None:
     """Though what happens on a device is looked at every so many steps only."""

@@ -78,11 +78,14 @@ def drawn(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
 
 
 def within(low: int, high: int) -> st.SearchStrategy[int]:
-    """Integers from low to high, the ends often, and of every magnitude."""
+    """Integers from low to high: the ends often, every magnitude, and low bits that are all 0 or all 1."""
     ends = [x for x in (low, low + 1, -1, 0, 1, high - 1, high) if low <= x <= high]
-    bits = st.integers(0, max(high, -low).bit_length())
-    anywhere = st.integers(low, high)
-    return st.one_of(st.sampled_from(ends), anywhere, st.builds(lambda x, b: max(low, x >> b), anywhere, bits))
+    anywhere, bits = st.integers(low, high), st.integers(0, max(high, -low).bit_length())
+
+    def shaped(x: int, b: int, shape: int) -> int:
+        return min(max((x >> b, x >> b << b, x | (1 << b) - 1)[shape], low), high)
+
+    return st.one_of(st.sampled_from(ends), anywhere, st.builds(shaped, anywhere, bits, st.integers(0, 2)))
 
 
 def numbers(radix: Radix) -> st.SearchStrategy[list[int]]:
@@ -115,14 +118,17 @@ relaxed = settings(
 
 
 @pytest.mark.parametrize("name", RADICES)
-@relaxed
+@settings(relaxed, max_examples=200)
 @given(data=st.data())
 def test_multiply_and_divide(backend: Backend, name: str, data: st.DataObject) -> None:
     """Any number, any numerator, heads up to their bound; and all that `multiply` leaves, back."""
     radix = RADICES[name]
     n = data.draw(within(1, radix.base - 1), "n")
     highest = (n << HEAD_BITS - radix.bits) - 1
-    start = data.draw(numbers(radix), "v"), data.draw(drawn(within(0, highest)), "head")
+    # digits of 0 and n - 1 make quotients that are integers, or one unit below
+    multiples = st.builds(lambda q, d: q * n + d % n, within(0, highest // n), st.integers(-1, 1))
+    heads = st.one_of(within(0, highest), multiples)
+    start = data.draw(numbers(radix), "v"), data.draw(drawn(heads), "head")
     pairs = [reference.multiply(x, h, n, radix.bits) for x, h in zip(*start, strict=True)]
     there = [x for x, _ in pairs], [h for _, h in pairs]
     assert [reference.divide(x, h, n, radix.bits) for x, h in pairs] == list(zip(*start, strict=True))
@@ -219,7 +225,9 @@ def to_float32(x: float) -> float:
 def test_to_float(backend: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
     narrow = to_float32 if dtype == torch.float32 else float
     form = FixedPoint(data.draw(st.integers(1, 60), "fractional_bits"))
-    q = data.draw(numbers(COARSE), "q")
+    # one unit above or below a tie of float32, which float64 does not see: two roundings are not one
+    near_ties = st.builds(lambda m, unit: (m << 38) + (1 << 37) + unit, within(-(2**23), 2**23), st.integers(-1, 1))
+    q = data.draw(st.one_of(numbers(COARSE), drawn(near_ties)), "q")
     found = backend.to_float(torch.tensor(q), torch.empty(SIZE, dtype=dtype), form)
     assert found.tolist() == [narrow(reference.to_float(x, form.fractional_bits)) for x in q]
     q = data.draw(numbers(WIDE), "q of two words")

@@ -22,12 +22,13 @@ from revdistill.engine.integers.passes import Passes
 from revdistill.engine.integers.radix import COARSE, FINE, WIDE, Radix
 from tests import standin
 from tests.engine.devices import DTYPES, assert_same, classifier, go_back, least_quartics, mlp, outcome, stack
-from tests.engine.problems import SETTINGS, STEPS, optimizer_of, tensors_of
+from tests.engine.problems import SETTINGS, STEPS, WITHOUT_WAY_BACK, optimizer_of, tensors_of
 from tests.engine.small import CE
 
 pytestmark = pytest.mark.standin
 
 CPU = torch.device("cpu")
+AGAIN = rd.Reversible(graph_bytes=0)  # each gradient once more on the way back
 
 # The integer work
 
@@ -95,19 +96,19 @@ def compare(problem: Any, setting: str, dtype: torch.dtype, runs: list[Any], **k
 
 
 ADJOINTS: dict[str, Callable[[Path], Any]] = {
-    "device": lambda folder: rd.Reversible(),
-    "host": lambda folder: rd.Reversible(history="host"),
-    "file": lambda folder: rd.Reversible(history=folder),
+    "device": lambda folder: rd.Reversible(graph_bytes=0),
+    "host": lambda folder: rd.Reversible(history="host", graph_bytes=0),
+    "file": lambda folder: rd.Reversible(history=folder, graph_bytes=0),
     "graphs": lambda folder: rd.Reversible(graph_bytes=2**16),
+    "default": lambda folder: rd.Reversible(),
     "checkpoint": lambda folder: rd.Checkpoint(every=5),
     "storeall": lambda folder: rd.StoreAll(),
     "backprop": lambda folder: rd.Backprop(),
 }
-WITHOUT_WAY_BACK = ("nesterov", "amsgrad")
 COMBINATIONS = [
     (setting, adjoint)
     for setting, adjoint in itertools.product(SETTINGS, ADJOINTS)
-    if not (setting in WITHOUT_WAY_BACK and adjoint in ("device", "host", "file", "graphs"))
+    if not (setting in WITHOUT_WAY_BACK and adjoint in ("device", "host", "file", "graphs", "default"))
 ]
 ALONG: dict[str, dict[str, Any]] = {
     "all steps": {},
@@ -177,7 +178,9 @@ def test_many_steps_with_spills(
     found = []
     for on_device in (False, True):
         case = least_quartics(dtype, on_device)
-        found.append(outcome(case, optimizer, {}, runs, steps=steps, adjoint=rd.Reversible(history=history)))
+        found.append(
+            outcome(case, optimizer, {}, runs, steps=steps, adjoint=rd.Reversible(history=history, graph_bytes=0))
+        )
     assert_same(*found, dtype)
     assert found[0].words is not None
     assert (
@@ -191,7 +194,9 @@ def test_many_parameters(counts: standin.Counts, runs: list[Any], optimizer: Any
     """Regression: a wrong digit is rare, and one of them spoils a whole way back."""
     found = []
     for on_device in (False, True):
-        found.append(outcome(least_quartics(DTYPES[dtype], on_device, 50_000), optimizer, {}, runs, steps=30))
+        found.append(
+            outcome(least_quartics(DTYPES[dtype], on_device, 50_000), optimizer, {}, runs, steps=30, adjoint=AGAIN)
+        )
     assert_same(*found, DTYPES[dtype])
 
 
@@ -233,7 +238,14 @@ def test_networks_train_as_on_the_cpu(counts: standin.Counts, runs: list[Any], n
     for on_device in (False, True):
         torch.manual_seed(2)
         found.append(
-            outcome(classifier(network(), torch.float64, on_device, *shape), rd.SGD(0.1, 0.5), {}, runs, steps=40)
+            outcome(
+                classifier(network(), torch.float64, on_device, *shape),
+                rd.SGD(0.1, 0.5),
+                {},
+                runs,
+                steps=40,
+                adjoint=AGAIN,
+            )
         )
     assert_same(*found, torch.float64)
 
@@ -285,7 +297,7 @@ def test_another_gradient_on_the_way_back_is_named_with_its_own_step(counts: sta
     def loss(p: dict[str, Tensor], batch: Any) -> Tensor:
         return case.loss(p, batch) * (1.5 if next(calls) == 50 + 9 else 1.0)  # the tenth on the way back
 
-    rd.unroll(loss, case.params, case.batches, rd.SGD(0.01), steps=50)
+    rd.unroll(loss, case.params, case.batches, rd.SGD(0.01), steps=50, adjoint=AGAIN)
     with pytest.raises(rd.ReversalError, match="the gradient at step 40 was not the same"):
         go_back(runs[0])
 

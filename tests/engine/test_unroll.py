@@ -14,6 +14,8 @@ from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.unroll import default_adjoint
 from tests.engine.small import CE, data, mlp, total
 
+AGAIN = rd.Reversible(graph_bytes=0)  # each gradient once more on the way back
+
 
 def test_the_example_of_the_contract() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))
@@ -99,7 +101,7 @@ def test_random_numbers_are_the_same_both_ways_and_the_generator_is_left_alone()
     batches = data(5)
 
     def run(**kwargs: Any) -> Tensor:
-        theta = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=8, **kwargs)
+        theta = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=8, adjoint=AGAIN, **kwargs)
         total(theta).backward()  # ReversalError if the masks differed
         return torch.cat([p.detach().flatten() for p in theta.values()])
 
@@ -119,9 +121,9 @@ def test_batch_norm_leaves_the_modules_buffers_alone() -> None:
     net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
     before = {name: b.clone() for name, b in net.named_buffers()}
     loss, params = rd.from_module(net, CE)
-    total(rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=5)).backward()
+    total(rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=5, adjoint=AGAIN)).backward()
     stacked, many = rd.stack_modules([net, net], CE)
-    total(rd.unroll(stacked, many, data(5), rd.SGD(0.1), steps=5)).backward()
+    total(rd.unroll(stacked, many, data(5), rd.SGD(0.1), steps=5, adjoint=AGAIN)).backward()
     assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
 
 
@@ -155,7 +157,7 @@ def test_frozen_shared_empty_and_scalar_parameters() -> None:
     assert set(params) == {"first.weight", "first.bias", "again.bias", "scale", "nothing"}
     x = torch.randn(4, 6, 4, dtype=torch.float64, requires_grad=True)
     found = []
-    for adjoint in (rd.Reversible(), rd.Backprop()):
+    for adjoint in (AGAIN, rd.Backprop()):
         theta = rd.unroll(loss, params, (x, data(5)[1]), rd.SGD(0.1), steps=6, adjoint=adjoint)
         assert theta["scale"].shape == ()
         assert theta["nothing"].shape == (0, 3)
@@ -190,9 +192,11 @@ def test_non_contiguous_and_expanded_tensors() -> None:
 def test_another_thread_count_and_autocast_around_one_pass_change_nothing() -> None:
     loss, params = rd.from_module(mlp(), CE)
     batches = data(5)
-    expected = torch.autograd.grad(total(rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6)), batches[0])[0]
+    expected = torch.autograd.grad(
+        total(rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6, adjoint=AGAIN)), batches[0]
+    )[0]
     threads = torch.get_num_threads()
-    outer = total(rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6))
+    outer = total(rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6, adjoint=AGAIN))
     try:
         torch.set_num_threads(threads + 1)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -207,9 +211,9 @@ def test_autocast_around_both_passes_works() -> None:
     loss, params = rd.from_module(mlp(), CE)
     batches = data(5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        theta = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6)
+        theta = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6, adjoint=AGAIN)
     total(theta).backward()
-    plain = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6)
+    plain = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=6, adjoint=AGAIN)
     assert not torch.equal(theta["0.weight"], plain["0.weight"])
 
 

@@ -53,22 +53,23 @@ from revdistill.engine.optimizers.update import Update
 class Adam(Optimizer):
     """torch.optim.Adam's update, with weight_decay as an L2 penalty: g <- gradient + weight_decay theta.
 
-    lr, betas (each of the two), eps, weight_decay: a float, a tensor of shape () or [T] (T steps), or a dict from each
-    parameter's name to one of these (parameter groups); lr also a tensor [T, E] for parameters stacked over E networks.
-    Tensors may require grad. lr and weight_decay at least 0, eps above 0, betas at least 0 and below 1; they act as the
-    nearest n / 2^30.
-
     As in torch the bias corrections of step k are 1 - beta^(k + 1) with the beta of that step. Where the second moment
     is 0, its root has derivative 0 (autograd through torch's formula gives NaN).
-
-    amsgrad: u has the largest s so far in place of s (Reddi et al. 2018). The maximum forgets what it replaces, so
-    `Reversible` refuses it; the default is then `Checkpoint`.
 
     Cost: `Reversible` keeps 56 bytes per parameter (theta, m and s in two words each, a head for either) and
     log2(1/beta1) + log2(1/beta2) bits per parameter and step, 0.153 by default. |gradient| stays below 16,384
     (RangeError).
 
-    Errors (when unrolled): ValueError and TypeError name the argument, what came and what is accepted.
+    Args:
+        lr, betas (each of the two), eps, weight_decay: a float, a tensor of shape () or [T] (T steps), or a dict from
+            each parameter's name to one of these (parameter groups); lr also a tensor [T, E] for parameters stacked
+            over E networks. Tensors may require grad. lr and weight_decay at least 0, eps above 0, betas at least 0 and
+            below 1; they act as the nearest n / 2^30.
+        amsgrad: u has the largest s so far in place of s (Reddi et al. 2018). The maximum forgets what it replaces, so
+            `Reversible` refuses it; the default is then `Checkpoint`.
+
+    Raises:
+        ValueError, TypeError: when unrolled; name the argument, what came and what is accepted.
     """
 
     lr: Hyperparameter
@@ -105,7 +106,7 @@ class Adam(Optimizer):
         moves.append(Add("s", Square(Penalised(penalty)), Factor(tables={"1-beta2": rest2})))
         second = "s"
         if self.amsgrad:
-            second = "peak"
+            second = "s_max"
             moves.append(RunningMaximum(second, "s", "amsgrad=True"))
         if weight_decay.matters() and self.decoupled:
             keep = quantised(combined(lambda lr, decay: 1 - lr * decay, lr, weight_decay), FINE)
@@ -114,7 +115,7 @@ class Adam(Optimizer):
             tables["keep"] = keep
             moves.append(Decay(THETA, "keep", keep, layout, FINE))
         moves.append(Add(THETA, _Direction(beta1, beta2, c1, c2, eps, second), Factor(-1.0, {"lr": lr})))
-        return Update(layout, tables, tuple(moves), dict.fromkeys(("m", "s", "peak"), Wide()))
+        return Update(layout, tables, tuple(moves), dict.fromkeys(("m", "s", "s_max"), Wide()))
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def test_the_report_tells_what_was_found(tmp_path: Path) -> None:
         "0 of 1 passed",
         "| tests/cuda/b | assert 1 == 2 \\| 3 |",
         "| verify: momentum 0.9 | 0.2 |",
-        "| Reversible | 3.00 | 1.51 | 1e-12 |",
+        "| Reversible, no graphs | 3.00 | 1.51 | 1e-12 |",
         "| plain autograd | OutOfMemoryError |",
         "| sgd | back | 150.5 kernel |",
         "2 x guard.py:9",

@@ -13,8 +13,8 @@ from revdistill.engine.integers.radix import Radix
 Scalar = float | Tensor  # one for all elements, or float64 [numel]
 WORD_BITS = 16  # of what leaves a head at once
 _WORD = (1 << WORD_BITS) - 1
-# Of the fingerprint: odd constants of splitmix64 (Steele, Lea & Flood 2014), as signed 64-bit integers; sums and products
-# wrap around.
+# Of the fingerprint: odd constants of splitmix64 (Steele, Lea & Flood 2014), as signed 64-bit integers; sums and
+# products wrap around.
 STEP, FIRST, SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 

@@ -11,7 +11,7 @@ from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
 from revdistill.engine.adjoints.checkpoint import Checkpoint
 from revdistill.engine.adjoints.reversible import Reversible
 from revdistill.engine.arguments import check_arguments
-from revdistill.engine.integers.backend import backend_for
+from revdistill.engine.integers.select import backend_for
 from revdistill.engine.layout import Layout
 from revdistill.engine.loss.compiled import CompiledGradient
 from revdistill.engine.loss.data import Batches, Data, Hyper, Loss

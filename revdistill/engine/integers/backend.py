@@ -1,6 +1,4 @@
-"""What a device does with integers: one protocol, an implementation per file, and the one place that chooses between
-them.
-"""
+"""What a device does with integers: one protocol, with an implementation per file."""
 
 from __future__ import annotations
 
@@ -15,6 +13,9 @@ from revdistill.engine.integers.radix import Radix
 Scalar = float | Tensor  # one for all elements, or float64 [numel]
 WORD_BITS = 16  # of what leaves a head at once
 _WORD = (1 << WORD_BITS) - 1
+# Of the fingerprint: odd constants of splitmix64 (Steele, Lea & Flood 2014), as signed 64-bit integers; sums and
+# products wrap around.
+STEP, FIRST, SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 class Backend(ABC):
@@ -85,18 +86,3 @@ class Backend(ABC):
     def settle(self) -> None:
         """Everything asked for so far is in the tensors: a backend may put work off until then."""
         return
-
-
-def backend_for(device: torch.device, *, compile: bool = False) -> Backend:
-    """The backend of a device: loops on the CPU, where they are compiled always; elsewhere tensor operations.
-
-    compile: fuse these by torch.compile.
-    """
-    if device.type == "cpu":
-        from revdistill.engine.integers.loops import LOOPS
-
-        return LOOPS
-    from revdistill.engine.integers.compiled import Compiled
-    from revdistill.engine.integers.passes import Passes
-
-    return Compiled() if compile else Passes()

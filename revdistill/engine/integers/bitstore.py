@@ -18,9 +18,10 @@ from array import array
 import torch
 from torch import Tensor
 
-from revdistill.engine.integers.backend import WORD_BITS, Backend, backend_for
+from revdistill.engine.integers.backend import WORD_BITS, Backend
 from revdistill.engine.integers.history import History
 from revdistill.engine.integers.radix import COARSE, HEAD_BITS, Radix
+from revdistill.engine.integers.select import backend_for
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -11,10 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revdistill.engine.integers.backend import backend_for
-
-# Odd constants of splitmix64 (Steele, Lea & Flood 2014), as signed 64-bit integers; sums and products wrap around.
-STEP, FIRST, SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+from revdistill.engine.integers.select import backend_for
 
 
 class Fingerprints:

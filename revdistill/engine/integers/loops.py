@@ -16,8 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from revdistill.engine.integers.backend import Backend, Scalar
-from revdistill.engine.integers.fingerprint import FIRST, SECOND, STEP
+from revdistill.engine.integers.backend import FIRST, SECOND, STEP, Backend, Scalar
 from revdistill.engine.integers.fixedpoint import Format
 from revdistill.engine.integers.radix import COARSE, Radix
 

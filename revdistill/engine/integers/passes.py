@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from revdistill.engine.integers.backend import Backend, Scalar
-from revdistill.engine.integers.fingerprint import FIRST, SECOND, STEP
+from revdistill.engine.integers.backend import FIRST, SECOND, STEP, Backend, Scalar
 from revdistill.engine.integers.fixedpoint import LOW_BITS, LOW_MASK, Format, Wide
 from revdistill.engine.integers.radix import COARSE, FINE, Radix
 

@@ -20,6 +20,15 @@ FORBIDDEN = {
     },
 }
 NOT_YET = {"revdistill/attribute"}
+# likewise, of the engine's own rooms
+_TOP = tuple(f"revdistill.engine.{name}" for name in ("unroll", "arguments", "selfcheck"))
+_ROOMS = {name: f"revdistill.engine.{name}" for name in ("integers", "loss", "optimizers", "adjoints", "problem")}
+INSIDE_THE_ENGINE = {
+    "integers": (_ROOMS["loss"], _ROOMS["optimizers"], _ROOMS["adjoints"], _ROOMS["problem"]),
+    "loss": (_ROOMS["optimizers"], _ROOMS["adjoints"], _ROOMS["problem"]),
+    "optimizers": (_ROOMS["loss"], _ROOMS["adjoints"], _ROOMS["problem"]),
+    "adjoints": (),
+}
 
 
 def room_of(path: Path) -> str:
@@ -49,6 +58,15 @@ def test_imports_point_one_way(room: str) -> None:
     for path in modules:
         for name in imported(path):
             wrong = [f for f in FORBIDDEN[room] if name == f or name.startswith(f + ".")]
+            assert not wrong, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("room", INSIDE_THE_ENGINE)
+def test_the_engines_rooms_import_one_way(room: str) -> None:
+    """unroll -> adjoints -> optimizers, loss -> integers."""
+    for path in sorted((ROOT / "revdistill/engine" / room).glob("*.py")):
+        for name in imported(path):
+            wrong = [f for f in (*INSIDE_THE_ENGINE[room], *_TOP) if name == f or name.startswith(f + ".")]
             assert not wrong, f"{path.relative_to(ROOT)} imports {name}"
 
 

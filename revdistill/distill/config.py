@@ -19,7 +19,6 @@ ADJOINTS: dict[str, type[Adjoint]] = {
     "backprop": Backprop,
 }
 # Of one architecture's unroll: any machine has this memory, and a short unroll is faster with it.
-GRAPH_BYTES = 256 * 2**20
 OUTER_DECAYS = ("cosine", "halving", "none")
 INITS = ("random", "fixed")
 _TUPLES = ("architectures", "augment")
@@ -60,8 +59,7 @@ class Config:
         grow: the share of the outer steps over which the number of inner steps grows, from a tenth of T.
         augment: names of AUGMENTATIONS; at each outer step one of them changes real and synthetic images alike (Zhao &
             Bilen 2021).
-        adjoint: a name of ADJOINTS; None for the engine's choice, with the graphs of the last steps kept in up to
-            GRAPH_BYTES.
+        adjoint: a name of ADJOINTS; None for the engine's choice.
         device: cpu, cuda or cuda:N.
         seed: of every random draw.
 
@@ -141,9 +139,7 @@ class Config:
 
     def make_adjoint(self) -> Adjoint | None:
         """What `rd.unroll` takes as `adjoint`; None for its own choice."""
-        if self.adjoint is not None:
-            return ADJOINTS[self.adjoint]()
-        return Reversible(graph_bytes=GRAPH_BYTES) if self.momentum > 0 else None
+        return None if self.adjoint is None else ADJOINTS[self.adjoint]()
 
     def to_dict(self) -> dict[str, Any]:
         """In the types of JSON."""

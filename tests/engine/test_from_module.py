@@ -172,7 +172,7 @@ def test_values_are_functional_calls_and_the_module_is_as_it_was(name: str) -> N
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_places_are_found_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the search nor functional_call's own is made again, which would cost a third of a small gradient."""
+    """Neither the search nor functional_call's own is made again, which costs a sixth of a small gradient."""
     net, finds = NETS[name](), []
     find = substitution._find
     monkeypatch.setattr(substitution, "_find", lambda *args: finds.append(1) or find(*args))

@@ -29,7 +29,7 @@ _SLOT_NAMES = {
     "v": "the velocity",
     "m": "the first moment",
     "s": "the second moment",
-    "peak": "the largest second moment",
+    "s_max": "the largest second moment",
     "a": "the mean gradient",
     "b": "the velocity",
 }

@@ -45,7 +45,7 @@ class BitStore:
         self, numel: int, device: torch.device, history: History, radix: Radix = COARSE, backend: Backend | None = None
     ) -> None:
         self.head = torch.zeros(numel, dtype=torch.int64, device=device)
-        self.history, self.radix = history, radix
+        self.history, self.radix, self._base = history, radix, radix.base
         self._backend = backend or backend_for(device)
         self._bound = 1
         # the bound before each call, so that the way back reads off what the way out did
@@ -58,7 +58,7 @@ class BitStore:
     def decay_(self, v: Tensor, n: int) -> None:
         """v <- v * n / radix in place, exactly invertible. 0 <= n <= radix."""
         radix, bound = self.radix, self._bound
-        if n == radix.base:
+        if n == self._base:
             return  # multiplication by 1 loses nothing
         self._past_bounds.append(bound)
         if n == 0:
@@ -76,7 +76,7 @@ class BitStore:
     def undecay_(self, v: Tensor, n: int) -> None:
         """The inverse of the last `decay_` (same n)."""
         radix = self.radix
-        if n == radix.base:
+        if n == self._base:
             return
         self._bound = bound = self._past_bounds.pop()
         if n == 0:

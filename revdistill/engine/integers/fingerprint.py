@@ -23,8 +23,9 @@ class Fingerprints:
     def __init__(self, steps: int, device: torch.device) -> None:
         backend = backend_for(device)
         self._fingerprint = backend.fingerprint
+        self.immediate = backend.interval == 1  # whether `matches` gives a bool
         self._kept: Any = (
-            np.zeros(steps, np.int64) if backend.interval == 1 else torch.zeros(steps, dtype=torch.int64, device=device)
+            np.zeros(steps, np.int64) if self.immediate else torch.zeros(steps, dtype=torch.int64, device=device)
         )
 
     def record(self, k: int, x: Tensor) -> None:

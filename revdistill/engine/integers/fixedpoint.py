@@ -7,7 +7,7 @@ subtracts the very same integer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -52,6 +52,10 @@ class FixedPoint:
 
     fractional_bits: int = 44
     words: ClassVar[int] = 1
+    # Looked up several times a step.
+    scale: float = field(init=False, repr=False, compare=False)
+    resolution: float = field(init=False, repr=False, compare=False)
+    limit: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         bits = self.fractional_bits
@@ -59,18 +63,9 @@ class FixedPoint:
             raise TypeError(f"fractional_bits must be an int, got {type(bits).__name__}")
         if not 1 <= bits <= 60:
             raise ValueError(f"fractional_bits must be between 1 and 60, got {bits}")
-
-    @property
-    def scale(self) -> float:
-        return 2.0**self.fractional_bits
-
-    @property
-    def resolution(self) -> float:
-        return 2.0**-self.fractional_bits
-
-    @property
-    def limit(self) -> float:
-        return 2.0 ** (INTEGER_BITS - self.fractional_bits)
+        object.__setattr__(self, "scale", 2.0**bits)
+        object.__setattr__(self, "resolution", 2.0**-bits)
+        object.__setattr__(self, "limit", 2.0 ** (INTEGER_BITS - bits))
 
     def zeros(self, numel: int, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=torch.int64, device=device)

@@ -207,7 +207,7 @@ class CompiledLinearization:
         wanted = self._owner.wanted
         with self._owner.determinism.step(self._k):
             found, products = function(self._theta, *self._arguments, vector.detach())
-        if found.device.type == "cpu":
+        if self._owner.fingerprints.immediate:
             self._from_product = found.detach()
         rest = iter(products[1:])
         extra = tuple(next(rest) if want else None for want in wanted)

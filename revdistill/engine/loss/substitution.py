@@ -1,7 +1,7 @@
 """Calling a torch.nn.Module with other tensors in the place of its own: functional_call, without its search by name.
 
 torch.func.functional_call walks the whole module twice at each call, to find which names share a tensor and where each
-name leads: a third of the gradient of a small network. Here the places are found once. What was found is compared with
+name leads: a sixth of the gradient of a small network. Here the places are found once. What was found is compared with
 the module at every call, and found again where anything changed; where the places are not plain entries of
 `_parameters` and `_buffers`, functional_call does the work.
 """

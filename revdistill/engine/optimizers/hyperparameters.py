@@ -80,57 +80,6 @@ class Table:
         return [(slice(a, b), c) for a, b, c in zip([0, *stops], stops, columns.tolist(), strict=False)]
 
 
-@dataclass(frozen=True)
-class Factor:
-    """A product of a constant and of hyperparameters. constant: a float, or float64 [numel]; first: it at step 0."""
-
-    constant: float | Tensor = 1.0
-    tables: Mapping[str, Table] = field(default_factory=dict)
-    first: float | None = None
-
-    def value(self, k: int, *, without: str | None = None) -> float | Tensor:
-        """At step k, as a float or float64 [numel]; `without` one of the hyperparameters."""
-        if without is None and self._numbers is not None:
-            return self._numbers[k if len(self._numbers) > 2 else min(k, 1)]
-        value = self.start(k)
-        for name, table in self.tables.items():
-            if name != without:
-                value = value * table.value(k)
-        return value
-
-    def start(self, k: int) -> float | Tensor:
-        """The constant at step k."""
-        return self.constant if k or self.first is None else self.first
-
-    def bound(self, k: int) -> float:
-        """The largest magnitude at step k."""
-        return self._bounds[k if len(self._bounds) > 2 else min(k, 1)]
-
-    # Of all steps at once: a training's steps are many, and each looks here several times. Two entries where all but
-    # step 0 are alike.
-
-    @cached_property
-    def _steps(self) -> range:
-        return range(max((2, *(len(t.host) for t in self.tables.values()))))
-
-    @cached_property
-    def _numbers(self) -> list[float] | None:
-        if isinstance(self.constant, Tensor) or any(t.index is not None for t in self.tables.values()):
-            return None
-        return [self._product(k, lambda table, k: table.row(k)[0]) for k in self._steps]
-
-    @cached_property
-    def _bounds(self) -> list[float]:
-        return [abs(self._product(k, lambda table, k: table.bound(k))) for k in self._steps]
-
-    def _product(self, k: int, of: Callable[[Table, int], float]) -> float:
-        constant = self.start(k)
-        value = float(constant.abs().max()) if isinstance(constant, Tensor) else constant
-        for table in self.tables.values():
-            value = value * of(table, k)
-        return value
-
-
 def combined(function: Callable[..., Tensor], *tables: Table) -> Table:
     """The table of an elementwise function of other tables' values, differentiable where they are."""
     grouped = {id(t.index): t.index for t in tables if t.index is not None}

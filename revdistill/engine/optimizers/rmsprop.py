@@ -20,7 +20,7 @@ from revdistill.engine.integers.radix import COARSE, WIDE
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers import hyperparameters as hp
 from revdistill.engine.optimizers import sources as of
-from revdistill.engine.optimizers.moves import Add, Decay, Move
+from revdistill.engine.optimizers.moves import Add, Decay, Factor, Move
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.optimizers.update import Update
 
@@ -55,7 +55,7 @@ class RMSprop(Optimizer):
         momentum = hp.quantised(numbers("momentum", self.momentum, upper=1.0), COARSE)
         weight_decay, rest = numbers("weight_decay", self.weight_decay), hp.combined(lambda alpha: 1 - alpha, alpha)
         g = of.Penalised(weight_decay if weight_decay.matters() else None)
-        kick, step = hp.Factor(tables={"1-alpha": rest}), hp.Factor(-1.0, {"lr": lr})
+        kick, step = Factor(tables={"1-alpha": rest}), Factor(-1.0, {"lr": lr})
 
         moves: list[Move] = [Decay("s", "alpha", alpha, layout, WIDE), Add("s", of.Square(g), kick)]
         if self.centered:

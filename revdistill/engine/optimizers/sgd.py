@@ -12,8 +12,8 @@ from torch import Tensor
 
 from revdistill.engine.integers.radix import COARSE
 from revdistill.engine.layout import Layout
-from revdistill.engine.optimizers.hyperparameters import Factor, Hyperparameter, Table, quantised, resolve
-from revdistill.engine.optimizers.moves import Add, Decay, Move
+from revdistill.engine.optimizers.hyperparameters import Hyperparameter, Table, quantised, resolve
+from revdistill.engine.optimizers.moves import Add, Decay, Factor, Move
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Read
 from revdistill.engine.optimizers.update import Update
@@ -23,18 +23,22 @@ from revdistill.engine.optimizers.update import Update
 class SGD(Optimizer):
     """torch.optim.SGD's update.
 
-        g <- gradient + weight_decay theta;  v <- momentum v + (1 - dampening) g  (v <- g at step 0);  theta <- theta -
-        lr v (nesterov: theta <- theta - lr (g + momentum v))
-
-    lr, momentum, weight_decay: a float, a tensor of shape () or [T] (T steps), or a dict from each parameter's name to
-    one of these (parameter groups); lr also a tensor [T, E] for parameters stacked over E networks. Tensors may require
-    grad. All at least 0; momentum at most 1, and it acts as the nearest n / 2^16. dampening: a float; nesterov: a bool,
-    which needs momentum > 0 and dampening 0 and cannot be walked back by `Reversible` (use `Checkpoint`).
+        g <- gradient + weight_decay theta
+        v <- momentum v + (1 - dampening) g  (v <- g at step 0)
+        theta <- theta - lr v                (nesterov: theta <- theta - lr (g + momentum v))
 
     One difference from torch: where momentum is 0 at some steps only, torch leaves its buffer as it was and ignores
     dampening in those steps; here v <- 0 v + (1 - dampening) g, the limit of a small momentum, which has a derivative.
 
-    Errors (when unrolled): ValueError and TypeError name the argument, what came and what is accepted.
+    Args:
+        lr, momentum, weight_decay: a float, a tensor of shape () or [T] (T steps), or a dict from each parameter's name
+            to one of these (parameter groups); lr also a tensor [T, E] for parameters stacked over E networks. Tensors
+            may require grad. All at least 0; momentum at most 1, and it acts as the nearest n / 2^16.
+        dampening: a float from 0 to 1.
+        nesterov: a bool. It needs momentum > 0 and dampening 0; `Reversible` cannot walk it back (use `Checkpoint`).
+
+    Raises:
+        ValueError, TypeError: when unrolled; name the argument, what came and what is accepted.
     """
 
     lr: Hyperparameter

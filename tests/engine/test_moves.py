@@ -126,7 +126,7 @@ SPLITS = {
     "adam": (["Decay m", "Decay s", "Add m", "Add s"], ["Add theta"]),
     "adam, decay": (["Decay m", "Decay s", "Add m", "Add m", "Add s"], ["Add theta"]),
     "adamw": (["Decay m", "Decay s", "Add m", "Add s"], ["Decay theta", "Add theta"]),
-    "amsgrad": (["Decay m", "Decay s", "Add m", "Add s"], ["RunningMaximum peak", "Add theta"]),
+    "amsgrad": (["Decay m", "Decay s", "Add m", "Add s"], ["RunningMaximum s_max", "Add theta"]),
     "rmsprop": (["Decay s", "Add s", "Add theta"], []),
     "rmsprop, momentum": (["Decay s", "Add s", "Decay b", "Add b"], ["Add theta"]),
     "rmsprop, centered": (["Decay s", "Add s", "Decay a", "Add a", "Decay b", "Add b"], ["Add theta"]),
@@ -189,7 +189,7 @@ def anywhere(update: Update, seed: int) -> State:
     """Numbers drawn from the whole range, up to 16 or so in their unit; second moments at least 0."""
     state, draw = reached(update, 3, seed), drawn(seed + 100)
     for name, q in state.numbers.items():
-        low = 0 if name in ("s", "peak") else -(2**48)
+        low = 0 if name in ("s", "s_max") else -(2**48)
         if q.ndim == 1:
             q.copy_(torch.randint(low, 2**48, q.shape, generator=draw))
             continue

@@ -1,0 +1,20 @@
+"""The one place that chooses a backend by the device."""
+
+from __future__ import annotations
+
+import torch
+
+from revdistill.engine.integers.backend import Backend
+from revdistill.engine.integers.compiled import Compiled
+from revdistill.engine.integers.loops import LOOPS
+from revdistill.engine.integers.passes import Passes
+
+
+def backend_for(device: torch.device, *, compile: bool = False) -> Backend:
+    """The backend of a device: loops on the CPU, where they are compiled always; elsewhere tensor operations.
+
+    compile: fuse these by torch.compile.
+    """
+    if device.type == "cpu":
+        return LOOPS
+    return Compiled() if compile else Passes()

@@ -319,3 +319,45 @@ def test_schedules_and_results_may_change_between_the_passes(adjoint: Any) -> No
         return [t for t in found if t is not None]
 
     assert all(map(torch.equal, hypergradient(change=True), hypergradient(change=False)))
+
+
+@pytest.mark.parametrize("graph_bytes", [None, 0], ids=["graphs kept", "no graphs"])
+@pytest.mark.parametrize("what", ["x", "y", "hyper"])
+def test_data_changed_behind_torchs_back_are_an_error(what: str, graph_bytes: int | None) -> None:
+    """Regression: where the graphs of the steps are kept nothing is evaluated again, and numpy shares memory."""
+    x, y = torch.randn(3, 6, 4), torch.arange(18).reshape(3, 6) % 3
+    scale = torch.tensor(1.5, requires_grad=True)
+    net = nn.Linear(4, 3)
+    base, params = rd.from_module(net, nn.functional.cross_entropy)
+
+    def loss(p: dict[str, Tensor], batch: tuple[Tensor, ...], hyper: Tensor) -> Tensor:
+        return base(p, batch) * hyper
+
+    changed = {"x": x, "y": y, "hyper": scale}[what]
+    theta = rd.unroll(
+        loss, params, (x, y), rd.SGD(0.1), steps=7, hyper=scale, adjoint=rd.Reversible(graph_bytes=graph_bytes)
+    )
+    shared = changed.detach().numpy().reshape(-1)
+    shared[-1] = shared[-1] + 1 if what != "y" else (shared[-1] + 1) % 3
+    with pytest.raises(rd.ReversalError, match=r"data of step|not the same bit for bit"):
+        sum(p.square().sum() for p in theta.values()).backward()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.int32, torch.uint8, torch.bool, torch.complex64]
+)
+def test_batches_of_any_dtype_are_watched(dtype: torch.dtype) -> None:
+    x = torch.ones(3, 4).to(dtype)
+    w = torch.randn(4, requires_grad=True)
+
+    def loss(p: dict[str, Tensor], batch: tuple[Tensor]) -> Tensor:
+        return (p["w"] * torch.view_as_real(batch[0])[:, 0] if dtype.is_complex else p["w"] * batch[0]).square().sum()
+
+    def unroll() -> Tensor:
+        return rd.unroll(loss, {"w": w}, (x,), rd.SGD(0.1), steps=4)["w"].sum()
+
+    unroll().backward()
+    theta = unroll()
+    x.data[0, 0] = 0  # .data: torch does not count it
+    with pytest.raises(rd.ReversalError, match="data of step"):
+        theta.backward()

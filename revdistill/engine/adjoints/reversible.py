@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from revdistill.engine.adjoints.adjoint import FixedPointAdjoint, Recording, UnrollStats
+from revdistill.engine.adjoints.kept_data import KeptData
 from revdistill.engine.adjoints.memory import free_bytes
 from revdistill.engine.adjoints.repeated import NONDETERMINISTIC, Repeated
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
@@ -77,6 +78,7 @@ class _Reversal(Recording):
             self._graph_bytes = min(GRAPH_BYTES, free_bytes(theta0.device) // _SHARE)
         self._first_kept = problem.steps
         self._kept: dict[int, Linearization] = {}
+        self._data = KeptData(problem.data, problem.backend)
         # Before the window nothing is kept: its steps are not gone back over.
         self._trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory() if problem.first else self.history)
         self._trajectory.run(self._before_step, self._after_step)
@@ -95,6 +97,7 @@ class _Reversal(Recording):
             self._kept.clear()
         if k >= self._first_kept:
             self._kept[k] = linear
+            self._data.note(k)
             self._trajectory.give_buffer_away()  # the graph refers to it
 
     def backward(self, sweep: Sweep) -> Hypergradients:
@@ -103,7 +106,11 @@ class _Reversal(Recording):
         for k in reversed(range(problem.first, problem.steps)):
             trajectory.undo_to_theta(k)
             theta = trajectory.theta()
-            linear = self._kept.pop(k, None) or problem.gradient.linearize(k, theta)
+            linear = self._kept.pop(k, None)
+            if linear is None:
+                linear = problem.gradient.linearize(k, theta)
+            else:  # nothing is evaluated again that would tell
+                self._data.check(k)
             sweep.to_theta(k, theta, linear, slots)
             gradient = linear.gradient  # asked for once: a compiled one tells itself by its fingerprint each time
             repeated.check(k, gradient)

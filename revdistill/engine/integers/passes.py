@@ -93,18 +93,19 @@ def divide_(v: Tensor, head: Tensor, n: Number, divisor: Tensor, radix: Radix) -
     """`Backend.divide`, with n as a float64 on the device."""
     if radix.words == 2:
         digit = _divide_words(v, head, n)
-    else:
-        # w / n in two parts, w = v 2^bits + (low bits of head). The first quotient is rounded to float64 and a little
-        # off; the second, of what that left and the low bits, is exact and makes up for it.
-        near = v.to(torch.float64).div_(divisor).to(torch.int64)
-        low = _add_multiple(v, near, n, -1, out=v).bitwise_left_shift_(radix.bits).bitwise_or_(head & (radix.base - 1))
-        # COARSE: the first quotient is off by at most 2^10, so that |low| < 2^43, and floats divide exactly enough.
-        in_floats = radix == COARSE
-        quotient = low.to(torch.float64).div_(divisor).floor_().to(torch.int64) if in_floats else _floor(low, n)
-        digit = _add_multiple(low, quotient, n, -1, out=low)
-        torch.bitwise_left_shift(near, radix.bits, out=v)
-        v.add_(quotient)
+        _add_multiple(digit, head.bitwise_right_shift_(radix.bits), n, 1, out=head)
+        return
+    # w / n in two parts, w = v 2^bits + (low bits of head). The first quotient is rounded to float64 and a little off;
+    # the second, of what that left and the low bits, is exact and makes up for it.
+    near = v.to(torch.float64).div_(divisor).to(torch.int64)
+    low = _add_multiple(v, near, n, -1, out=v).bitwise_left_shift_(radix.bits).bitwise_or_(head & (radix.base - 1))
+    # COARSE: the first quotient is off by at most 2^10, so that |low| < 2^43, and floats divide exactly enough.
+    in_floats = radix == COARSE
+    quotient = low.to(torch.float64).div_(divisor).floor_().to(torch.int64) if in_floats else _floor(low, n)
+    digit = _add_multiple(low, quotient, n, -1, out=low)  # in v's memory: head takes it before v is written
     _add_multiple(digit, head.bitwise_right_shift_(radix.bits), n, 1, out=head)
+    torch.bitwise_left_shift(near, radix.bits, out=v)
+    v.add_(quotient)
 
 
 def _multiply_words(v: Tensor, digit: Tensor, n: Number) -> Tensor:

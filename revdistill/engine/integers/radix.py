@@ -7,7 +7,7 @@ the `head`; then the low bits of v n + digit go to it:
 
 `reference` has this in plain integers; the backends have it in 64-bit words, with the same bits. They need |v| < 2^62
 (of two
-words: |high| < 2^62), 1 <= n < radix, and 0 <= head < 2^HEAD_BITS with floor(head / n) radix <= 2^HEAD_BITS.
+words: |high| < 2^62), 1 <= n < radix, and 0 <= head < 2^HEAD_BITS with floor(head / n) radix < 2^HEAD_BITS.
 """
 
 from __future__ import annotations

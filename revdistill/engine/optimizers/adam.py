@@ -21,6 +21,7 @@ from torch import Tensor
 
 from revdistill.engine.integers.fixedpoint import Wide
 from revdistill.engine.integers.radix import FINE, WIDE
+from revdistill.engine.integers.select import root as correctly_rounded_root
 from revdistill.engine.integers.state import State
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.hyperparameters import (
@@ -166,7 +167,7 @@ class _Direction(Source):
         """
         u_bar = (bar * factor).to(bar.dtype)
         c1, c2, eps = self.c1.value(k), self.c2.value(k), self.eps.value(k)
-        root = values[self.second].sqrt()
+        root = correctly_rounded_root(values[self.second])
         per_root_c2 = 1 / _sqrt(c2)
         scaled = root * per_root_c2
         denominator = scaled + eps

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from revdistill.engine.integers.backend import Backend
+from revdistill.engine.integers.select import root
 from revdistill.engine.integers.state import State
 from revdistill.engine.optimizers.hyperparameters import Table
 
@@ -74,10 +75,24 @@ class Differentiable:
         return value.to(self.dtype) if isinstance(value, Tensor) else value
 
     def root(self, x: Tensor) -> Tensor:
-        if not x.requires_grad:
-            return x.sqrt()
-        positive = x > 0
-        return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+        found: Tensor = _Root.apply(x)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Root(torch.autograd.Function):
+    """sqrt, of the same bits on every device, and its derivative, any number of times; 0 where the root is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        found = root(x)
+        ctx.save_for_backward(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> Tensor:
+        (found,) = ctx.saved_tensors
+        positive = found > 0
+        return torch.where(positive, bar / torch.where(positive, found, 1.0) / 2, 0.0)
 
 
 class Source(ABC):

@@ -45,7 +45,7 @@ class Backend(ABC):
 
     @abstractmethod
     def to_float(self, q: Tensor, out: Tensor, form: Format) -> Tensor:
-        """The values of q in `out`, float32 or float64 [numel]: in float64 (`reference` says how), then in out's dtype."""
+        """The values of q in `out`, float32 or float64 [numel]: in float64 as `reference` has it, then in its dtype."""
 
     @abstractmethod
     def largest(self, x: Tensor) -> float | Tensor:

@@ -192,7 +192,7 @@ class AdjointContract:
 
 
 class TestReversible(AdjointContract):
-    adjoint = rd.Reversible()
+    adjoint = rd.Reversible(graph_bytes=0)
     refuses: ClassVar[set[str]] = WITHOUT_WAY_BACK
 
 
@@ -222,7 +222,13 @@ class TestBackprop(AdjointContract):
     adjoint = rd.Backprop()
 
 
-FIXED = [rd.Reversible(), rd.Reversible(history="host"), rd.Checkpoint(), rd.Checkpoint(every=4), rd.StoreAll()]
+FIXED = [
+    rd.Reversible(graph_bytes=0),
+    rd.Reversible(history="host"),
+    rd.Checkpoint(),
+    rd.Checkpoint(every=4),
+    rd.StoreAll(),
+]
 
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s not in WITHOUT_WAY_BACK])
@@ -330,7 +336,7 @@ def test_ten_thousand_steps_come_back_bit_for_bit(place: str, tmp_path: Path) ->
     history = str(tmp_path) if place == "file" else place
     lr = torch.full((10_000,), 0.01, requires_grad=True)
     theta, stats = rd.unroll(
-        loss, params, (x, y), rd.SGD(lr), steps=10_000, adjoint=rd.Reversible(history=history), return_stats=True
+        loss, params, (x, y), rd.SGD(lr), steps=10_000, adjoint=rd.Reversible(history, graph_bytes=0), return_stats=True
     )
     sum(p.square().sum() for p in theta.values()).backward()  # ReversalError if any bit differs
     assert lr.grad is not None

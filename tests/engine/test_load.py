@@ -39,7 +39,7 @@ def handles():
 def unrolled(net, x, y, steps, momentum, folder):
     loss, params = rd.from_module(net, CE)
     lr = torch.tensor(0.01, requires_grad=True)
-    adjoint = rd.Reversible(history=folder)
+    adjoint = rd.Reversible(folder, graph_bytes=0)
     sgd = rd.SGD(lr, momentum)
     theta, stats = rd.unroll(loss, params, (x, y), sgd, steps=steps, adjoint=adjoint, return_stats=True)
     torch.stack([p.square().sum() for p in theta.values()]).sum().backward()  # ReversalError unless every bit is back

@@ -35,7 +35,7 @@ class KeptData:
             self._rows[self._data.row(k)] = self._fingerprints(self._data.rows(k))
 
     def check(self, k: int) -> None:
-        """Step k's graph is used. Raises ReversalError where its data have changed since; each row is looked at once."""
+        """Step k's graph is used. Raises ReversalError where its data have changed; each row is looked at once."""
         if self._backend.interval > 1:
             return
         same = self._hypers is None or self._hypers == self._fingerprints(self._data.hypers)

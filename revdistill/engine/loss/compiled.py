@@ -126,12 +126,12 @@ class CompiledGradient(Gradient):
         functions = self.functions
         if functions.gradient is not None and not functions.gradient_checked:
             functions.gradient_checked = True
-            at = CompiledLinearization(self, functions.gradient, k, theta.detach(), batch)
-            if not _gradient_agrees(at, eager):
+            form = CompiledLinearization(self, functions.gradient, k, theta.detach(), batch)
+            if not _gradient_agrees(form, eager):
                 functions.gradient = None
             else:
                 functions.gradient_times = best_times(
-                    lambda: at.evaluate()[0], lambda: self._linearize(k, theta, batch).gradient
+                    lambda: form.evaluate()[0], lambda: self._linearize(k, theta, batch).gradient
                 )
                 if functions.gradient_times[0] > functions.gradient_times[1]:
                     functions.gradient = None

@@ -33,7 +33,8 @@ def unrolled(factor: Callable[[], float], lr: float = 0.1, steps: int = 30, **kw
     def loss(p: dict[str, Tensor], batch: Any) -> Tensor:
         return p["w"].square().sum() * factor()
 
-    theta = rd.unroll(loss, params, lambda k: (), rd.SGD(lr, kwargs.pop("momentum", 0.9), **kwargs), steps=steps)
+    sgd, again = rd.SGD(lr, kwargs.pop("momentum", 0.9), **kwargs), rd.Reversible(graph_bytes=0)
+    theta = rd.unroll(loss, params, lambda k: (), sgd, steps=steps, adjoint=again)
     return theta["w"].sum()
 
 

@@ -73,7 +73,7 @@ def test_the_engines_and_torchs_are_the_same(name: str) -> None:
     family, steps = OPTIMIZERS[name], 6
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(steps, 8, 4, generator=generator), torch.randint(3, (steps, 8), generator=generator)
-    lr, momentum = torch.linspace(0.02, 0.01, steps), torch.linspace(0.5, 0.75, steps)
+    lr, momentum = torch.linspace(0.02, 0.01, steps), torch.arange(8, 8 + steps) / 16  # each is an n / 2^16
     net = torch.nn.Linear(4, 3).double()
     loss, params = rd.from_module(net, torch.nn.functional.cross_entropy)
     theta = rd.unroll(loss, params, (x.double(), y), family.engine(lr, momentum, 0.125), steps=steps)

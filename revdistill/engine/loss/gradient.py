@@ -23,6 +23,10 @@ from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.graph import graph_nodes, is_once_differentiable, saved_tensors
 from revdistill.engine.loss.operators import named_errors
 
+# What a node of autograd takes with the tensors that it refers to, without their numbers: measured with 54 nodes, on 30
+# tiny networks, where it is a third of a graph.
+_NODE_BYTES = 1024
+
 
 @dataclass(frozen=True)
 class Products:
@@ -166,10 +170,11 @@ class EagerLinearization:
 
     @property
     def nbytes(self) -> int:
-        """The memory of theta and of what the graph holds beside the batch and hyper, in bytes."""
+        """The memory of theta, of the graph's nodes, and of what they hold beside the batch and hyper, in bytes."""
         data = {t.untyped_storage().data_ptr() for t in (*self.batch_leaves, *self.hyper_leaves)}
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved_tensors(self.graph)}
-        return sum(size for pointer, size in storages.items() if pointer not in data) + self.leaf.nbytes
+        held = sum(size for pointer, size in storages.items() if pointer not in data)
+        return self.leaf.nbytes + held + _NODE_BYTES * len(graph_nodes(self.graph))
 
     def product(self, vector: Tensor) -> Products:
         """See `Linearization.product`."""

@@ -24,7 +24,7 @@ STEPS = (10, 100, 1_000, 10_000)
 BUDGETS = (1, 4, 16)  # GB
 WARM_UP = 3
 # what the picture shows on every task; the others, on the MLP
-EVERYWHERE = ("reversible", "reversible-graphs", "storeall", "checkpoint", "autograd")
+EVERYWHERE = ("reversible", "reversible-default", "storeall", "checkpoint", "autograd")
 SKIPPED = ("training", "reversible-compiled", "storeall-compiled")
 
 

@@ -68,11 +68,14 @@ def adam_memory(results: dict[str, Any]) -> str:
 
 def adam_speed(results: dict[str, Any]) -> str:
     """Multiples of plain autograd through Adam."""
-    names = [name for name in ADAM_METHODS if name != "adam-autograd"]
+    measured = {m["method"] for entry in results["speed"] for m in entry["methods"]}
+    names = [name for name in ADAM_METHODS if name in measured and name != "adam-autograd"]
     rows = []
     for entry in results["speed"]:
         found = {m["method"]: m["ratio_to_autograd"] for m in entry["methods"]}
-        rows.append([f"{entry['title']}, T = {entry['steps']}", *(f"{found[n]:.2f}" for n in names)])
+        rows.append(
+            [f"{entry['title']}, T = {entry['steps']}", *(f"{found[n]:.2f}" if n in found else "-" for n in names)]
+        )
     return table(["one hypergradient, plain autograd through Adam = 1", *(ADAM_METHODS[n].title for n in names)], rows)
 
 

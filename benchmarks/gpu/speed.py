@@ -16,7 +16,7 @@ from tasks import KINDS, make
 from gpu.lines import attempt, options_of, write
 from gpu.place import here, milliseconds
 
-NAMES = ("autograd", "reversible", "reversible-graphs")
+NAMES = ("autograd", "reversible", "reversible-default")
 TASKS = ("mlp", "lenet", "convnet", "tiny")
 CHECK_STEPS = 5
 

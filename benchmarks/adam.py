@@ -89,7 +89,13 @@ def bits(device: str) -> dict[str, Any]:
     task, started = make("tiny", device=device), time.perf_counter()
     optimizer = rd.Adam(task.rates(BIT_STEPS) / 10, BETAS)
     theta, stats = rd.unroll(
-        task.loss, task.params, task.batches, optimizer, steps=BIT_STEPS, adjoint=rd.Reversible(), return_stats=True
+        task.loss,
+        task.params,
+        task.batches,
+        optimizer,
+        steps=BIT_STEPS,
+        adjoint=rd.Reversible(graph_bytes=0),
+        return_stats=True,
     )
     torch.autograd.grad(task.outer(theta), task.batches[0])
     kept, ideal = stats.history_bits_per_parameter_step, -sum(map(math.log2, BETAS))

@@ -35,8 +35,5 @@ def restore(path: Path, distiller: Distiller) -> None:
         ValueError: there is no such file, or its configuration is not the distiller's.
         ArtifactError: names the file and what is wrong with it.
     """
-    config = distiller.config
-    difference = checkpoints.describe_difference(config.to_dict(), read_config(path).to_dict())
-    if difference:
-        raise ValueError(f"cannot resume {path.parent} with another configuration: {difference}")
-    checkpoints.restore(path, distiller.descent, steps=config.outer_steps, averages=True)
+    checkpoints.check_same(path, distiller.config.to_dict(), read_config(path).to_dict())
+    checkpoints.restore(path, distiller.descent, steps=distiller.config.outer_steps, averages=True)

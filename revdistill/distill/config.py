@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.starts import STARTS
 from revdistill.engine import Adjoint, Backprop, Checkpoint, Reversible, StoreAll
 from revdistill.outer import models
+from revdistill.outer.configuration import Configuration
 from revdistill.outer.device import check_device
 from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
 
@@ -21,11 +22,10 @@ ADJOINTS: dict[str, type[Adjoint]] = {
 # Of one architecture's unroll: any machine has this memory, and a short unroll is faster with it.
 OUTER_DECAYS = ("cosine", "halving", "none")
 INITS = ("random", "fixed")
-_TUPLES = ("architectures", "augment")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Configuration):
     """What a distillation does.
 
     Args:
@@ -67,6 +67,7 @@ class Config:
         ValueError: names the field, what came and what is accepted.
     """
 
+    tuples: ClassVar[tuple[str, ...]] = ("architectures", "augment")
     dataset: str = "digits"
     architectures: tuple[str, ...] = ("MLP",)
     steps: int = 30
@@ -99,38 +100,34 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "per_class", "inits", "outer_steps", "batch_size"):
-            self._need(name, getattr(self, name) >= 1, "an integer of at least 1")
-        self._need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
-        self._need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
-        self._need("optimizer", self.optimizer in OPTIMIZERS, accepted())
+            self.need(name, getattr(self, name) >= 1, "an integer of at least 1")
+        self.need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
+        self.need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
+        self.need("optimizer", self.optimizer in OPTIMIZERS, accepted())
         family = OPTIMIZERS[self.optimizer]
         fine = not family.momentum_below_one or self.momentum < 1
-        self._need("momentum", fine, f"a number below 1, as {family.title}'s {family.momentum_name}")
-        self._need("weight_decay", 0 <= self.weight_decay < 1e4, "a number of at least 0 and below 10,000")
-        self._need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
-        self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
+        self.need("momentum", fine, f"a number below 1, as {family.title}'s {family.momentum_name}")
+        self.need("weight_decay", 0 <= self.weight_decay < 1e4, "a number of at least 0 and below 10,000")
+        self.need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
+        self.need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
         rates = self.outer_lr_rates
-        self._need("outer_lr_rates", rates is None or 0 <= rates < 1e4, "a number of at least 0 and below 10,000")
-        self._need("outer_decay", self.outer_decay in OUTER_DECAYS, ", ".join(OUTER_DECAYS))
-        self._need("outer_beta1", 0 <= self.outer_beta1 < 1, "a number from 0 to below 1")
-        self._need("average", 0 <= self.average <= 1, "a number from 0 to 1")
-        self._need("grow", 0 <= self.grow <= 1, "a number from 0 to 1")
-        self._need("window", self.window is None or self.window >= 1, "an integer of at least 1")
-        self._need("augment", set(self.augment) <= set(AUGMENTATIONS), f"names out of {', '.join(AUGMENTATIONS)}")
-        self._need("noise", self.noise is None or 0 <= self.noise < 1e4, "a number of at least 0")
-        self._need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
-        self._need("init", self.init in INITS, " or ".join(INITS))
-        self._need("start", self.start in STARTS, ", ".join(STARTS))
-        self._need("adjoint", self.adjoint is None or self.adjoint in ADJOINTS, ", ".join(ADJOINTS))
-        self._need("architectures", bool(self.architectures), "at least one name")
+        self.need("outer_lr_rates", rates is None or 0 <= rates < 1e4, "a number of at least 0 and below 10,000")
+        self.need("outer_decay", self.outer_decay in OUTER_DECAYS, ", ".join(OUTER_DECAYS))
+        self.need("outer_beta1", 0 <= self.outer_beta1 < 1, "a number from 0 to below 1")
+        self.need("average", 0 <= self.average <= 1, "a number from 0 to 1")
+        self.need("grow", 0 <= self.grow <= 1, "a number from 0 to 1")
+        self.need("window", self.window is None or self.window >= 1, "an integer of at least 1")
+        self.need("augment", set(self.augment) <= set(AUGMENTATIONS), f"names out of {', '.join(AUGMENTATIONS)}")
+        self.need("noise", self.noise is None or 0 <= self.noise < 1e4, "a number of at least 0")
+        self.need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
+        self.need("init", self.init in INITS, " or ".join(INITS))
+        self.need("start", self.start in STARTS, ", ".join(STARTS))
+        self.need("adjoint", self.adjoint is None or self.adjoint in ADJOINTS, ", ".join(ADJOINTS))
+        self.need("architectures", bool(self.architectures), "at least one name")
         if self.learn_momentum:
-            self._need("momentum", 0 < self.momentum < 1, "a number between 0 and 1 to start from, with learn_momentum")
+            self.need("momentum", 0 < self.momentum < 1, "a number between 0 and 1 to start from, with learn_momentum")
         object.__setattr__(self, "architectures", tuple(models.canonical(name) for name in self.architectures))
         check_device(self.device)
-
-    def _need(self, name: str, fine: bool, accepted: str) -> None:
-        if not fine:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; accepted is {accepted}")
 
     @property
     def inner_steps(self) -> int:
@@ -140,16 +137,3 @@ class Config:
     def make_adjoint(self) -> Adjoint | None:
         """What `rd.unroll` takes as `adjoint`; None for its own choice."""
         return None if self.adjoint is None else ADJOINTS[self.adjoint]()
-
-    def to_dict(self) -> dict[str, Any]:
-        """In the types of JSON."""
-        return asdict(self) | {name: list(getattr(self, name)) for name in _TUPLES}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
-        """The configuration that `to_dict` made these of.
-
-        Raises:
-            TypeError, ValueError: they are of no configuration.
-        """
-        return cls(**(values | {name: tuple(values.get(name, ())) for name in _TUPLES}))

@@ -127,9 +127,20 @@ def written_by(path: Path) -> str:
         return file.text("revdistill_version")
 
 
-def describe_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """The first field in which two configurations differ, in words; None where they are equal."""
+def check_same(path: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Check that a job goes on with the configuration that its checkpoint has.
+
+    Args:
+        path: the checkpoint.
+        ours: the configuration of the job, in the types of JSON.
+        theirs: that of the checkpoint.
+
+    Raises:
+        ValueError: names the first field in which they differ.
+    """
     for name, value in ours.items():
         if value != theirs.get(name):
-            return f"{name} is {value!r} here, but {theirs.get(name)!r} in the run to be resumed"
-    return None
+            raise ValueError(
+                f"cannot resume {path.parent} with another configuration: {name} is {value!r} here, but "
+                f"{theirs.get(name)!r} in the run to be resumed"
+            )

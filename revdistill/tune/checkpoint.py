@@ -34,7 +34,5 @@ def restore(path: Path, tuner: Tuner) -> None:
         ValueError: there is no such file, or its configuration is not the tuner's.
         ArtifactError: names the file and what is wrong with it.
     """
-    difference = checkpoints.describe_difference(tuner.config.to_dict(), read_config(path).to_dict())
-    if difference:
-        raise ValueError(f"cannot resume {path.parent} with another configuration: {difference}")
+    checkpoints.check_same(path, tuner.config.to_dict(), read_config(path).to_dict())
     checkpoints.restore(path, tuner.descent, steps=tuner.config.outer_steps)

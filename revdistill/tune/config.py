@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from revdistill.outer import models
+from revdistill.outer.configuration import Configuration
 from revdistill.outer.device import check_device
 from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
 
 LEARNABLE = ("lr", "momentum", "weight-decay", "init")
-_TUPLES = ("learn",)
 
 
 @dataclass(frozen=True)
-class TuneConfig:
+class TuneConfig(Configuration):
     """What a tuning does.
 
     Args:
@@ -44,6 +44,7 @@ class TuneConfig:
         ValueError: names the field, what came and what is accepted.
     """
 
+    tuples: ClassVar[tuple[str, ...]] = ("learn",)
     dataset: str = "digits"
     arch: str = "MLP"
     steps: int = 100
@@ -66,46 +67,29 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "inits", "outer_steps", "outer_batch"):
-            self._need(name, getattr(self, name) >= 1, "an integer of at least 1")
-        self._need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
-        self._need(
+            self.need(name, getattr(self, name) >= 1, "an integer of at least 1")
+        self.need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
+        self.need(
             "learn", bool(self.learn) and set(self.learn) <= set(LEARNABLE), f"names out of {', '.join(LEARNABLE)}"
         )
-        self._need("optimizer", self.optimizer in OPTIMIZERS, accepted())
-        self._need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
-        self._need("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
-        self._need("momentum", "momentum" not in self.learn or self.momentum > 0, "a number above 0 to learn it from")
-        self._need("weight_decay", 0 <= self.weight_decay < 1e4, "a number of at least 0")
-        self._need(
+        self.need("optimizer", self.optimizer in OPTIMIZERS, accepted())
+        self.need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
+        self.need("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
+        self.need("momentum", "momentum" not in self.learn or self.momentum > 0, "a number above 0 to learn it from")
+        self.need("weight_decay", 0 <= self.weight_decay < 1e4, "a number of at least 0")
+        self.need(
             "weight_decay",
             "weight-decay" not in self.learn or self.weight_decay > 0,
             "a number above 0 to learn it from",
         )
-        self._need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
-        self._need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
-        self._need("clip_back", self.clip_back is None or 0 < self.clip_back < math.inf, "a number above 0")
-        self._need("window", self.window is None or self.window >= 1, "an integer of at least 1")
-        self._need(
+        self.need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
+        self.need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
+        self.need("clip_back", self.clip_back is None or 0 < self.clip_back < math.inf, "a number above 0")
+        self.need("window", self.window is None or self.window >= 1, "an integer of at least 1")
+        self.need(
             "window",
             self.window is None or self.window >= self.steps or "init" not in self.learn,
             "none where init is learned",
         )
         object.__setattr__(self, "arch", models.canonical(self.arch))
         check_device(self.device)
-
-    def _need(self, name: str, fine: bool, accepted: str) -> None:
-        if not fine:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; accepted is {accepted}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """In the types of JSON."""
-        return asdict(self) | {name: list(getattr(self, name)) for name in _TUPLES}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TuneConfig:
-        """The configuration that `to_dict` made these of.
-
-        Raises:
-            TypeError, ValueError: they are of no configuration.
-        """
-        return cls(**(values | {name: tuple(values.get(name, ())) for name in _TUPLES}))

@@ -34,8 +34,7 @@ class Reversible(FixedPointAdjoint):
 
     Args:
         history: where the bits are kept: "device", "host" (pinned when the device is CUDA) or a path (a temporary file
-        in
-            that folder, or beside that file name).
+            in that folder, or beside that file name).
         fractional_bits: of theta and v; range |value| < 2^(62 - fractional_bits).
         graph_bytes: memory for the graphs of the last steps, as many as fit: their gradients are not evaluated again on
             the way back, so that a short unroll costs what autograd costs. None: 256 MiB, or a sixteenth of the memory

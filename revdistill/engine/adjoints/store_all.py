@@ -39,7 +39,7 @@ class StoreAll(FixedPointAdjoint):
 class _Stored(Recording):
     def __init__(self, problem: Problem, theta0: Tensor, adjoint: StoreAll) -> None:
         trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory())
-        self._stretch = Stretch(trajectory, wants_slots=not problem.update.vjp_reads().isdisjoint(problem.update.slots))
+        self._stretch = Stretch(trajectory, wants_slots=problem.update.vjp_reads_slots)
         trajectory.run(self._stretch.before_step, self._stretch.after_step)
         self.theta = trajectory.result()
         self.stats = UnrollStats.of(trajectory, self._stretch.nbytes)

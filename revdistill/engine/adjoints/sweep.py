@@ -51,9 +51,8 @@ class Sweep:
         self._batches = [torch.zeros_like(t) if t.requires_grad else None for t in data.tensors]
         self._hypers = [torch.zeros_like(t) if t.requires_grad else None for t in data.hypers]
         self._watch = FiniteWatch(update.layout, problem.backend, _stopped_being_finite)
-        reads = update.vjp_reads()
-        self.wants_slots = not reads.isdisjoint(update.slots)
-        self._wants_gradient = GRADIENT in reads
+        self.wants_slots = update.vjp_reads_slots
+        self._wants_gradient = GRADIENT in update.vjp_reads()
         late = update.before_the_step
         self._moves = [move for move in reversed(update.moves) if move not in late]
         self._late = late[::-1]

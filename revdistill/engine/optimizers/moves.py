@@ -41,7 +41,7 @@ class Factor:
     def value(self, k: int, *, without: str | None = None) -> float | Tensor:
         """At step k, as a float or float64 [numel]; `without` one of the hyperparameters."""
         if without is None and self._numbers is not None:
-            return self._numbers[k if len(self._numbers) > 2 else min(k, 1)]
+            return self._numbers[min(k, len(self._numbers) - 1)]
         value = self.start(k)
         for name, table in self.tables.items():
             if name != without:
@@ -54,10 +54,10 @@ class Factor:
 
     def bound(self, k: int) -> float:
         """The largest magnitude at step k."""
-        return self._bounds[k if len(self._bounds) > 2 else min(k, 1)]
+        return self._bounds[min(k, len(self._bounds) - 1)]
 
-    # Of all steps at once: a training's steps are many, and each looks here several times. Two entries where all but
-    # step 0 are alike.
+    # Of all steps at once: a training's steps are many, and each looks here several times. At least two entries, as
+    # step 0 may be another one; the last stands for all after it.
 
     @cached_property
     def _steps(self) -> range:
@@ -82,9 +82,13 @@ class Factor:
 
 
 class Move(ABC):
-    """One change of one number per parameter. target: theta or a slot; reads: what it sees besides."""
+    """One change of one number per parameter.
+
+    target: theta or a slot; reads: what it sees besides; setting: what the user gave for it to be there, for messages.
+    """
 
     target: str
+    setting: str = ""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -97,8 +101,9 @@ class Move(ABC):
 
     @property
     def needs_the_gradient(self) -> str:
-        """Why it cannot come before the gradient on the way back; for moves that see it or theta."""
-        return f"a change of {self.target} that needs the gradient at the very theta that is to be found"
+        """Why it cannot be undone before the gradient is known; for moves that see it or theta."""
+        its = f"{self.setting}: its" if self.setting else "a"
+        return f"{its} change of {self.target} needs the gradient at the very theta that is to be found"
 
     @abstractmethod
     def forward(self, k: int, state: State, gradient: Tensor) -> None:
@@ -202,7 +207,7 @@ class Decay(Move):
 
 @dataclass(frozen=True)
 class Add(Move):
-    """target <- target + round(factor source). setting: what the user gave for it to be there, for messages."""
+    """target <- target + round(factor source)."""
 
     target: str
     source: Source
@@ -216,11 +221,6 @@ class Add(Move):
     @property
     def irreversible(self) -> str | None:
         return self.needs_the_gradient if self.target in self.reads else None
-
-    @property
-    def needs_the_gradient(self) -> str:
-        its = f"{self.setting}: its" if self.setting else "a"
-        return f"{its} change of {self.target} needs the gradient at the very theta that is to be found"
 
     def forward(self, k: int, state: State, gradient: Tensor) -> None:
         self._add(k, state, gradient, 1)

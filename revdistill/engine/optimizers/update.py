@@ -67,9 +67,7 @@ class Update:
 
     @property
     def no_way_back(self) -> str | None:
-        """Why the step cannot be undone without theta and the gradient: what the move that forbids it says; None if it
-        can.
-        """
+        """Why the step cannot be undone explicitly, as the move that forbids it says; None where it can be."""
         for move in self.moves:
             if move.irreversible is not None:
                 return move.irreversible
@@ -90,6 +88,11 @@ class Update:
         """What the derivatives need the values of, given which hyperparameters want a gradient."""
         wanted = frozenset(name for name, table in self.tables.items() if table.values.requires_grad)
         return frozenset().union(*(move.vjp_reads(wanted) for move in self.moves))
+
+    @property
+    def vjp_reads_slots(self) -> bool:
+        """Whether any of them is a slot's."""
+        return not self.vjp_reads().isdisjoint(self.slots)
 
     def formats_with(self, fixed: FixedPoint) -> dict[str, Format]:
         """The number format of theta and of each slot, where most have `fixed`."""

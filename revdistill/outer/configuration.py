@@ -1,0 +1,33 @@
+"""What the configurations of outer loops share: a check of a field, and the way to JSON and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeVar
+
+C = TypeVar("C", bound="Configuration")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything that defines a job: what is needed to run it again. tuples: the fields that JSON makes lists of."""
+
+    tuples: ClassVar[tuple[str, ...]] = ()
+
+    def need(self, name: str, fine: bool, accepted: str) -> None:
+        """ValueError that names the field, what came and what is accepted, unless it is fine."""
+        if not fine:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; accepted is {accepted}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """In the types of JSON."""
+        return asdict(self) | {name: list(getattr(self, name)) for name in self.tuples}
+
+    @classmethod
+    def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+        """The configuration that `to_dict` made these of.
+
+        Raises:
+            TypeError, ValueError: they are of no configuration.
+        """
+        return cls(**(values | {name: tuple(values.get(name, ())) for name in cls.tuples}))

@@ -17,6 +17,7 @@ from revdistill.engine.errors import (
 )
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.loss.from_module import from_module, stack_modules
+from revdistill.engine.optimizer_state import OptimizerState
 from revdistill.engine.optimizers.adam import Adam, AdamW
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.optimizers.rmsprop import RMSprop
@@ -36,6 +37,7 @@ __all__ = [
     "FixedPoint",
     "NonFiniteError",
     "Optimizer",
+    "OptimizerState",
     "RMSprop",
     "RangeError",
     "Reversible",

@@ -46,7 +46,34 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if given["window"] is not None:
         _check_int("window", given["window"], least=1)
     if given["save_at"] is not None:
-        _check_save_at(given["save_at"], given["steps"])
+        state = given["state"]
+        _check_save_at(given["save_at"], getattr(state, "step", 0), given["steps"])
+    for name in ("return_state", "return_stats", "progress"):
+        if not isinstance(given[name], bool):
+            raise TypeError(f"{name} must be a bool, got {_kind(given[name])}")
+
+
+def check_average(average: Any, steps: int) -> list[float]:
+    """The weights of theta_0 to theta_T in the average. Raises: TypeError, ValueError."""
+    if isinstance(average, Tensor) and average.ndim:
+        if average.requires_grad:
+            raise ValueError(
+                "average requires grad, but its weights are not differentiated; use save_at and sum up the iterates"
+            )
+        if average.shape != (steps + 1,):
+            raise ValueError(
+                f"average has shape {list(average.shape)}; with steps={steps} the weights of theta_0 to theta_T have "
+                f"shape [{steps + 1}]"
+            )
+        weights: list[float] = average.double().tolist()
+        if not all(map(math.isfinite, weights)):
+            raise ValueError("average has weights that are not finite")
+        return weights
+    if isinstance(average, bool) or not isinstance(average, (int, float)):
+        raise TypeError(f"average must be a float, a tensor [steps + 1] or None, got {_kind(average)}")
+    if not 0 <= average <= 1:
+        raise ValueError(f"average must be a decay from 0 to 1, got {average}")
+    return [average**steps] + [(1 - average) * average ** (steps - k) for k in range(1, steps + 1)]
 
 
 def _check_clip(clip_back: Any) -> None:
@@ -138,15 +165,15 @@ def _check_device(label: str, t: Tensor, device: torch.device) -> None:
         raise ValueError(f"{label} is on {t.device}, but params are on {device}; move it with .to({str(device)!r})")
 
 
-def _check_save_at(save_at: Any, steps: int) -> None:
+def _check_save_at(save_at: Any, first: int, steps: int) -> None:
     if not isinstance(save_at, (tuple, list, range)):
         raise TypeError(f"save_at must be a list of steps, got {_kind(save_at)}")
     if not save_at:
-        raise ValueError(f"save_at is empty; it must hold at least one step from 0 to {steps}")
+        raise ValueError(f"save_at is empty; it must hold at least one step from {first} to {first + steps}")
     for i, k in enumerate(save_at):
-        _check_int(f"save_at[{i}]", k, least=0)
-        if k > steps:
-            raise ValueError(f"save_at[{i}] is {k}; with steps={steps} it must be from 0 to {steps}")
+        _check_int(f"save_at[{i}]", k, least=first)
+        if k > first + steps:
+            raise ValueError(f"save_at[{i}] is {k}; with steps={steps} it must be from {first} to {first + steps}")
 
 
 def _check_int(label: str, value: Any, *, least: int) -> None:

@@ -13,17 +13,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each parameter lies in the flat buffer: names and shapes in order; one dtype, one device."""
+    """Where each parameter lies in the flat buffer: names and shapes in order; one dtype, one device.
+
+    networks: how many are stacked along the parameters' first dimension.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
     device: torch.device
+    networks: int = 1
 
     @classmethod
-    def of(cls, params: Mapping[str, Tensor]) -> Layout:
+    def of(cls, params: Mapping[str, Tensor], networks: int = 1) -> Layout:
         first = next(iter(params.values()))
-        return cls(tuple(params), tuple(p.shape for p in params.values()), first.dtype, first.device)
+        return cls(tuple(params), tuple(p.shape for p in params.values()), first.dtype, first.device, networks)
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -41,16 +45,31 @@ class Layout:
         """[numel], differentiable."""
         return torch.cat([params[name].reshape(-1) for name in self.names])
 
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The parameters as views of `flat` [..., numel], differentiable: one split, whose backward is one
-        concatenation.
+    def parts_and_views(self, flat: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The parts [..., n] of `flat` [..., numel], one for each parameter, and the parameters as views of them.
+
+        Differentiable; one split.
         """
-        leading, parts = flat.shape[:-1], torch.split(flat, self.sizes, -1)
+        parts: tuple[Tensor, ...] = torch.split(flat, self.sizes, -1)
         # A part that has its shape already is no view of itself: each is a node in every graph of the loss.
-        return {
-            name: part if len(shape) == 1 else part.view(leading + shape)
+        views = {
+            name: part if len(shape) == 1 else part.view(part.shape[:-1] + shape)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
+        return parts, views
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parameters as views of `flat` [..., numel], differentiable."""
+        return self.parts_and_views(flat)[1]
+
+    def owned(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parameters as tensors with memory of their own: what is saved of one is not all of them."""
+        return {name: view.clone() for name, view in self.views(flat).items()}
+
+    def nonzero(self, flat: Tensor) -> list[str]:
+        """The names of the parameters with an entry of `flat` [numel] that is not 0."""
+        parts = torch.split(flat, self.sizes)
+        return [name for name, part in zip(self.names, parts, strict=True) if bool(part.any())]
 
     def name_at(self, position: int) -> str:
         """The name of the parameter that holds flat[position]."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from revdistill.engine.adjoints.snapshot import Snapshot
 from revdistill.engine.integers.backend import Backend
 from revdistill.engine.loss.data import Data
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient
+from revdistill.engine.optimizers.start import AT_REST, Start
 from revdistill.engine.optimizers.update import Update
 
 OnStep = Callable[[int, dict[str, Tensor], Tensor], object]
@@ -23,10 +25,13 @@ OnStepBack = Callable[[int, float], object]
 class Problem:
     """The gradient of a loss, an optimizer, data and a number of steps.
 
+    Steps count from 0 here; `number` tells their numbers in the training, which users see.
+
     backend: what does the integer work; first: the way back goes no further: dL/d(...) of the steps before it is left
-    out;
-    clip_back: the largest norm of dL/d(theta_k) that is carried on; save_at: the result is theta at these steps,
-    stacked, or where it is None theta_T alone.
+    out; clip_back: the largest norm of dL/d(theta_k) that is carried on; save_at: the result is theta at these steps,
+    stacked, or where it is None theta_T alone; start: of the optimizer; resumed: the integers behind theta_0 and the
+    slots at the start, None where these are floats or 0; returns_state: whether the slots at the end are results too;
+    average: the weights of theta_0 to theta_T in an average that is a result too; progress: whether there is a bar.
     """
 
     gradient: Gradient
@@ -40,6 +45,15 @@ class Problem:
     clip_back: float | None = None
     on_step_back: OnStepBack | None = None
     save_at: tuple[int, ...] | None = None
+    start: Start = AT_REST
+    resumed: Snapshot | None = None
+    returns_state: bool = False
+    average: Sequence[float] | None = None
+    progress: bool = False
+
+    def number(self, k: int) -> int:
+        """The step's number in the whole training."""
+        return k + self.start.taken
 
     @cached_property
     def saved_steps(self) -> frozenset[int]:
@@ -55,7 +69,7 @@ class Problem:
         """dL/d(theta_k) [numel] as it is carried on: its norm told, and scaled down to `clip_back`."""
         norm = float(torch.linalg.vector_norm(theta_bar.detach(), dtype=torch.float64))
         if self.on_step_back is not None:
-            self.on_step_back(k, norm)
+            self.on_step_back(self.number(k), norm)
         if self.clip_back is None or not norm > self.clip_back:
             return theta_bar
         return theta_bar * (self.clip_back / norm)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
 from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
 from revdistill.engine.adjoints.checkpoint import Checkpoint
+from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.reversible import Reversible
-from revdistill.engine.arguments import check_arguments
+from revdistill.engine.arguments import check_arguments, check_average
 from revdistill.engine.integers.select import backend_for
 from revdistill.engine.layout import Layout
 from revdistill.engine.loss.compiled import CompiledGradient
@@ -18,6 +19,8 @@ from revdistill.engine.loss.data import Batches, Data, Hyper, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient
 from revdistill.engine.loss.randomness import draw_seed
+from revdistill.engine.loss.usage import UnusedParameters, Usage
+from revdistill.engine.optimizer_state import OptimizerState, check_slots, check_state, start_of
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.problem import OnStep, OnStepBack, Problem
 
@@ -37,6 +40,8 @@ class _Options(TypedDict, total=False):
     save_at: Sequence[int] | None
     clip_back: float | None
     on_step_back: OnStepBack | None
+    state: OptimizerState | None
+    progress: bool
 
 
 @overload
@@ -47,7 +52,6 @@ def unroll(
     optimizer: Optimizer,
     *,
     steps: int,
-    return_stats: Literal[False] = ...,
     **options: Unpack[_Options],
 ) -> dict[str, Tensor]: ...
 
@@ -63,6 +67,47 @@ def unroll(
     return_stats: Literal[True],
     **options: Unpack[_Options],
 ) -> tuple[dict[str, Tensor], UnrollStats]: ...
+
+
+@overload
+def unroll(
+    loss: Loss,
+    params: Mapping[str, Tensor],
+    batches: Batches,
+    optimizer: Optimizer,
+    *,
+    steps: int,
+    return_state: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[dict[str, Tensor], OptimizerState]: ...
+
+
+@overload
+def unroll(
+    loss: Loss,
+    params: Mapping[str, Tensor],
+    batches: Batches,
+    optimizer: Optimizer,
+    *,
+    steps: int,
+    average: float | Tensor,
+    **options: Unpack[_Options],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
+
+
+@overload
+def unroll(
+    loss: Loss,
+    params: Mapping[str, Tensor],
+    batches: Batches,
+    optimizer: Optimizer,
+    *,
+    steps: int,
+    average: float | Tensor | None = ...,
+    return_stats: bool = ...,
+    return_state: bool = ...,
+    **options: Unpack[_Options],
+) -> Any: ...
 
 
 def unroll(
@@ -82,48 +127,68 @@ def unroll(
     save_at: Sequence[int] | None = None,
     clip_back: float | None = None,
     on_step_back: OnStepBack | None = None,
-) -> dict[str, Tensor] | tuple[dict[str, Tensor], UnrollStats]:
+    average: float | Tensor | None = None,
+    state: OptimizerState | None = None,
+    return_state: bool = False,
+    progress: bool = False,
+) -> Any:
     """The parameters after `steps` optimizer steps, differentiable with respect to all that went in.
 
-    Gradients flow to params, batches, hyper and the optimizer's tensors; once: a second backward through the same
-    unroll, and a derivative of the hypergradient, are UnsupportedErrors (`Backprop` can do both).
+    Gradients flow to params, batches, hyper, the optimizer's tensors and the state that came in; once: a second
+    backward through the same unroll, and a derivative of the hypergradient, are UnsupportedErrors (`Backprop` can do
+    both).
+
+    As in torch.optim, a parameter to which the loss gives no gradient (None, not 0) at any step stays as it is, weight
+    decay included. One that has a gradient at some steps only is an UnsupportedError.
 
     Args:
         loss: `loss(params, batch)`, or `loss(params, batch, hyper)` when hyper is given, returning a scalar tensor; any
             deterministic differentiable torch code (torch's own random numbers are seeded from (seed, step) around each
             call).
-        params: name -> float32 or float64 tensor, all of one dtype and device.
+        params: name -> float32 or float64 tensor, all of one dtype and device. All of them are trained, whether or not
+            they require grad: that only says whether the start is to have a gradient.
         batches: a tuple of tensors [s, ...], step k gets `tuple(t[k % s] for t in batches)`; or a function k -> batch,
             which must be deterministic and is not differentiated.
         optimizer: `SGD(...)`, `Adam(...)`, `AdamW(...)` or `RMSprop(...)`; its tensors may require grad.
         steps: T, at least 0.
         hyper: a tensor, or a tuple or dict of tensors, given to the loss as it is.
         adjoint: how the backward pass gets theta_k back; see `Reversible` (the default where momentum > 0 at every
-        step),
-            `Checkpoint` (the default otherwise), `StoreAll` and `Backprop`. All give the same hypergradient.
+            step), `Checkpoint` (the default otherwise), `StoreAll` and `Backprop`. All give the same hypergradient, up
+            to rounding: where training is chaotic (`UnrollStats.amplification` far above 1) rounding is amplified, and
+            in float32 two of them may have nothing in common; compare in float64.
         compile: torch.compile for the gradient, the Hessian product and, on other devices than the CPU (where it is
             compiled always), the integer work; each is compared with eager on its first use, and dropped with a
             CompileWarning where it differs or cannot be compiled. Of gradient and product the faster form is kept. Keep
             one `loss` object to compile once.
         on_step: called as on_step(k, theta_k, loss_k) at each step of the forward pass, with detached tensors.
         return_stats: also return an `UnrollStats`.
-        seed: of the random numbers inside the loss; by default drawn from torch's default generator.
+        seed: of the random numbers inside the loss; by default that of `state`, or else drawn from torch's default
+            generator.
         window: go back over the last `window` steps only (truncated backpropagation: cheaper, and tamer where a long
-            unroll's hypergradient explodes, but biased). Steps before it add nothing, and params get no gradient. By
-            default all steps.
+            unroll's hypergradient explodes, but biased). Steps before it add nothing, and params and state get no
+            gradient. By default all steps.
         save_at: steps k from 0 (the start) to `steps` (the end), in any order: the result is theta at each of them,
-            stacked on a new first dimension, for losses along the way (learning curves, averaged iterates, several
-            horizons). Each one's gradient enters when the way back is there; it costs no pass more. Before a `window`,
-            theta is saved but has no gradient.
+            stacked on a new first dimension, for losses along the way (learning curves, several horizons). Each one's
+            gradient enters when the way back is there; it costs no pass more. Before a `window`, theta is saved but has
+            no gradient.
         clip_back: on the way back dL/dtheta_k is scaled down to this norm at every step where it is longer. It tames a
             hypergradient that explodes over a long unroll (chaotic training: too large a rate), and makes it another
             vector than the true one. None changes nothing.
         on_step_back: called as on_step_back(k, norm) at each step of the way back, from the last to the first, with the
             norm of dL/dtheta_k before any clipping; `BackwardNorms` keeps them and says where they explode. This and
             clip_back cost a wait for a GPU per step.
+        average: also return an average of the iterates, differentiable, without storing them: a decay d from 0 to 1 for
+            the exponential moving average a <- d a + (1 - d) theta_{k+1} that starts as theta_0, or the weights of
+            theta_0 to theta_T, a tensor [T + 1] that is not differentiated.
+        state: an `OptimizerState` to go on from; k then counts on from `state.step` wherever it is seen (batches,
+            random numbers, on_step, save_at, schedules given as functions, messages), and tensors [T] still have a row
+            for each of the `steps` steps here.
+        return_state: also return the `OptimizerState` after the last step, differentiable.
+        progress: a bar on stderr, forward and back, where that is a terminal.
 
     Returns:
-        A dict like params; with return_stats, that and an `UnrollStats`. Cost: see the adjoint.
+        A dict like params, of tensors that own their memory. Where an average, stats or the state are asked for, a
+        tuple of it and of these, in this order. Cost: see the adjoint.
 
     Raises:
         ValueError, TypeError: an argument will not do; the message names it.
@@ -132,26 +197,61 @@ def unroll(
     Source: Maclaurin, Duvenaud & Adams 2015, algorithms 1 to 3.
     """
     check_arguments(locals())
-    layout = Layout.of(params)
+    layout = Layout.of(params, getattr(loss, "networks", 1))
+    if state is not None:
+        check_state(state, layout)
+    start = start_of(state, optimizer, layout)
     backend = backend_for(layout.device, compile=compile)
-    data = Data(batches, hyper)
-    determinism = Determinism.capture(layout.device, draw_seed() if seed is None else seed)
-    problem = Problem(
-        gradient=(CompiledGradient if compile else Gradient)(loss, layout, data, determinism, steps),
-        update=optimizer.resolve(layout, steps),
-        data=data,
-        determinism=determinism,
-        backend=backend,
-        steps=steps,
-        on_step=on_step,
-        first=max(0, steps - window) if window else 0,
-        save_at=None if save_at is None else tuple(save_at),
-        clip_back=clip_back,
-        on_step_back=on_step_back,
-    )
-    theta, stats = (adjoint or default_adjoint(problem)).run(problem, layout.flatten(params))
-    result = layout.views(theta)
-    return (result, stats) if return_stats else result
+    data = Data(batches, hyper, start.taken)
+    if seed is None:
+        seed = draw_seed() if state is None or state.seed is None else state.seed
+    determinism = Determinism.capture(layout.device, seed, start.taken)
+    weights = None if average is None else check_average(average, steps)
+
+    def run(unused: frozenset[str]) -> tuple[Result, UnrollStats]:
+        chosen = optimizer.sparing(unused, layout) if unused else optimizer
+        update = chosen.resolve(layout, steps, start)
+        check_slots(start, update.slots, optimizer)
+        usage = Usage(
+            layout.names,
+            penalised=frozenset(layout.names) - unused if update.penalises else frozenset(),
+            moving=frozenset(name for flat in start.slots.values() for name in layout.nonzero(flat.detach())),
+            taken=start.taken,
+            indifferent=update.ignores_zeros(steps),
+        )
+        problem = Problem(
+            gradient=(CompiledGradient if compile else Gradient)(loss, layout, data, determinism, steps, usage),
+            update=update,
+            data=data,
+            determinism=determinism,
+            backend=backend,
+            steps=steps,
+            on_step=on_step,
+            first=max(0, steps - window) if window else 0,
+            save_at=None if save_at is None else tuple(k - start.taken for k in save_at),
+            clip_back=clip_back,
+            on_step_back=on_step_back,
+            start=start,
+            resumed=None if state is None else state._integers,
+            returns_state=return_state,
+            average=weights,
+            progress=progress,
+        )
+        return (adjoint or default_adjoint(problem)).run(problem, layout.flatten(params))
+
+    try:
+        result, stats = run(frozenset())
+    except UnusedParameters as found:
+        result, stats = run(found.names)
+
+    theta = layout.owned(result.theta)
+    extras: list[Any] = [] if result.average is None else [layout.owned(result.average)]
+    if return_stats:
+        extras.append(stats)
+    if return_state:
+        slots = {optimizer.slot_names[name]: layout.owned(flat) for name, flat in result.slots.items()}
+        extras.append(OptimizerState(start.taken + steps, slots, seed, result.integers))
+    return (theta, *extras) if extras else theta
 
 
 def default_adjoint(problem: Problem) -> Adjoint:

@@ -229,6 +229,12 @@ ADAM_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
         "amsgrad": True,
     },
     "adam without memory": lambda case: {"lr": _tensor(0.02), "betas": (0.0, 0.0), "eps": 0.01},
+    "adam eps_root": lambda case: {
+        "lr": _tensor(0.03),
+        "betas": (_tensor(0.8), _schedule(0.9, 0.99)),
+        "eps": _tensor(1e-3),
+        "eps_root": _schedule(1e-3, 1e-2),
+    },
 }
 ADAMW_SETTINGS: dict[str, Callable[[Case], dict[str, Any]]] = {
     "adamw": lambda case: {"lr": _schedule(0.01, 0.05), "weight_decay": _tensor(0.1), "eps": _tensor(1e-3)},

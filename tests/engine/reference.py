@@ -79,8 +79,9 @@ def train_by_adam(case: Case, settings: dict[str, Any], steps: int, seeds: Any, 
             first[name] = beta1 * first[name] + (1 - beta1) * g
             second[name] = beta2 * second[name] + (1 - beta2) * g * g
             peak[name] = torch.maximum(peak[name], second[name]) if settings.get("amsgrad") else second[name]
-            root = (peak[name] + (peak[name] == 0)).sqrt() * (peak[name] != 0)  # 0 has derivative 0
-            denominator = root / (1 - beta2 ** (k + 1)) ** 0.5 + eps
+            corrected = peak[name] / (1 - beta2 ** (k + 1)) + at(settings.get("eps_root", 0.0), name, k)
+            root = (corrected + (corrected == 0)).sqrt() * (corrected != 0)  # 0 has derivative 0
+            denominator = root + eps
             theta[name] = p - lr / (1 - beta1 ** (k + 1)) * first[name] / denominator
     return theta
 

@@ -192,7 +192,7 @@ def test_window_and_save_at() -> None:
         (lambda: rd.Adam(0.1, betas=(0.9, 1.0)), ValueError, "betas must be at least 0 and below 1, got 1"),
         (lambda: rd.Adam(0.1, betas=(-0.1, 0.9)), ValueError, r"betas\[0\] must be finite and at least 0"),
         (lambda: rd.Adam(0.1, eps=0.0), ValueError, "eps must be above 0"),
-        (lambda: rd.Adam(0.1, eps="small"), TypeError, "eps must be a float or a tensor"),
+        (lambda: rd.Adam(0.1, eps="small"), TypeError, "eps must be a float, a tensor or a schedule"),
         (lambda: rd.AdamW(2.0, weight_decay=0.6), ValueError, r"lr \* weight_decay must be at most 1"),
         (lambda: rd.Adam(0.1, amsgrad=1), TypeError, "amsgrad must be a bool"),
         (lambda: rd.Adam(math.nan), ValueError, "lr must be finite"),

@@ -305,7 +305,7 @@ BAD = {
     "save_at beyond": (dict(save_at=[1, 31]), ValueError, r"save_at\[1\] is 31; with steps=30 it must be from 0 to 30"),
     "seed": (dict(seed=-1), ValueError, "seed must be at least 0"),
     "hyper": (dict(loss=lambda p, b, h: p["a"].sum(), hyper=3.0), TypeError, "hyper must be a tensor"),
-    "lr type": (dict(optimizer=rd.SGD("fast")), TypeError, "lr must be a float or a tensor, got str"),
+    "lr type": (dict(optimizer=rd.SGD("fast")), TypeError, "lr must be a float, a tensor or a schedule, got str"),
     "lr shape": (dict(optimizer=rd.SGD(torch.zeros(29))), ValueError, r"lr has shape \[29\]; with steps=30"),
     "lr dims": (dict(optimizer=rd.SGD(torch.zeros(30, 2, 2))), ValueError, r"lr has shape \[30, 2, 2\]"),
     "lr networks": (

@@ -85,7 +85,7 @@ def test_reversible_is_the_default_with_momentum_only() -> None:
         ({"alpha": 1.0}, ValueError, "alpha must be at least 0 and below 1"),
         ({"eps": 0.0}, ValueError, "eps must be above 0"),
         ({"momentum": 1.5}, ValueError, "momentum must be finite and between 0 and 1"),
-        ({"lr": "0.1"}, TypeError, "lr must be a float or a tensor"),
+        ({"lr": "0.1"}, TypeError, "lr must be a float, a tensor or a schedule"),
     ],
 )
 def test_arguments_that_will_not_do(settings: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from revdistill.engine.adjoints.amplification import Amplification
+from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.errors import ReversalError, UnsupportedError
@@ -20,7 +22,7 @@ from revdistill.engine.problem import Problem
 
 @dataclass(frozen=True)
 class UnrollStats:
-    """What one forward pass kept.
+    """What one forward pass kept, and how the way back went.
 
     state_bytes: theta, the running averages and the bit store's heads. history_bytes: the words spilled so far
     (Reversible), or the snapshots (Checkpoint, StoreAll); None for Backprop, whose graphs are not counted.
@@ -30,6 +32,7 @@ class UnrollStats:
     parameters: int
     state_bytes: int
     history_bytes: int | None
+    _amplification: Amplification = field(default_factory=Amplification, repr=False, compare=False)
 
     @property
     def history_bits_per_parameter_step(self) -> float | None:
@@ -37,6 +40,16 @@ class UnrollStats:
         if self.history_bytes is None:
             return None
         return 8 * self.history_bytes / max(1, self.parameters * self.steps)
+
+    @property
+    def amplification(self) -> float | None:
+        """|dL/dtheta_0| / |dL/dtheta_T| once the way back is over: what training makes of a small change of its start.
+
+        Rounding errors grow as much. Far above 1 training is chaotic, and a float32 hypergradient has few right digits,
+        or none, whatever computed it: compare in float64. None before, for Backprop, and where nothing depends on the
+        result. (theta_T stands for all that the unroll returns; with a `window`, theta_0 for its first step.)
+        """
+        return self._amplification.value
 
     @classmethod
     def of(cls, trajectory: Trajectory, history_bytes: int) -> UnrollStats:
@@ -49,15 +62,21 @@ class Adjoint(ABC):
     """How the backward pass of an unroll gets theta_k back: `Reversible`, `Checkpoint`, `StoreAll` or `Backprop`."""
 
     @abstractmethod
-    def run(self, problem: Problem, theta0: Tensor) -> tuple[Tensor, UnrollStats]:
-        """The unroll's result from theta_0 [numel], differentiable with respect to all that went in."""
+    def run(self, problem: Problem, theta0: Tensor) -> tuple[Result, UnrollStats]:
+        """The unroll's results from theta_0 [numel], differentiable with respect to all that went in."""
 
 
 class Recording(ABC):
-    """A forward pass that can be gone back over once."""
+    """A forward pass that can be gone back over once.
 
-    theta: Tensor  # theta_T, float [numel], or theta at save_at [n, numel]
+    It does not hold the results themselves: these hold it, through their graph, and would never be let go of.
+    """
+
     stats: UnrollStats
+
+    @abstractmethod
+    def forward(self) -> Result:
+        """All steps, with what the way back needs kept; to be called once, and first."""
 
     @abstractmethod
     def backward(self, sweep: Sweep) -> Hypergradients:
@@ -76,16 +95,17 @@ class FixedPointAdjoint(Adjoint):
 
     @abstractmethod
     def record(self, problem: Problem, theta0: Tensor) -> Recording:
-        """Go forward, keeping what the way back needs."""
+        """A forward pass from theta_0, float [numel], yet to be made."""
 
-    def run(self, problem: Problem, theta0: Tensor) -> tuple[Tensor, UnrollStats]:
+    def run(self, problem: Problem, theta0: Tensor) -> tuple[Result, UnrollStats]:
         tables = [table.values for table in problem.update.tables.values()]
-        inputs = (*tables, *problem.data.tensors, *problem.data.hypers)
+        inputs = (*tables, *problem.data.tensors, *problem.data.hypers, *problem.start.slots.values())
         if torch.is_grad_enabled() and any(t.requires_grad for t in (theta0, *inputs)):
             unrolled = Unrolled(problem, self)
-            theta = _Unroll.apply(unrolled, theta0, *inputs)  # type: ignore[no-untyped-call]
+            tensors = _Unroll.apply(unrolled, theta0, *inputs)  # type: ignore[no-untyped-call]
             assert unrolled.recording is not None
-            return theta, unrolled.recording.stats
+            assert unrolled.form is not None
+            return unrolled.form.with_tensors(tensors), unrolled.recording.stats
         with torch.no_grad(), problem.determinism.passage():
             trajectory = Trajectory(problem, theta0, self.fixed, NoHistory())
             trajectory.run()
@@ -94,11 +114,15 @@ class FixedPointAdjoint(Adjoint):
 
 @dataclass
 class Unrolled:
-    """One unroll between its forward and its backward pass."""
+    """One unroll between its forward and its backward pass.
+
+    form: its results, in shape only: tensors on the meta device stand for them.
+    """
 
     problem: Problem
     adjoint: FixedPointAdjoint
     recording: Recording | None = None
+    form: Result | None = None
     versions: tuple[int, ...] = ()
 
     def data_versions(self) -> tuple[int, ...]:
@@ -107,25 +131,30 @@ class Unrolled:
 
 
 class _Unroll(torch.autograd.Function):
-    """Inputs: the unroll, theta_0 and every differentiable tensor; output theta_T. The mathematics is the adjoint's."""
+    """Inputs: the unroll, theta_0 and every differentiable tensor; outputs theta_T, the average and the slots, where
+    they are asked for. The mathematics is the adjoint's.
+    """
 
     @staticmethod
-    def forward(ctx: Any, unrolled: Unrolled, theta0: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, unrolled: Unrolled, theta0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.unrolled = unrolled
         ctx.save_for_backward(theta0, *inputs)
         unrolled.versions = unrolled.data_versions()
         with unrolled.problem.determinism.passage():
             unrolled.recording = unrolled.adjoint.record(unrolled.problem, theta0.detach())
+            result = unrolled.recording.forward()
         if unrolled.data_versions() != unrolled.versions:
             raise UnsupportedError(CHANGED_IN_PLACE.format("a tensor in batches or hyper"))
-        return unrolled.recording.theta
+        tensors = result.tensors()
+        unrolled.form = result.with_tensors(tuple(t.to("meta") for t in tensors))
+        return tensors
 
     @staticmethod
-    def backward(ctx: Any, theta_bar: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
         unrolled: Unrolled = ctx.unrolled
-        problem = unrolled.problem
+        problem, form = unrolled.problem, unrolled.form
         recording, unrolled.recording = unrolled.recording, None  # used up, even if the way back fails
-        if recording is None:
+        if recording is None or form is None:
             raise UnsupportedError(
                 "this unroll was already gone back through, which used it up; add the losses before one backward(), "
                 "call rd.unroll again, or use adjoint=rd.Backprop() with retain_graph=True"
@@ -136,9 +165,15 @@ class _Unroll(torch.autograd.Function):
                 "way back would see other data; change it after backward(), or pass a clone"
             )
         with torch.no_grad(), problem.determinism.passage():
-            found = recording.backward(Sweep(problem, theta_bar.contiguous()))
+            result_bars = form.with_tensors(tuple(bar.contiguous() for bar in bars))
+            sweep = Sweep(problem, result_bars, recording.stats._amplification)
+            try:
+                found = recording.backward(sweep)
+            finally:
+                sweep.close()
         tables = [found.tables.get(name) for name in problem.update.tables]
-        gradients = (found.theta, *tables, *found.batches, *found.hypers)
+        slots = [None if found.slots is None else found.slots[name] for name in problem.start.slots]
+        gradients = (found.theta, *tables, *found.batches, *found.hypers, *slots)
         if torch.is_grad_enabled():  # backward(create_graph=True)
             inputs = ctx.saved_tensors
             gradients = tuple(None if g is None else _OnceOnly.apply(g, *inputs) for g in gradients)  # type: ignore[no-untyped-call]

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
 from revdistill.engine.adjoints.guard import FiniteWatch
+from revdistill.engine.adjoints.result import Result
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.loss.gradient import check_loss
 from revdistill.engine.loss.operators import named_errors
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Differentiable
 from revdistill.engine.problem import Problem
+from revdistill.engine.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -28,28 +30,37 @@ class Backprop(Adjoint):
     hypergradient, is needed.
     """
 
-    def run(self, problem: Problem, theta0: Tensor) -> tuple[Tensor, UnrollStats]:
-        with problem.determinism.passage():
-            theta = _unroll_with_graph(problem, theta0)
+    def run(self, problem: Problem, theta0: Tensor) -> tuple[Result, UnrollStats]:
+        bar = Bar(problem.progress, problem.steps, "forward", "loss")
+        try:
+            with problem.determinism.passage():
+                result = _unroll_with_graph(problem, theta0, bar)
+        finally:
+            bar.close()
         state_bytes = (1 + len(problem.update.slots)) * theta0.nbytes
-        return theta, UnrollStats(problem.steps, theta0.numel(), state_bytes, None)
+        return result, UnrollStats(problem.steps, theta0.numel(), state_bytes, None)
 
 
-def _unroll_with_graph(problem: Problem, theta: Tensor) -> Tensor:
-    """theta_T, or theta at `save_at` [n, numel], with the graph of every step: differentiable any number of times."""
+def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
+    """The results with the graph of every step: differentiable any number of times."""
     update, data, layout, loss = problem.update, problem.data, problem.update.layout, problem.gradient.loss
     # unbind once: its backward is one stack, where indexing step by step would fill a zero tensor per step.
     rows: Sequence[Sequence[Tensor]] = [t.unbind(0) for t in data.tensors]
     hyper = data.pack_hyper(data.hypers)
-    values = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in update.slots}
+    values = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in update.slots} | dict(problem.start.slots)
+    average = torch.zeros_like(theta, dtype=torch.float64)
     keep_graph = torch.is_grad_enabled()
     saved: dict[int, Tensor] = {}
-    watch = FiniteWatch(layout, problem.backend, _not_finite)
+    usage, taken = problem.gradient.usage, problem.start.taken
+    watch = FiniteWatch(layout, problem.backend, partial(_not_finite, taken))
     for k in range(problem.steps):
         if k and k == problem.first:
             values = {name: value.detach() for name, value in values.items()}
         if k in problem.saved_steps:
             saved[k] = values[THETA] if k >= problem.first else values[THETA].detach()
+        if problem.average is not None:
+            seen = values[THETA] if k >= problem.first else values[THETA].detach()
+            average = average + problem.average[k] * seen
         if data.function is None:
             batch: Any = tuple(r[data.row(k)] for r in rows)
         else:
@@ -62,25 +73,35 @@ def _unroll_with_graph(problem: Problem, theta: Tensor) -> Tensor:
             start.register_hook(partial(problem.look_back, k))  # type: ignore[no-untyped-call]
             leaf = start.view_as(start)  # the hook is for the way back, not for this step's gradient
         with problem.determinism.step(k), named_errors():
-            value = loss(layout.views(leaf), batch, *hyper)
+            parts, views = layout.parts_and_views(leaf)
+            value = loss(views, batch, *hyper)
             if k == 0:
                 check_loss(value)
-            (gradient,) = torch.autograd.grad(value, leaf, create_graph=keep_graph and k >= problem.first)
+            gradient = usage.gradient(k, value, parts, create_graph=keep_graph and k >= problem.first)
         watch.look(k, gradient.detach(), value.detach())
         if problem.on_step is not None:
             with problem.determinism.watching():
-                problem.on_step(k, layout.views(start.detach()), value.detach())
+                problem.on_step(problem.number(k), layout.views(start.detach()), value.detach())
+        if update.clipping is not None:
+            gradient = update.clipping.differentiable(k, gradient)
         values |= {THETA: start, GRADIENT: gradient}
         step = Differentiable(k, theta.dtype)
         for move in update.moves:
             values[move.target] = move.value(values, step)
+        bar.step(value.detach)
     watch.flush()
-    if problem.save_at is None:
-        return values[THETA]
-    saved[problem.steps] = values[THETA]
-    return torch.stack([saved[k] for k in problem.save_at])
+    theta = saved[problem.steps] = values[THETA]
+    if problem.save_at is not None:
+        theta = torch.stack([saved[k] for k in problem.save_at])
+    if problem.average is not None:
+        average = average + problem.average[problem.steps] * values[THETA]
+    return Result(
+        theta,
+        None if problem.average is None else average.to(theta.dtype),
+        {slot: values[slot] for slot in update.slots} if problem.returns_state else {},
+    )
 
 
-def _not_finite(k: int, name: str | None) -> NoReturn:
+def _not_finite(taken: int, k: int, name: str | None) -> NoReturn:
     what = f"the gradient of params[{name!r}]" if name else "the loss"
-    raise NonFiniteError(f"{what} is not finite at step {k}", parameter=name, step=k)
+    raise NonFiniteError(f"{what} is not finite at step {k + taken}", parameter=name, step=k + taken)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from revdistill.engine.adjoints.adjoint import FixedPointAdjoint, Recording, UnrollStats
 from revdistill.engine.adjoints.repeated import NONDETERMINISTIC, Repeated
+from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.snapshot import Snapshot
 from revdistill.engine.adjoints.store_all import Stretch
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
@@ -62,10 +63,12 @@ class _Snapshots(Recording):
         # Without momentum each v is overwritten before it is read: theta alone is a snapshot.
         self._with_slots = problem.update.keeps_memory(problem.steps)
         self._snapshots: dict[int, Snapshot] = {}
+
+    def forward(self) -> Result:
         self._trajectory.run(self._before_step)
-        self.theta = self._trajectory.result()
         self._end = self._trajectory.state.numbers[THETA].clone()
         self.stats = UnrollStats.of(self._trajectory, sum(s.nbytes for s in self._snapshots.values()))
+        return self._trajectory.result()
 
     def _before_step(self, k: int) -> None:
         if k >= self._first and (k - self._first) % self._every == 0:
@@ -85,7 +88,8 @@ class _Snapshots(Recording):
             repeated.finish()
             if not torch.equal(self._trajectory.state.numbers[THETA], end):
                 raise ReversalError(
-                    f"running steps {start} to {k} again did not end bit-exactly where the forward pass ended, so the "
+                    f"running steps {problem.number(start)} to {problem.number(k)} again did not end bit-exactly where "
+                    "the forward pass ended, so the "
                     f"hypergradient would be wrong and is not returned. {NONDETERMINISTIC}"
                 )
             stretch.sweep_back(sweep)

@@ -10,7 +10,7 @@ entries are noted there and read every `interval` steps; what was wrong is then 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import torch
@@ -41,10 +41,11 @@ class SuspicionError(Exception):
 
 
 class Guard:
-    """interval: steps between looks at the device."""
+    """interval: steps between looks at the device; taken: steps of the training before these, for messages."""
 
-    def __init__(self, update: Update, fixed: FixedPoint, backend: Backend, interval: int) -> None:
+    def __init__(self, update: Update, fixed: FixedPoint, backend: Backend, interval: int, taken: int = 0) -> None:
         self._update, self._fixed, self._backend, self._interval = update, fixed, backend, interval
+        self._taken = taken
         self._formats = update.formats_with(fixed)
         self._moves = [
             (move, move.target, self._formats[move.target].resolution, self._formats[move.target].limit)
@@ -54,8 +55,8 @@ class Guard:
         self._notes: list[Tensor] = []
         self._first_note = 0
 
-    def start(self, theta: Tensor) -> None:
-        """Check the parameters at the start (float, [numel])."""
+    def start(self, theta: Tensor, slots: Mapping[str, Tensor]) -> None:
+        """Check the parameters and the running averages at the start (float, [numel]; no averages where all are 0)."""
         layout = self._update.layout
         start = float(self._backend.largest(theta))
         if not math.isfinite(start):
@@ -64,6 +65,11 @@ class Guard:
         if not start < self._fixed.limit:
             self._raise_range(theta.double(), -1, THETA)
         self._bounds = {THETA: start} | dict.fromkeys(self._update.slots, 0.0)
+        for slot, values in slots.items():
+            largest = float(self._backend.largest(values.detach()))
+            if not largest < self._formats[slot].limit:
+                self._raise_range(values.detach().double(), -1, slot)
+            self._bounds[slot] = largest * _SLACK + self._formats[slot].resolution
         self._notes, self._first_note = [], 0
 
     def before_step(self, k: int, loss: Tensor, gradient: Tensor, state: State) -> bool:
@@ -127,16 +133,18 @@ class Guard:
         name = self._update.layout.first_nonfinite(gradient)
         what = f"the gradient of params[{name!r}] is not finite" if name else "the loss is not finite"
         raise NonFiniteError(
-            f"{what} at step {k} (loss {loss:g}); a smaller lr, or a loss that stays finite there, avoids it",
+            f"{what} at step {k + self._taken} (loss {loss:g}); a smaller lr, or a loss that stays finite there, "
+            "avoids it",
             parameter=name,
-            step=k,
+            step=k + self._taken,
         )
 
     def _raise_range(self, values: Tensor, k: int, target: str) -> None:
         position = int(values.abs().argmax())
         name, value = self._update.layout.name_at(position), float(values[position])
         what = f"params[{name!r}]" if target == THETA else f"{_SLOT_NAMES.get(target, target)} of params[{name!r}]"
-        when = "at the start" if k < 0 else f"at step {k}"
+        step = k if k < 0 else k + self._taken
+        when = "at the start" if k < 0 else f"at step {step}"
         limit = f"|value| < {self._formats[target].limit:g}"
         if target in self._update.formats:
             limit += "; a loss on a smaller scale avoids it"
@@ -146,7 +154,7 @@ class Guard:
         raise RangeError(
             f"{what} left the fixed-point range {when}: {value:.6g}, where {limit}",
             parameter=name,
-            step=k,
+            step=step,
             value=value,
         )
 

@@ -20,8 +20,8 @@ from revdistill.engine.loss.data import Data
 class KeptData:
     """Fingerprints of the rows of a table, and of hyper; on the CPU, where memory is shared."""
 
-    def __init__(self, data: Data, backend: Backend) -> None:
-        self._data, self._backend = data, backend
+    def __init__(self, data: Data, backend: Backend, taken: int) -> None:
+        self._data, self._backend, self._taken = data, backend, taken
         self._rows: dict[int, list[int]] = {}
         self._hypers: list[int] | None = None
 
@@ -43,8 +43,9 @@ class KeptData:
         before = self._rows.pop(self._data.row(k), None) if self._data.tensors else None
         if not same or (before is not None and before != self._fingerprints(self._data.rows(k))):
             raise ReversalError(
-                f"the data of step {k} are not what they were on the way forward: something that shares their memory "
-                f"changed them, so the hypergradient would be wrong and is not returned. {NONDETERMINISTIC}"
+                f"the data of step {k + self._taken} are not what they were on the way forward: something that shares "
+                "their memory changed them, so the hypergradient would be wrong and is not returned. "
+                f"{NONDETERMINISTIC}"
             )
 
     def _fingerprints(self, tensors: Sequence[Tensor]) -> list[int]:

@@ -22,7 +22,7 @@ class Repeated:
     """Raises ReversalError where a gradient evaluated again is not the one of the forward pass, to the bit."""
 
     def __init__(self, problem: Problem) -> None:
-        self._fingerprints = problem.gradient.fingerprints
+        self._fingerprints, self._taken = problem.gradient.fingerprints, problem.start.taken
         self._first: Tensor | None = (
             None  # of the steps checked, the first that was not the same; -1: none. One for all steps
         )
@@ -43,7 +43,7 @@ class Repeated:
 
     def _raise(self, k: int) -> None:
         raise ReversalError(
-            f"the gradient at step {k} was not the same bit for bit when it was evaluated again, so the way back "
-            "cannot end "
+            f"the gradient at step {k + self._taken} was not the same bit for bit when it was evaluated again, so the "
+            "way back cannot end "
             f"bit-exactly at the start and no hypergradient is returned. {NONDETERMINISTIC}"
         )

@@ -11,6 +11,7 @@ from revdistill.engine.adjoints.adjoint import FixedPointAdjoint, Recording, Unr
 from revdistill.engine.adjoints.kept_data import KeptData
 from revdistill.engine.adjoints.memory import free_bytes
 from revdistill.engine.adjoints.repeated import NONDETERMINISTIC, Repeated
+from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.errors import ReversalError, UnsupportedError
@@ -77,12 +78,14 @@ class _Reversal(Recording):
             self._graph_bytes = min(GRAPH_BYTES, free_bytes(theta0.device) // _SHARE)
         self._first_kept = problem.steps
         self._kept: dict[int, Linearization] = {}
-        self._data = KeptData(problem.data, problem.backend)
+        self._data = KeptData(problem.data, problem.backend, problem.start.taken)
         # Before the window nothing is kept: its steps are not gone back over.
         self._trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory() if problem.first else self.history)
+
+    def forward(self) -> Result:
         self._trajectory.run(self._before_step, self._after_step)
-        self.theta = self._trajectory.result()
         self.stats = UnrollStats.of(self._trajectory, self._trajectory.history.nbytes)
+        return self._trajectory.result()
 
     def _before_step(self, k: int) -> None:
         if k and k == self._problem.first:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.state import State
 from revdistill.engine.optimizers.sources import THETA
 
@@ -16,10 +19,29 @@ class Snapshot:
         self.theta = state.numbers[THETA].clone()
         self._slots = {slot: q.clone() for slot, q in state.numbers.items() if slot != THETA} if with_slots else {}
         self._stores = [store.snapshot() for store in state.all_stores()] if with_slots else []
+        self._formats = state.formats
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.theta, *self._slots.values(), *(head for head, _, _ in self._stores)))
+
+    def fits(self, state: State) -> bool:
+        """Whether the state has the same numbers, in the same formats, and bit stores of the same lengths."""
+        numbers = {THETA: self.theta} | self._slots
+        return (
+            self._formats == state.formats
+            and {name: q.shape for name, q in numbers.items()} == {name: q.shape for name, q in state.numbers.items()}
+            and [head.shape for head, _, _ in self._stores] == [store.head.shape for store in state.all_stores()]
+        )
+
+    def stands_for(self, floats: Mapping[str, Tensor], backend: Backend) -> bool:
+        """Whether theta and the slots, as floats, are these [numel], to the bit."""
+        numbers = {THETA: self.theta} | self._slots
+        found = {
+            name: backend.to_float(numbers[name], torch.empty_like(x), self._formats[name])
+            for name, x in floats.items()
+        }
+        return all(torch.equal(found[name], x) for name, x in floats.items())
 
     def restore(self, state: State) -> None:
         """Put the state where the snapshot was taken."""

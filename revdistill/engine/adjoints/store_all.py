@@ -8,6 +8,7 @@ from torch import Tensor
 
 from revdistill.engine.adjoints.adjoint import FixedPointAdjoint, Recording, UnrollStats
 from revdistill.engine.adjoints.repeated import Repeated
+from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.integers.fixedpoint import FixedPoint
@@ -38,11 +39,13 @@ class StoreAll(FixedPointAdjoint):
 
 class _Stored(Recording):
     def __init__(self, problem: Problem, theta0: Tensor, adjoint: StoreAll) -> None:
-        trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory())
-        self._stretch = Stretch(trajectory, wants_slots=problem.update.vjp_reads_slots)
-        trajectory.run(self._stretch.before_step, self._stretch.after_step)
-        self.theta = trajectory.result()
-        self.stats = UnrollStats.of(trajectory, self._stretch.nbytes)
+        self._trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory())
+        self._stretch = Stretch(self._trajectory, wants_slots=problem.update.vjp_reads_slots)
+
+    def forward(self) -> Result:
+        self._trajectory.run(self._stretch.before_step, self._stretch.after_step)
+        self.stats = UnrollStats.of(self._trajectory, self._stretch.nbytes)
+        return self._trajectory.result()
 
     def backward(self, sweep: Sweep) -> Hypergradients:
         self._stretch.sweep_back(sweep)

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from revdistill.engine.adjoints.amplification import Amplification
 from revdistill.engine.adjoints.guard import FiniteWatch
+from revdistill.engine.adjoints.result import Result
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.loss.gradient import Linearization
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
 from revdistill.engine.problem import Problem
+from revdistill.engine.progress import Bar
 
 
 @dataclass(frozen=True)
 class Hypergradients:
-    """theta: float [numel], None where the way back ends before theta_0; tables: float64 by name; batches, hypers: like
-    the tensors, None where not wanted.
+    """theta: float [numel], None where the way back ends before theta_0, and so slots; tables: float64 by name;
+    batches,
+    hypers: like the tensors, None where not wanted.
     """
 
     theta: Tensor | None
+    slots: dict[str, Tensor] | None
     tables: dict[str, Tensor]
     batches: list[Tensor | None]
     hypers: list[Tensor | None]
@@ -32,11 +38,13 @@ class Sweep:
 
     Args:
         problem: what was unrolled.
-        result_bar: dL/d(the unroll's result): of theta_T, float [numel], or of theta at each of `save_at`, [n, numel].
+        bars: dL/d(the unroll's result), of the same shapes.
+        amplification: told how much longer dL/dtheta gets on the way.
     """
 
-    def __init__(self, problem: Problem, result_bar: Tensor) -> None:
+    def __init__(self, problem: Problem, bars: Result, amplification: Amplification) -> None:
         self.problem = problem
+        result_bar, self._average_bar, self._amplification = bars.theta, bars.average, amplification
         update, data = problem.update, problem.data
         # theta's bars at the steps where the loss sees it: each enters when the way back is there
         self._entering: dict[int, Tensor] = {}
@@ -46,16 +54,22 @@ class Sweep:
         zero = torch.zeros(update.layout.numel, dtype=result_bar.dtype, device=result_bar.device)
         flat = {THETA: self._entering.pop(problem.steps, zero).clone(), GRADIENT: torch.zeros_like(zero)}
         flat |= {name: torch.zeros_like(zero) for name in update.slots}
+        flat |= {name: bar.clone() for name, bar in bars.slots.items()}
+        self._enter_average(problem.steps, flat[THETA])
+        amplification.begin(bars.tensors())
         tables = {name: torch.zeros_like(t.values) for name, t in update.tables.items() if t.values.requires_grad}
         self.bars = Bars(flat, tables)
         self._batches = [torch.zeros_like(t) if t.requires_grad else None for t in data.tensors]
         self._hypers = [torch.zeros_like(t) if t.requires_grad else None for t in data.hypers]
-        self._watch = FiniteWatch(update.layout, problem.backend, _stopped_being_finite)
+        fail = partial(_stopped_being_finite, problem.start.taken)
+        self._watch = FiniteWatch(update.layout, problem.backend, fail)
         self.wants_slots = update.vjp_reads_slots
         self._wants_gradient = GRADIENT in update.vjp_reads()
         late = update.before_the_step
         self._moves = [move for move in reversed(update.moves) if move not in late]
         self._late = late[::-1]
+        self._clipping = update.clipping
+        self._bar = Bar(problem.progress, problem.steps - problem.first, "back", "|dL/dtheta|")
 
     def to_theta(self, k: int, theta: Tensor, linear: Linearization, slots: dict[str, Tensor]) -> None:
         """From after step k to where the gradient was evaluated: through the moves, and through the gradient.
@@ -64,10 +78,13 @@ class Sweep:
         """
         bars, values = self.bars, slots | {THETA: theta}
         if self._wants_gradient:
-            values[GRADIENT] = linear.gradient
+            gradient = linear.gradient
+            values[GRADIENT] = gradient if self._clipping is None else self._clipping.clipped(k, gradient)
         bars.flat[GRADIENT].zero_()
         for move in self._moves:
             move.vjp(k, values, bars)
+        if self._clipping is not None:
+            self._clipping.vjp(k, linear.gradient, bars)
         products = linear.product(bars.flat[GRADIENT])
         if products.theta is not None:
             bars.flat[THETA].add_(products.theta)
@@ -79,6 +96,7 @@ class Sweep:
                 bar.add_(product)
         if k in self._entering:
             bars.flat[THETA].add_(self._entering.pop(k))
+        self._enter_average(k, bars.flat[THETA])
         self._watch.look(k, bars.flat[THETA])
         if self.problem.looks_back:
             with self.problem.determinism.watching():
@@ -88,15 +106,31 @@ class Sweep:
         """On to before step k: through the decays of the slots. slots: before step k."""
         for decay in self._late:
             decay.vjp(k, slots, self.bars)
+        if self.problem.progress:
+            self._bar.step(lambda: torch.linalg.vector_norm(self.bars.flat[THETA]))
 
     def finish(self) -> Hypergradients:
         """What was found, once the first step is behind."""
         self._watch.flush()
-        theta = None if self.problem.first else self.bars.flat[THETA]
-        return Hypergradients(theta, self.bars.tables, self._batches, self._hypers)
+        flat = self.bars.flat
+        self._amplification.end(flat[THETA])
+        if self.problem.first:
+            return Hypergradients(None, None, self.bars.tables, self._batches, self._hypers)
+        slots = {name: flat[name] for name in self.problem.update.slots}
+        return Hypergradients(flat[THETA], slots, self.bars.tables, self._batches, self._hypers)
+
+    def close(self) -> None:
+        """The way back is over, or was given up."""
+        self._bar.close()
+
+    def _enter_average(self, k: int, theta_bar: Tensor) -> None:
+        if self._average_bar is not None:
+            assert self.problem.average is not None
+            theta_bar.add_(self._average_bar, alpha=self.problem.average[k])
 
 
-def _stopped_being_finite(k: int, name: str | None) -> NoReturn:
+def _stopped_being_finite(taken: int, k: int, name: str | None) -> NoReturn:
+    k += taken
     raise NonFiniteError(
         f"the hypergradient of params[{name!r}] stopped being finite at step {k} on the way back, though loss and "
         "gradient are finite there: the product of the loss's Hessian with it is infinite or NaN (a second derivative "

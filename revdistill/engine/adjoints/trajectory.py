@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.adjoints.guard import Guard, SuspicionError
+from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.snapshot import Snapshot
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import History
 from revdistill.engine.loss.gradient import Linearization
 from revdistill.engine.optimizers.sources import THETA
 from revdistill.engine.problem import OnStep, Problem
+from revdistill.engine.progress import Bar
 
 BeforeStep = Callable[[int], None]
 AfterStep = Callable[[int, Linearization], None]
@@ -39,17 +41,33 @@ class Trajectory:
         self._buffer = torch.empty_like(theta0)
         self._forward = problem.update.moves
         self._blind, self._seeing = problem.update.blind[::-1], problem.update.seeing[::-1]
+        self._clips = problem.update.clipping is not None
         self._reset(problem.backend.interval)
 
     def _reset(self, interval: int) -> None:
         self._start: Snapshot | None = None
         problem = self.problem
-        self.guard = Guard(problem.update, self.fixed, problem.backend, interval)
-        self.guard.start(self._theta0)
+        self.guard = Guard(problem.update, self.fixed, problem.backend, interval, problem.start.taken)
+        self.guard.start(self._theta0, problem.start.slots)
         self.history.clear()
         self._saved: dict[int, Tensor] = {}
+        self._sum = None if problem.average is None else torch.zeros_like(self._theta0, dtype=torch.float64)
         theta = self.fixed.from_float(self._theta0)
         self.state = problem.update.initial_state(theta, self.fixed, self.history, problem.backend)
+        if problem.start.slots:
+            self._resume()
+
+    def _resume(self) -> None:
+        """Where an earlier training ended: at its very integers, where the floats that came in are theirs."""
+        state, start, integers = self.state, self.problem.start, self.problem.resumed
+        floats = {THETA: self._theta0} | {name: values.detach() for name, values in start.slots.items()}
+        if integers is not None and integers.fits(state) and integers.stands_for(floats, state.backend):
+            integers.restore(state)
+        else:
+            for name in start.slots:
+                state.backend.add(state.numbers[name], floats[name], state.formats[name].scale, 1)
+            state.backend.settle()
+        self._start = Snapshot(state, with_slots=True)
 
     def start_here(self, history: History) -> None:
         """The way back is to end at this very state. history: takes the words spilled from here on."""
@@ -69,6 +87,14 @@ class Trajectory:
             self._run(before_step, after_step, on_step=None)
 
     def _run(self, before_step: BeforeStep, after_step: AfterStep, on_step: OnStep | None) -> None:
+        bar = Bar(self.problem.progress, self.problem.steps, "forward", "loss")
+        try:
+            self._steps(before_step, after_step, on_step, bar)
+        finally:
+            bar.close()
+        self.guard.flush(self.state)
+
+    def _steps(self, before_step: BeforeStep, after_step: AfterStep, on_step: OnStep | None, bar: Bar) -> None:
         for k in range(self.problem.steps):
             before_step(k)
             self._save(k)
@@ -78,20 +104,30 @@ class Trajectory:
                 theta = self.theta().clone()
                 linear = self.step(k)
                 with self.problem.determinism.watching():
-                    on_step(k, self.problem.update.layout.views(theta), linear.loss)
+                    on_step(self.problem.number(k), self.problem.update.layout.views(theta), linear.loss)
             after_step(k, linear)
+            if self.problem.progress:
+                bar.step(lambda linear=linear: linear.loss)  # type: ignore[misc]
         self._save(self.problem.steps)
-        self.guard.flush(self.state)
 
     def _save(self, k: int) -> None:
         if k in self.problem.saved_steps:
             self._saved[k] = self.theta().clone()
+        if self._sum is not None:
+            assert self.problem.average is not None
+            self._sum.add_(self.theta(), alpha=self.problem.average[k])
 
-    def result(self) -> Tensor:
-        """After all steps, in a new tensor: theta_T as floats [numel], or theta at `save_at` [n, numel]."""
-        if self.problem.save_at is None:
-            return self.theta().clone()
-        return torch.stack([self._saved[k] for k in self.problem.save_at])
+    def result(self) -> Result:
+        """After all steps, in new tensors."""
+        problem = self.problem
+        if problem.save_at is None:
+            theta = self.theta().clone()
+        else:
+            theta = torch.stack([self._saved[k] for k in problem.save_at])
+        average = None if self._sum is None else self._sum.to(theta.dtype)
+        if not problem.returns_state:
+            return Result(theta, average)
+        return Result(theta, average, self.slots(), Snapshot(self.state, with_slots=True))
 
     def theta(self) -> Tensor:
         """theta as floats, in a buffer that the next call overwrites."""
@@ -112,6 +148,8 @@ class Trajectory:
         gradient = linear.gradient
         if not again:
             self.problem.gradient.fingerprints.record(k, gradient)
+        if self._clips:
+            gradient = self.problem.update.seen(k, gradient)
         proved = again or self.guard.before_step(k, linear.loss, gradient, state)
         for move in self._forward:
             if not proved:
@@ -128,6 +166,8 @@ class Trajectory:
 
     def undo_rest(self, k: int, gradient: Tensor) -> None:
         """The slots go back to those of before step k. gradient: bit-identical to the one of the way forward."""
+        if self._clips:
+            gradient = self.problem.update.seen(k, gradient)
         for move in self._seeing:
             move.inverse(k, self.state, gradient)
         self.problem.backend.settle()

@@ -25,6 +25,7 @@ from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient, Linearization, Products
 from revdistill.engine.loss.operators import named_errors
 from revdistill.engine.loss.timing import best_times
+from revdistill.engine.loss.usage import Usage
 
 # Normwise relative difference that reordered sums explain; a wrong kernel is off by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
@@ -68,8 +69,16 @@ class CompiledGradient(Gradient):
     this unroll or in another, is dropped for the unrolls to come.
     """
 
-    def __init__(self, loss: Loss, layout: Layout, data: Data, determinism: Determinism, steps: int) -> None:
-        super().__init__(loss, layout, data, determinism, steps)
+    def __init__(
+        self,
+        loss: Loss,
+        layout: Layout,
+        data: Data,
+        determinism: Determinism,
+        steps: int,
+        usage: Usage | None = None,
+    ) -> None:
+        super().__init__(loss, layout, data, determinism, steps, usage)
         self.wanted = (*self._batch_wanted, *self._hyper_wanted)
         self._hypers = tuple(t.detach() for t in data.hypers)
         key = (layout, self.wanted, data.hyper_names, data.hyper_kind, data.function is None)

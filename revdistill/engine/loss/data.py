@@ -19,6 +19,7 @@ class Data:
         batches: a table, which is a tuple of tensors [s, ...] whose row k % s is step k's batch; or a function k ->
             batch.
         hyper: a tensor, a tuple or dict of tensors, or None.
+        taken: steps that the training has behind it: steps count from 0 here, and batches from there.
 
     Attributes:
         function: the function that gives the batches, None for a table.
@@ -26,7 +27,8 @@ class Data:
         hypers: the tensors of `hyper` in order, () for None. Gradients flow to those that require grad.
     """
 
-    def __init__(self, batches: Batches, hyper: Hyper) -> None:
+    def __init__(self, batches: Batches, hyper: Hyper, taken: int = 0) -> None:
+        self._taken = taken
         self.function = batches if callable(batches) else None
         self.tensors: tuple[Tensor, ...] = () if callable(batches) else tuple(batches)
         self._rows = [t.detach().unbind(0) for t in self.tensors]
@@ -41,10 +43,11 @@ class Data:
 
     def row(self, k: int) -> int:
         """The row of the table that step k uses."""
-        return k % len(self.tensors[0])
+        return (k + self._taken) % len(self.tensors[0])
 
     def rows(self, k: int) -> tuple[Tensor, ...]:
         """Step k's batch of the table, detached; () where a function gives the batches."""
+        k += self._taken
         return tuple(rows[k % len(rows)] for rows in self._rows)
 
     def from_function(self, k: int) -> Any:
@@ -60,6 +63,7 @@ class Data:
             ValueError: a tensor of the batch requires grad.
         """
         assert self.function is not None
+        k += self._taken
         batch = self.function(k)
         wanting = [t for t in (batch if isinstance(batch, (tuple, list)) else [batch]) if _requires_grad(t)]
         if wanting:

@@ -68,6 +68,7 @@ class Determinism:
     Attributes:
         device: of the parameters.
         seed: of the random numbers inside the loss.
+        taken: steps that the training has behind it: steps count from 0 here, and random numbers from there.
         threads, autocast, autocast_dtype, grad: what the caller of the forward pass had set: torch's number of threads,
             whether autocast was on and its dtype, and whether gradients were on.
     """
@@ -78,19 +79,21 @@ class Determinism:
     autocast: bool
     autocast_dtype: torch.dtype
     grad: bool
+    taken: int = 0
     _caller: _CallerState = field(default_factory=_CallerState, compare=False, repr=False)
 
     @classmethod
-    def capture(cls, device: torch.device, seed: int) -> Determinism:
+    def capture(cls, device: torch.device, seed: int, taken: int = 0) -> Determinism:
         """The settings as they are now.
 
         Args:
             device: of the parameters.
             seed: of the random numbers inside the loss.
+            taken: steps that the training has behind it.
         """
         kind = device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        return cls(device, seed, torch.get_num_threads(), *autocast, torch.is_grad_enabled())
+        return cls(device, seed, torch.get_num_threads(), *autocast, torch.is_grad_enabled(), taken)
 
     @contextmanager
     def passage(self) -> Iterator[None]:
@@ -124,7 +127,7 @@ class Determinism:
             The context, with gradients on.
         """
         # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
-        seed = (self.seed + k * 0x1E3779B97F4A7C15) % 2**63
+        seed = (self.seed + (k + self.taken) * 0x1E3779B97F4A7C15) % 2**63
         for generator in generators_of(self.device):
             generator.manual_seed(seed)
         return torch.enable_grad()

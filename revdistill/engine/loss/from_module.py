@@ -101,6 +101,7 @@ def stack_modules(
         summed: Tensor = every(params, copies, tuple(batch)).sum()
         return summed
 
+    loss.networks = len(nets)  # type: ignore[attr-defined]  # rd.unroll clips each by its own norm
     return loss, params
 
 

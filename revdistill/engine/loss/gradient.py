@@ -22,10 +22,12 @@ from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.graph import graph_nodes, is_once_differentiable, saved_tensors
 from revdistill.engine.loss.operators import named_errors
+from revdistill.engine.loss.usage import Usage
 
 # What a node of autograd takes with the tensors that it refers to, without their numbers: measured with 54 nodes, on 30
 # tiny networks, where it is a third of a graph.
 _NODE_BYTES = 1024
+_NAMED_ERRORS = named_errors()
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,23 @@ class Gradient:
         data: what the loss takes beside them.
         determinism: what surrounds each evaluation.
         steps: of the unroll.
+        usage: which parameters must have a gradient; by default any may lack it, at all steps.
 
     Attributes:
         fingerprints: of each step's gradient, as it was evaluated first.
     """
 
-    def __init__(self, loss: Loss, layout: Layout, data: Data, determinism: Determinism, steps: int) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        layout: Layout,
+        data: Data,
+        determinism: Determinism,
+        steps: int,
+        usage: Usage | None = None,
+    ) -> None:
         self.loss, self.layout, self.data, self.determinism = loss, layout, data, determinism
+        self.usage = usage or Usage(layout.names)
         self.fingerprints = Fingerprints(steps, layout.device)
         self._batch_wanted = tuple(t.requires_grad for t in data.tensors)
         self._hyper_wanted = tuple(t.requires_grad for t in data.hypers)
@@ -103,7 +115,9 @@ class Gradient:
         Raises:
             TypeError, ValueError: on the first call, where the loss is not a scalar that depends on params, or uses a
                 tensor that requires grad and was not passed to the unroll.
-            UnsupportedError: the loss uses an operator that has no second derivatives or does not repeat itself.
+            UnsupportedError: the loss uses an operator that has no second derivatives or does not repeat itself, or
+                a parameter at some steps only.
+            UnusedParameters: on the first call, see `Usage`.
         """
         return self._linearize(k, theta, self._batch(k))
 
@@ -120,11 +134,12 @@ class Gradient:
         if self.data.function is None:
             batch = batch_leaves = _leaves(batch, self._batch_wanted)
         hyper_leaves = _leaves(self.data.hypers, self._hyper_wanted)
-        with self.determinism.step(k), named_errors():
-            value = self.loss(self.layout.views(leaf), batch, *self.data.pack_hyper(hyper_leaves))
+        with self.determinism.step(k), _NAMED_ERRORS:
+            parts, views = self.layout.parts_and_views(leaf)
+            value = self.loss(views, batch, *self.data.pack_hyper(hyper_leaves))
             if not self._checked:
                 self._check(value, leaf, (*batch_leaves, *hyper_leaves))
-            (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+            gradient = self.usage.gradient(k, value, parts)
         return EagerLinearization(value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k)
 
     def _check(self, value: object, leaf: Tensor, leaves: tuple[Tensor, ...]) -> None:
@@ -182,7 +197,7 @@ class EagerLinearization:
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found: Iterator[Tensor | None] = iter([None] * len(wanted))
         if self.graph.requires_grad:  # a loss that is linear in theta has no second derivative at all
-            with self.determinism.step(self.k), named_errors():
+            with self.determinism.step(self.k), _NAMED_ERRORS:
                 found = iter(torch.autograd.grad(self.graph, wanted, grad_outputs=vector, allow_unused=True))
         values = [next(found) if leaf.requires_grad else None for leaf in leaves]
         split = 1 + len(self.batch_leaves)

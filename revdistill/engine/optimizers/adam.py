@@ -24,9 +24,11 @@ from revdistill.engine.integers.radix import FINE, WIDE
 from revdistill.engine.integers.select import root as correctly_rounded_root
 from revdistill.engine.integers.state import State
 from revdistill.engine.layout import Layout
+from revdistill.engine.optimizers.clipping import Clipping
 from revdistill.engine.optimizers.hyperparameters import (
     Hyperparameter,
     Table,
+    Value,
     above_zero,
     below_one,
     combined,
@@ -35,6 +37,7 @@ from revdistill.engine.optimizers.hyperparameters import (
 )
 from revdistill.engine.optimizers.moves import Add, Decay, Factor, Move, RunningMaximum
 from revdistill.engine.optimizers.optimizer import Optimizer
+from revdistill.engine.optimizers.schedules import check_cycled
 from revdistill.engine.optimizers.sources import (
     GRADIENT,
     SLACK,
@@ -47,6 +50,7 @@ from revdistill.engine.optimizers.sources import (
     Step,
     Values,
 )
+from revdistill.engine.optimizers.start import AT_REST, Start
 from revdistill.engine.optimizers.update import Update
 
 
@@ -66,6 +70,9 @@ class Adam(Optimizer):
             each parameter's name to one of these (parameter groups); lr also a tensor [T, E] for parameters stacked
             over E networks. Tensors may require grad. lr and weight_decay at least 0, eps above 0, betas at least 0 and
             below 1; they act as the nearest n / 2^30.
+        eps_root: added to s / c2 under the root (optax.adam's): above 0 it makes the hypergradient smooth where second
+            moments are near 0. As eps, but 0 is accepted, and is torch's Adam.
+        max_norm: as in `SGD`.
         amsgrad: u has the largest s so far in place of s (Reddi et al. 2018). The maximum forgets what it replaces, so
             `Reversible` refuses it; the default is then `Checkpoint`.
 
@@ -78,23 +85,30 @@ class Adam(Optimizer):
     eps: Hyperparameter = 1e-8
     weight_decay: Hyperparameter = 0.0
     amsgrad: bool = False
+    eps_root: Hyperparameter = 0.0
+    max_norm: Value | None = None
     decoupled: ClassVar[bool] = False
+    slot_names: ClassVar[Mapping[str, str]] = {"m": "exp_avg", "s": "exp_avg_sq", "s_max": "max_exp_avg_sq"}
 
-    def resolve(self, layout: Layout, steps: int) -> Update:
+    def resolve(self, layout: Layout, steps: int, start: Start = AT_REST) -> Update:
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise TypeError(f"betas must be a pair (beta1, beta2), got {self.betas!r}")
         if not isinstance(self.amsgrad, bool):
             raise TypeError(f"amsgrad must be a bool, got {type(self.amsgrad).__name__}")
-        numbers = partial(resolve, layout=layout, steps=steps, stackable=False)
-        lr = resolve("lr", self.lr, layout, steps, stackable=True)
+        numbers = partial(resolve, layout=layout, steps=steps, stackable=False, taken=start.taken)
+        check_cycled(self.lr, self.betas[0], "betas=(scheduler, beta2)")
+        lr = numbers("lr", self.lr, stackable=True)
         beta1, beta2 = (below_one("betas", numbers(f"betas[{i}]", beta)) for i, beta in enumerate(self.betas))
         eps, weight_decay = above_zero("eps", numbers("eps", self.eps)), numbers("weight_decay", self.weight_decay)
+        eps_root = numbers("eps_root", self.eps_root)
         penalty = weight_decay if weight_decay.matters() and not self.decoupled else None
 
         rest1, rest2 = (combined(lambda beta: 1 - beta, beta) for beta in (beta1, beta2))
-        exponents = torch.arange(1, steps + 1, dtype=torch.float64, device=layout.device)[:, None]
+        first, last = start.taken + 1, start.taken + steps
+        exponents = torch.arange(first, last + 1, dtype=torch.float64, device=layout.device)[:, None]
         c1, c2 = (combined(lambda beta: 1 - beta**exponents, beta) for beta in (beta1, beta2))
         tables = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+        tables |= {"eps_root": eps_root} if eps_root.matters() else {}
         tables |= {"1-beta1": rest1, "1-beta2": rest2, "c1": c1, "c2": c2}
 
         moves: list[Move] = [
@@ -115,8 +129,10 @@ class Adam(Optimizer):
                 raise ValueError("lr * weight_decay must be at most 1 at every step, or theta would change its sign")
             tables["keep"] = keep
             moves.append(Decay(THETA, "keep", keep, layout, FINE))
-        moves.append(Add(THETA, _Direction(beta1, beta2, c1, c2, eps, second), Factor(-1.0, {"lr": lr})))
-        return Update(layout, tables, tuple(moves), dict.fromkeys(("m", "s", "s_max"), Wide()))
+        direction = _Direction(beta1, beta2, c1, c2, eps, second, tables.get("eps_root"), _largest_ratio(start, second))
+        moves.append(Add(THETA, direction, Factor(-1.0, {"lr": lr})))
+        clipping = Clipping.of(self.max_norm, layout, steps, start.taken)
+        return Update(layout, tables, tuple(moves), dict.fromkeys(("m", "s", "s_max"), Wide()), clipping)
 
 
 @dataclass(frozen=True)
@@ -134,7 +150,11 @@ class AdamW(Adam):
 
 @dataclass(frozen=True)
 class _Direction(Source):
-    """u = (m / c1) / (sqrt(s / c2) + eps); second: the name of s, or of its running maximum, which is no smaller."""
+    """u = (m / c1) / (sqrt(s / c2 + eps_root) + eps).
+
+    second: the name of s, or of its running maximum, which is no smaller; eps_root: None where it is 0; ratio: the
+    largest |m| / sqrt(s) at the start.
+    """
 
     beta1: Table
     beta2: Table
@@ -142,6 +162,8 @@ class _Direction(Source):
     c2: Table
     eps: Table
     second: str
+    eps_root: Table | None = None
+    ratio: float = 0.0
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -149,15 +171,21 @@ class _Direction(Source):
 
     @property
     def tables(self) -> Mapping[str, Table]:
-        return {"c1": self.c1, "c2": self.c2, "eps": self.eps}
+        own = {} if self.eps_root is None else {"eps_root": self.eps_root}
+        return {"c1": self.c1, "c2": self.c2, "eps": self.eps, **own}
 
     def value(self, values: Values, step: Step) -> Tensor:
-        per_root_c2 = 1 / _sqrt(step.of(self.c2))
-        return values["m"] / ((step.root(values[self.second]) * per_root_c2 + step.of(self.eps)) * step.of(self.c1))
+        c2, s = step.of(self.c2), values[self.second]
+        if self.eps_root is not None:
+            s = s + step.of(self.eps_root) * c2
+        per_root_c2 = 1 / _sqrt(c2)
+        return values["m"] / ((step.root(s) * per_root_c2 + step.of(self.eps)) * step.of(self.c1))
 
     def exact(self, k: int, state: State, gradient: Tensor | None) -> Tensor:
         per_root_c2 = 1 / _sqrt(self.c2.value(k))
         m, s = state.floats("m"), state.floats(self.second)
+        if self.eps_root is not None:
+            s = s + self.eps_root.value(k) * self.c2.value(k)  # under the root, times c2
         return state.backend.ratio(m, s, self.c1.value(k), per_root_c2, self.eps.value(k))
 
     def vjp(self, k: int, values: Values, bars: Bars, bar: Tensor, factor: float | Tensor) -> Tensor | None:
@@ -167,7 +195,9 @@ class _Direction(Source):
         """
         u_bar = (bar * factor).to(bar.dtype)
         c1, c2, eps = self.c1.value(k), self.c2.value(k), self.eps.value(k)
-        root = correctly_rounded_root(values[self.second])
+        eps_root = 0.0 if self.eps_root is None else self.eps_root.value(k)
+        s = values[self.second] if self.eps_root is None else values[self.second].double() + eps_root * c2
+        root = correctly_rounded_root(s)
         per_root_c2 = 1 / _sqrt(c2)
         scaled = root * per_root_c2
         denominator = scaled + eps
@@ -177,11 +207,15 @@ class _Direction(Source):
         denominator_bar = (-u_bar * u / denominator).to(bar.dtype)
         s_bar = torch.where(root > 0, denominator_bar / root, 0.0) * (per_root_c2 / 2)
         bars.flat[self.second].add_(s_bar.to(bar.dtype))
-        for name, table, a, b in (
+        parts: list[tuple[str, Table, Tensor, Tensor]] = [
             ("c1", self.c1, -u_bar * u, torch.ones_like(bar) * (1 / c1)),
             ("c2", self.c2, denominator_bar, scaled * (-0.5 / c2)),
             ("eps", self.eps, denominator_bar, torch.ones_like(bar)),
-        ):
+        ]
+        if self.eps_root is not None:  # root(s + eps_root c2) has a derivative by either
+            parts.append(("c2", self.c2, s_bar, torch.ones_like(bar) * eps_root))
+            parts.append(("eps_root", self.eps_root, s_bar, torch.ones_like(bar) * c2))
+        for name, table, a, b in parts:
             if name in bars.tables:
                 table.accumulate(k, a.to(bar.dtype), b.to(bar.dtype), bars.tables[name])
         return u
@@ -198,7 +232,8 @@ class _Direction(Source):
         from s.
         """
         found = []
-        ratio = lost = error = 0.0
+        lost = error = 0.0
+        ratio = self.ratio * self.ratio
         for k in range(len(self.c1.host)):
             (low1, high1), (low2, high2) = (_ends(table.row(k)) for table in (self.beta1, self.beta2))
             ratio = ratio * high1 * high1 / low2 if low2 else math.inf
@@ -209,6 +244,15 @@ class _Direction(Source):
             size = math.sqrt(ratio)
             found.append((math.sqrt(c2) * size + (size * math.sqrt(lost) + error) / eps) / c1 * SLACK)
         return found
+
+
+def _largest_ratio(start: Start, second: str) -> float:
+    """|m| / sqrt(s), of all parameters the largest; inf where s is 0 and m is not."""
+    if not {"m", second} <= start.slots.keys():
+        return 0.0
+    m, s = start.slots["m"].detach().double().abs(), start.slots[second].detach().double()
+    ratio = torch.where(m > 0, m / s.sqrt(), 0.0)
+    return float(ratio.max()) * SLACK if len(ratio) else 0.0
 
 
 def _ends(row: list[float]) -> tuple[float, float]:

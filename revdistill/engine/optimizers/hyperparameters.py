@@ -1,8 +1,8 @@
 """An optimizer's hyperparameter, resolved once into a table: a row per step, a column per group of parameters.
 
-A user gives a float, a tensor of shape () or [T], for the learning rate also [T, E] (a rate per stacked network), or a
-dict from parameter name to one of these. The table is built with differentiable operations, so its gradient goes back
-to whatever the user gave.
+A user gives a float, a tensor of shape () or [T], for the learning rate also [T, E] (a rate per stacked network), a
+schedule (`schedules`), or a dict from parameter name to one of these. The table is built with differentiable
+operations, so its gradient goes back to whatever the user gave.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from revdistill.engine.integers.radix import FINE, Radix
 from revdistill.engine.layout import Layout
+from revdistill.engine.optimizers.schedules import is_schedule, numbers
 
-Value = float | Tensor
+Value = float | Tensor | Callable[[int], float] | LRScheduler
 Hyperparameter = Value | Mapping[str, Value]
 
 
@@ -136,11 +138,19 @@ def below_one(name: str, table: Table) -> Table:
 
 
 def resolve(
-    name: str, given: Hyperparameter, layout: Layout, steps: int, *, stackable: bool, upper: float = math.inf
+    name: str,
+    given: Hyperparameter,
+    layout: Layout,
+    steps: int,
+    *,
+    stackable: bool,
+    upper: float = math.inf,
+    taken: int = 0,
 ) -> Table:
     """The table of one hyperparameter. Errors name the argument, what came and what is accepted.
 
-    stackable: whether tensors of shape [T, E] are accepted. upper: the largest value accepted.
+    stackable: whether tensors of shape [T, E] are accepted. upper: the largest value accepted. taken: steps that the
+    training has behind it, from which a schedule given as a function counts.
     """
     if isinstance(given, Mapping):
         _check_names(name, given, layout)
@@ -151,11 +161,16 @@ def resolve(
         labels = [name] * len(layout.names)
 
     columns: list[Tensor] = []
-    first_column: dict[object, int] = {}  # equal floats, and the same tensor given twice, share their columns
+    first_column: dict[
+        tuple[str, object], int
+    ] = {}  # equal floats, and the same tensor given twice, share their columns
+    blocks: dict[tuple[str, object], Tensor] = {}
     index: list[Tensor] = []
     for value, label, shape in zip(per_parameter, labels, layout.shapes, strict=True):
-        key = ("tensor", id(value)) if isinstance(value, Tensor) else ("float", value)
-        block = _block(label, value, layout, steps, stackable=stackable)
+        key = ("float", value) if isinstance(value, (int, float)) else ("object", id(value))
+        if key not in blocks or key[0] == "float":  # a schedule is run through once, whatever it is given for
+            blocks[key] = _block(label, value, layout, steps, stackable=stackable, taken=taken)
+        block = blocks[key]
         networks = block.shape[1]
         if networks > 1 and (not shape or shape[0] != networks):
             raise ValueError(
@@ -186,11 +201,14 @@ def _check_names(name: str, given: Mapping[str, Value], layout: Layout) -> None:
         raise ValueError(f"{name} is a dict with {' and '.join(problems)}; its keys must be the names in params")
 
 
-def _block(label: str, value: object, layout: Layout, steps: int, *, stackable: bool) -> Tensor:
+def _block(label: str, value: object, layout: Layout, steps: int, *, stackable: bool, taken: int) -> Tensor:
     """One value as float64 [T or 1, E or 1]."""
+    if is_schedule(value):
+        rows = numbers(label, value, steps, taken)
+        return torch.tensor(rows, dtype=torch.float64, device=layout.device)[:, None]
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{label} must be a float or a tensor, got {type(value).__name__}")
+            raise TypeError(f"{label} must be a float, a tensor or a schedule, got {type(value).__name__}")
         return torch.full((1, 1), float(value), dtype=torch.float64, device=layout.device)
     if value.is_meta:
         raise ValueError(f"{label} is on device meta and holds no numbers; make it on {layout.device}")

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,8 +21,11 @@ from revdistill.engine.integers.radix import COARSE, WIDE
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers import hyperparameters as hp
 from revdistill.engine.optimizers import sources as of
+from revdistill.engine.optimizers.clipping import Clipping
 from revdistill.engine.optimizers.moves import Add, Decay, Factor, Move
 from revdistill.engine.optimizers.optimizer import Optimizer
+from revdistill.engine.optimizers.schedules import check_cycled
+from revdistill.engine.optimizers.start import AT_REST, Start
 from revdistill.engine.optimizers.update import Update
 
 
@@ -34,7 +38,8 @@ class RMSprop(Optimizer):
     torch: where momentum is 0 at some steps only, torch leaves b as it was in these; here b <- u, as in `SGD`.
 
     Args:
-        lr, alpha, eps, weight_decay, momentum: as in `SGD`; eps above 0, alpha below 1 (the nearest n / 2^30).
+        lr, alpha, eps, weight_decay, momentum, max_norm: as in `SGD`; eps above 0, alpha below 1 (the nearest
+            n / 2^30).
         centered: divide by the gradient's standard deviation. Where gradients hardly change that is near 0, and u,
             whose only bound is |g| / eps, may leave the range of b (RangeError).
     """
@@ -45,15 +50,19 @@ class RMSprop(Optimizer):
     weight_decay: hp.Hyperparameter = 0.0
     momentum: hp.Hyperparameter = 0.0
     centered: bool = False
+    max_norm: hp.Value | None = None
+    slot_names: ClassVar[Mapping[str, str]] = {"s": "square_avg", "a": "grad_avg", "b": "momentum_buffer"}
 
-    def resolve(self, layout: Layout, steps: int) -> Update:
+    def resolve(self, layout: Layout, steps: int, start: Start = AT_REST) -> Update:
         if not isinstance(self.centered, bool):
             raise TypeError(f"centered must be a bool, got {type(self.centered).__name__}")
-        numbers = partial(hp.resolve, layout=layout, steps=steps, stackable=False)
-        lr = hp.resolve("lr", self.lr, layout, steps, stackable=True)
+        numbers = partial(hp.resolve, layout=layout, steps=steps, stackable=False, taken=start.taken)
+        check_cycled(self.lr, self.momentum, "momentum=scheduler")
+        lr = numbers("lr", self.lr, stackable=True)
         alpha, eps = hp.below_one("alpha", numbers("alpha", self.alpha)), hp.above_zero("eps", numbers("eps", self.eps))
         momentum = hp.quantised(numbers("momentum", self.momentum, upper=1.0), COARSE)
         weight_decay, rest = numbers("weight_decay", self.weight_decay), hp.combined(lambda alpha: 1 - alpha, alpha)
+        clipping = Clipping.of(self.max_norm, layout, steps, start.taken)
         g = of.Penalised(weight_decay if weight_decay.matters() else None)
         kick, step = Factor(tables={"1-alpha": rest}), Factor(-1.0, {"lr": lr})
 
@@ -66,7 +75,7 @@ class RMSprop(Optimizer):
         else:
             moves.append(Add(of.THETA, u, step, "momentum=0"))
         tables = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        return Update(layout, tables | {"1-alpha": rest}, tuple(moves), {"s": Wide(), "a": Wide()})
+        return Update(layout, tables | {"1-alpha": rest}, tuple(moves), {"s": Wide(), "a": Wide()}, clipping)
 
 
 @dataclass(frozen=True)

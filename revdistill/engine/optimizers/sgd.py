@@ -5,23 +5,29 @@ v <- momentum v;  v <- v + (1 - dampening) (gradient + weight_decay theta);  the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from revdistill.engine.integers.radix import COARSE
 from revdistill.engine.layout import Layout
-from revdistill.engine.optimizers.hyperparameters import Hyperparameter, Table, quantised, resolve
+from revdistill.engine.optimizers.clipping import Clipping
+from revdistill.engine.optimizers.hyperparameters import Hyperparameter, Table, Value, quantised, resolve
 from revdistill.engine.optimizers.moves import Add, Decay, Factor, Move
 from revdistill.engine.optimizers.optimizer import Optimizer
+from revdistill.engine.optimizers.schedules import check_cycled
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Read
+from revdistill.engine.optimizers.start import AT_REST, Start
 from revdistill.engine.optimizers.update import Update
 
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    """torch.optim.SGD's update.
+    """torch.optim.SGD's update, after torch.nn.utils.clip_grad_norm_'s where max_norm is given.
 
         g <- gradient + weight_decay theta
         v <- momentum v + (1 - dampening) g  (v <- g at step 0)
@@ -34,8 +40,13 @@ class SGD(Optimizer):
         lr, momentum, weight_decay: a float, a tensor of shape () or [T] (T steps), or a dict from each parameter's name
             to one of these (parameter groups); lr also a tensor [T, E] for parameters stacked over E networks. Tensors
             may require grad. All at least 0; momentum at most 1, and it acts as the nearest n / 2^16.
+            In place of a tensor of rates a schedule that is not learned: a function k -> float, or a scheduler of
+            torch.optim.lr_scheduler, which is followed from where it is (a copy of it).
         dampening: a float from 0 to 1.
         nesterov: a bool. It needs momentum > 0 and dampening 0; `Reversible` cannot walk it back (use `Checkpoint`).
+        max_norm: the gradient of all parameters together is scaled down to this norm where it is longer, before
+            anything else is done with it (torch.nn.utils.clip_grad_norm_): a float, a tensor of shape () or [T] that
+            may require grad, or None. Stacked networks are clipped each by its own norm, for which it may be [T, E].
 
     Raises:
         ValueError, TypeError: when unrolled; name the argument, what came and what is accepted.
@@ -46,15 +57,21 @@ class SGD(Optimizer):
     dampening: float = 0.0
     nesterov: bool = False
     weight_decay: Hyperparameter = 0.0
+    max_norm: Value | None = None
+    slot_names: ClassVar[Mapping[str, str]] = {"v": "momentum_buffer"}
 
-    def resolve(self, layout: Layout, steps: int) -> Update:
-        lr = resolve("lr", self.lr, layout, steps, stackable=True)
-        momentum = quantised(resolve("momentum", self.momentum, layout, steps, stackable=False, upper=1.0), COARSE)
-        weight_decay = resolve("weight_decay", self.weight_decay, layout, steps, stackable=False)
+    def resolve(self, layout: Layout, steps: int, start: Start = AT_REST) -> Update:
+        numbers = partial(resolve, layout=layout, steps=steps, taken=start.taken)
+        check_cycled(self.lr, self.momentum, "momentum=scheduler")
+        lr = numbers("lr", self.lr, stackable=True)
+        momentum = quantised(numbers("momentum", self.momentum, stackable=False, upper=1.0), COARSE)
+        weight_decay = numbers("weight_decay", self.weight_decay, stackable=False)
+        clipping = Clipping.of(self.max_norm, layout, steps, start.taken)
         constant = self._kick_factor(momentum)
         self._check_nesterov(momentum)
 
-        kick = Factor(constant, first=1.0)  # torch's first step sets v to the gradient, without dampening
+        # torch's first step sets v to the gradient, without dampening
+        kick = Factor(constant, first=None if start.taken else 1.0)
         step = Factor(-1.0, {"lr": lr})
         moves: list[Move] = [
             Decay("v", "momentum", momentum, layout),
@@ -70,7 +87,8 @@ class SGD(Optimizer):
             moves.append(Add(THETA, Read(GRADIENT), step, looking_ahead))
             step = Factor(-1.0, {"lr": lr, "momentum": momentum})
         moves.append(Add(THETA, Read("v"), step))
-        return Update(layout, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, tuple(moves))
+        tables = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        return Update(layout, tables, tuple(moves), clipping=clipping)
 
     def _kick_factor(self, momentum: Table) -> float | Tensor:
         if isinstance(self.dampening, bool) or not isinstance(self.dampening, (int, float)):

@@ -13,6 +13,7 @@ from revdistill.engine.integers.fixedpoint import FixedPoint, Format
 from revdistill.engine.integers.history import History
 from revdistill.engine.integers.state import State
 from revdistill.engine.layout import Layout
+from revdistill.engine.optimizers.clipping import NAME, Clipping
 from revdistill.engine.optimizers.hyperparameters import Table
 from revdistill.engine.optimizers.moves import Decay, Move
 from revdistill.engine.optimizers.sources import GRADIENT, THETA
@@ -21,7 +22,8 @@ from revdistill.engine.optimizers.sources import GRADIENT, THETA
 @dataclass(frozen=True)
 class Update:
     """layout: of the flat buffer; tables: by name, every hyperparameter that can have a gradient; moves: in the order
-    in which they are made; formats: of slots that have another number format than theta.
+    in which they are made; formats: of slots that have another number format than theta; clipping: what is done with
+    the gradient before any move sees it.
 
     On the way back a move's derivative is taken with the values of after the step, but a decay's with its target's
     value of before it. Raises: ValueError where the order of the moves would make these other values than the move saw.
@@ -31,8 +33,11 @@ class Update:
     tables: dict[str, Table]
     moves: tuple[Move, ...]
     formats: dict[str, Format] = field(default_factory=dict)
+    clipping: Clipping | None = None
 
     def __post_init__(self) -> None:
+        if self.clipping is not None:
+            self.tables[NAME] = self.clipping.table
         for i, move in enumerate(self.moves):
             if isinstance(move, Decay) and any(m.target == move.target for m in self.moves[:i]):
                 raise ValueError(f"{move.target} must decay before anything else is done to it")
@@ -41,6 +46,10 @@ class Update:
                 raise ValueError(f"a move reads {sorted(changed_later & set(move.reads))}, which a later one changes")
             if THETA in move.reads and any(m.target == THETA for m in self.moves[:i]):
                 raise ValueError("a move reads theta after an earlier one has changed it")
+
+    def seen(self, k: int, gradient: Tensor) -> Tensor:
+        """The gradient as the moves of step k see it."""
+        return gradient if self.clipping is None else self.clipping.clipped(k, gradient)
 
     @cached_property
     def slots(self) -> tuple[str, ...]:
@@ -79,6 +88,15 @@ class Update:
         """Whether the next step depends on more than theta: on a slot's old value, or on a head."""
         forgotten = {decay.target for decay in self.before_the_step if decay.forgets(steps)}
         return bool(set(self.slots) - forgotten) or any(isinstance(m, Decay) and m.target == THETA for m in self.moves)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a parameter whose gradients are all 0 may change, or give weight decay a derivative."""
+        return self.tables["weight_decay"].matters()
+
+    def ignores_zeros(self, steps: int) -> bool:
+        """Whether a gradient of 0 changes nothing, whatever came before."""
+        return not self.penalises and not self.keeps_memory(steps)
 
     def always_decays(self, steps: int) -> bool:
         """Whether every slot keeps something of its old value at every step, in every group."""

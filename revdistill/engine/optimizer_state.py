@@ -1,0 +1,131 @@
+"""An optimizer's state, to go on from: for a training in pieces, and for warm starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.adjoints.snapshot import Snapshot
+from revdistill.engine.layout import Layout
+from revdistill.engine.optimizers.optimizer import Optimizer
+from revdistill.engine.optimizers.start import Start
+
+_NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerState:
+    """Where an optimizer is: `rd.unroll(..., return_state=True)` returns one, `rd.unroll(..., state=)` goes on from
+    one.
+
+    10 steps, and 10 more from the parameters and the state that they returned, are 20 steps bit for bit: the state also
+    holds the integers behind both, which count as long as parameters and slots are what was returned, to the bit, and
+    the adjoint's `fractional_bits` and the optimizer's groups are the same. Otherwise the floats count. Gradients flow
+    through parameters and slots, so pieces may be chained in one graph.
+
+    Args:
+        step: how many steps were taken, at least 0. Adam's bias correction goes on from there, and so does the step k
+            that batches(k), the row k % s of a table, the random numbers, on_step, save_at, schedules given as
+            functions and messages see.
+        slots: torch.optim's name of each running average ("momentum_buffer" of SGD; "exp_avg", "exp_avg_sq" and with
+            amsgrad "max_exp_avg_sq" of Adam; "square_avg", centred "grad_avg" and with momentum "momentum_buffer" of
+            RMSprop) -> name of a parameter -> tensor of its shape and dtype, which may require grad.
+        seed: of the random numbers inside the loss; that of the unroll that it is passed to, by default.
+    """
+
+    step: int
+    slots: Mapping[str, Mapping[str, Tensor]]
+    seed: int | None = None
+    _integers: Snapshot | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_torch(
+        cls, optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], *, step: int | None = None
+    ) -> OptimizerState:
+        """The state of a torch.optim optimizer that has been training these parameters.
+
+        Args:
+            optimizer: torch.optim's SGD, Adam, AdamW or RMSprop.
+            params: name -> the very tensors that it trains, such as `from_module` returns.
+            step: how many steps were taken; by default the count that the optimizer keeps (SGD keeps none).
+
+        Raises:
+            ValueError: a parameter is not among the optimizer's, or was not trained yet, or their counts differ.
+        """
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        slots: dict[str, dict[str, Tensor]] = {}
+        counts: dict[str, int] = {}
+        for name, p in params.items():
+            if id(p) not in known:
+                raise ValueError(f"params[{name!r}] is not one of the tensors that the optimizer trains")
+            state = optimizer.state.get(p, {})
+            for key, value in state.items():
+                if key == "step":
+                    counts[name] = int(value)
+                elif isinstance(value, Tensor):
+                    slots.setdefault(key, {})[name] = value.detach().clone()
+        for key, of in slots.items():
+            missing = [name for name in params if name not in of]
+            if missing:
+                raise ValueError(f"the optimizer has no {key} for params[{missing[0]!r}]: it has not been trained yet")
+        if step is None:
+            if not counts:
+                raise ValueError(f"{type(optimizer).__name__} keeps no count of its steps; give step=")
+            if len(set(counts.values())) > 1:
+                raise ValueError(f"the parameters were trained for different numbers of steps: {counts}; give step=")
+            step = next(iter(counts.values()))
+        return cls(step, slots)
+
+
+def check_state(state: Any, layout: Layout) -> None:
+    """Raise TypeError or ValueError where rd.unroll's `state` will not do for parameters of this layout."""
+    if not isinstance(state, OptimizerState):
+        raise TypeError(f"state must be an rd.OptimizerState or None, got {type(state).__name__}")
+    if isinstance(state.step, bool) or not isinstance(state.step, int) or state.step < 0:
+        raise ValueError(f"state.step must be an int of at least 0, got {state.step!r}")
+    for slot, of in state.slots.items():
+        if sorted(of) != sorted(layout.names):
+            raise ValueError(
+                f"state.slots[{slot!r}] has the names {sorted(of)}; they must be those of params, "
+                f"{sorted(layout.names)}"
+            )
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            t, label = of[name], f"state.slots[{slot!r}][{name!r}]"
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{label} must be a tensor, got {type(t).__name__}")
+            if (t.shape, t.dtype, t.device) != (shape, layout.dtype, layout.device):
+                raise ValueError(
+                    f"{label} is {t.dtype} of shape {list(t.shape)} on {t.device}, but params[{name!r}] is "
+                    f"{layout.dtype} of shape {list(shape)} on {layout.device}"
+                )
+            if not bool(torch.isfinite(t).all()):
+                raise ValueError(f"{label} is not finite")
+            if slot in _NOT_NEGATIVE and bool((t < 0).any()):
+                raise ValueError(f"{label} is a mean of squares and must be at least 0")
+
+
+def start_of(state: OptimizerState | None, optimizer: Optimizer, layout: Layout) -> Start:
+    """Where the optimizer begins, its slots flat and by the engine's names, differentiable."""
+    if state is None:
+        return Start()
+    own = {theirs: ours for ours, theirs in optimizer.slot_names.items()}
+    unknown = sorted(set(state.slots) - set(own))
+    if unknown:
+        raise ValueError(
+            f"state.slots has {unknown}, but {type(optimizer).__name__} keeps {sorted(own)}: it is another optimizer's"
+        )
+    return Start(state.step, {own[slot]: layout.flatten(of) for slot, of in state.slots.items()})
+
+
+def check_slots(start: Start, slots: tuple[str, ...], optimizer: Optimizer) -> None:
+    """Raise ValueError where the state has other slots than the optimizer keeps as it is set."""
+    if start.slots.keys() != set(slots) and start.slots:
+        names = optimizer.slot_names
+        raise ValueError(
+            f"state.slots has {sorted(names[s] for s in start.slots)}, but {type(optimizer).__name__} as it is set "
+            f"keeps {sorted(names[s] for s in slots)}"
+        )

@@ -172,6 +172,7 @@ def defined() -> Iterator[type[BaseException]]:
 def test_every_error_has_its_case_and_its_row_in_the_readme() -> None:
     inner = {
         "SuspicionError",
+        "UnusedParametersError",
         "RevdistillError",
         "UserError",
     }  # caught inside; the base; the command's, whose lines are in test_cli

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OF_FILES_AND_COMMANDS = ("h5py", "click", "sklearn", "matplotlib", "tqdm")
+OF_FILES_AND_COMMANDS = ("h5py", "click", "sklearn", "matplotlib")
 SIBLINGS = ("revdistill.distill", "revdistill.tune", "revdistill.attribute")
 # what a room may not import, by the room's folder
 FORBIDDEN = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revdistill.engine.adjoints.snapshot import Snapshot
+from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.optimizers.start import Start

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from revdistill.engine.adjoints.snapshot import Snapshot
 from revdistill.engine.integers.backend import Backend
+from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.loss.data import Data
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient

@@ -19,7 +19,7 @@ from revdistill.engine.loss.data import Batches, Data, Hyper, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient
 from revdistill.engine.loss.randomness import draw_seed
-from revdistill.engine.loss.usage import UnusedParameters, Usage
+from revdistill.engine.loss.usage import UnusedParametersError, Usage
 from revdistill.engine.optimizer_state import OptimizerState, check_slots, check_state, start_of
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.problem import OnStep, OnStepBack, Problem
@@ -241,7 +241,7 @@ def unroll(
 
     try:
         result, stats = run(frozenset())
-    except UnusedParameters as found:
+    except UnusedParametersError as found:
         result, stats = run(found.names)
 
     theta = layout.owned(result.theta)

@@ -159,3 +159,12 @@ def test_compiled_it_is_spared_too(monkeypatch: pytest.MonkeyPatch) -> None:
         one_is_unused, params(unused=1.0, used=1.5), lambda k: (0.5,), rd.AdamW(0.1), steps=STEPS, compile=True
     )
     assert theta["unused"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_a_loss_that_uses_none_is_named(adjoint: Any) -> None:
+    """Whether it has a graph to something else, or none."""
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for loss in (lambda p, b, h: h.square(), lambda p, b, h: h.detach()):
+        with pytest.raises(ValueError, match="the loss does not depend on params"):
+            rd.unroll(loss, params(w=1.0), lambda k: (), rd.AdamW(0.1), steps=STEPS, hyper=scale, adjoint=adjoint)

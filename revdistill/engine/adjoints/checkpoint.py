@@ -11,13 +11,13 @@ from torch import Tensor
 from revdistill.engine.adjoints.adjoint import FixedPointAdjoint, Recording, UnrollStats
 from revdistill.engine.adjoints.repeated import NONDETERMINISTIC, Repeated
 from revdistill.engine.adjoints.result import Result
-from revdistill.engine.adjoints.snapshot import Snapshot
 from revdistill.engine.adjoints.store_all import Stretch
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.errors import ReversalError
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory
+from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.optimizers.sources import THETA
 from revdistill.engine.problem import Problem
 

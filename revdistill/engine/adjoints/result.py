@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from revdistill.engine.adjoints.snapshot import Snapshot
+from revdistill.engine.integers.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

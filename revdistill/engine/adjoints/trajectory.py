@@ -9,9 +9,9 @@ from torch import Tensor
 
 from revdistill.engine.adjoints.guard import Guard, SuspicionError
 from revdistill.engine.adjoints.result import Result
-from revdistill.engine.adjoints.snapshot import Snapshot
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import History
+from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.loss.gradient import Linearization
 from revdistill.engine.optimizers.sources import THETA
 from revdistill.engine.problem import OnStep, Problem

@@ -11,6 +11,8 @@ from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.bitstore import BitStore
 from revdistill.engine.integers.fixedpoint import Format
 
+THETA = "theta"  # the name of the parameters among the numbers
+
 
 @dataclass
 class State:

@@ -117,7 +117,7 @@ class Gradient:
                 tensor that requires grad and was not passed to the unroll.
             UnsupportedError: the loss uses an operator that has no second derivatives or does not repeat itself, or
                 a parameter at some steps only.
-            UnusedParameters: on the first call, see `Usage`.
+            UnusedParametersError: on the first call, see `Usage`.
         """
         return self._linearize(k, theta, self._batch(k))
 
@@ -158,10 +158,6 @@ class Gradient:
                 f"the loss uses a tensor of shape {list(strangers[0].shape)} that requires grad but was not passed "
                 "to unroll, so it would silently get no gradient; pass it in params (what is trained), batches (a "
                 "tuple of tensors [s, ...]) or hyper= (anything else), or detach it"
-            )
-        if not value.requires_grad:
-            raise ValueError(
-                "the loss does not depend on params: loss(params, batch) must be computed from its first argument"
             )
         self._checked = True
 

@@ -2,8 +2,8 @@
 
 Here a missing gradient is 0, and what is 0 at every step leaves the running averages at 0. Two things would tell the
 difference: a penalty, which pulls at a parameter whatever its gradient is, and an average that is not 0. So the unroll
-spares parameters that are unused at its first step every penalty (`UnusedParameters`), and what is used at some steps
-only is refused.
+spares parameters that are unused at its first step every penalty (`UnusedParametersError`), and what is used at some
+steps only is refused.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from revdistill.engine.errors import UnsupportedError
 
 
-class UnusedParameters(Exception):  # noqa: N818, no error: the unroll begins again
-    """These parameters have no gradient at the first step, and the update has a penalty for them.
+class UnusedParametersError(Exception):
+    """These parameters have no gradient at the first step, and the update has a penalty for them: caught, and the
+    unroll begins again.
 
     Args:
         names: of the parameters.
@@ -66,7 +67,8 @@ class Usage:
             [numel]
 
         Raises:
-            UnusedParameters: at the first step, where a penalised parameter has no gradient.
+            ValueError: at the first step, where no parameter has a gradient.
+            UnusedParametersError: at the first step, where a penalised parameter has no gradient.
             UnsupportedError: a parameter has a gradient at some steps only.
         """
         found: Sequence[Tensor | None] = [None] * len(parts)
@@ -80,6 +82,10 @@ class Usage:
         return torch.cat([torch.zeros_like(part) if g is None else g for g, part in zip(found, parts, strict=True)])
 
     def _begin(self, k: int, unused: frozenset[str]) -> None:
+        if len(unused) == len(self._names):
+            raise ValueError(
+                "the loss does not depend on params: loss(params, batch) must be computed from its first argument"
+            )
         if unused & self._moving:
             name = min(unused & self._moving)
             raise UnsupportedError(
@@ -89,7 +95,7 @@ class Usage:
                 "you want, or set its averages to 0"
             )
         if unused & self._penalised:
-            raise UnusedParameters(unused)
+            raise UnusedParametersError(unused)
         self._first, self._unused = k, unused
 
     def _refuse(self, k: int, changed: frozenset[str]) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.select import root
+from revdistill.engine.integers.state import THETA as THETA
 from revdistill.engine.integers.state import State
 from revdistill.engine.optimizers.hyperparameters import Table
 
-THETA, GRADIENT = "theta", "gradient"
+GRADIENT = "gradient"  # its name among the values, beside THETA and those of the slots
 Values = Mapping[str, Tensor]  # by name: theta, the gradient, slots; float [numel] each
 SLACK = 1.0 + 1e-6  # bounds are floats, and so are the values that they bound
 

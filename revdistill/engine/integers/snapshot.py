@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.integers.backend import Backend
-from revdistill.engine.integers.state import State
-from revdistill.engine.optimizers.sources import THETA
+from revdistill.engine.integers.state import THETA, State
 
 
 class Snapshot:

@@ -20,7 +20,6 @@ from torch import Tensor
 import revdistill as rd
 from gpu.lines import attempt, options_of, write
 from gpu.place import here, leave
-from revdistill.engine.adjoints.sweep import Sweep
 from revdistill.engine.loss.graph import graph_nodes
 
 SHORT, LONG = 32, 64  # neither spills: at a momentum of 0.9 the first words leave after some 200 steps
@@ -94,11 +93,8 @@ def sweep_alone(value: Tensor) -> None:
     more.
     """
     (node,) = (n for n in graph_nodes(value) if hasattr(n, "unrolled"))  # the unroll's own
-    unrolled = node.unrolled
-    recording, unrolled.recording = unrolled.recording, None
-    (bar,) = torch.autograd.grad(value, torch.autograd.graph.GradientEdge(node, 0))
-    with torch.no_grad(), unrolled.problem.determinism.passage():
-        recording.backward(Sweep(unrolled.problem, bar.contiguous()))
+    bars = torch.autograd.grad(value, torch.autograd.graph.GradientEdge(node, 0))
+    node.unrolled.go_back(bars)
 
 
 def measure_cuda(problem: Task, **what: Any) -> None:

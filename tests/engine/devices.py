@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.adjoints.sweep import Sweep
 from revdistill.engine.integers.history import FileHistory, History, HostHistory
 from tests import standin
 from tests.engine.problems import Case
@@ -126,6 +125,4 @@ def go_back(run: Any) -> None:
     """The way back of an unroll, by itself: torch ends the process where a Python device's own thread of autograd
     raises.
     """
-    theta = run.recording.theta
-    with torch.no_grad(), run.problem.determinism.passage():
-        run.recording.backward(Sweep(run.problem, torch.ones_like(theta)))
+    run.go_back((torch.ones_like(run.recording._trajectory.theta()),))

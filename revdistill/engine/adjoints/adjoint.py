@@ -129,6 +129,27 @@ class Unrolled:
         """torch counts the in-place changes of each tensor."""
         return tuple(t._version for t in (*self.problem.data.tensors, *self.problem.data.hypers))
 
+    def go_back(self, bars: tuple[Tensor, ...]) -> Hypergradients:
+        """The way back; once. bars: dL/d(each of the results)."""
+        recording, self.recording = self.recording, None  # used up, even if the way back fails
+        if recording is None or self.form is None:
+            raise UnsupportedError(
+                "this unroll was already gone back through, which used it up; add the losses before one backward(), "
+                "call rd.unroll again, or use adjoint=rd.Backprop() with retain_graph=True"
+            )
+        if self.data_versions() != self.versions:
+            raise ReversalError(
+                "a tensor in batches or hyper was changed in place between the forward and the backward pass, so the "
+                "way back would see other data; change it after backward(), or pass a clone"
+            )
+        with torch.no_grad(), self.problem.determinism.passage():
+            result_bars = self.form.with_tensors(tuple(bar.contiguous() for bar in bars))
+            sweep = Sweep(self.problem, result_bars, recording.stats._amplification)
+            try:
+                return recording.backward(sweep)
+            finally:
+                sweep.close()
+
 
 class _Unroll(torch.autograd.Function):
     """Inputs: the unroll, theta_0 and every differentiable tensor; outputs theta_T, the average and the slots, where
@@ -152,25 +173,8 @@ class _Unroll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
         unrolled: Unrolled = ctx.unrolled
-        problem, form = unrolled.problem, unrolled.form
-        recording, unrolled.recording = unrolled.recording, None  # used up, even if the way back fails
-        if recording is None or form is None:
-            raise UnsupportedError(
-                "this unroll was already gone back through, which used it up; add the losses before one backward(), "
-                "call rd.unroll again, or use adjoint=rd.Backprop() with retain_graph=True"
-            )
-        if unrolled.data_versions() != unrolled.versions:
-            raise ReversalError(
-                "a tensor in batches or hyper was changed in place between the forward and the backward pass, so the "
-                "way back would see other data; change it after backward(), or pass a clone"
-            )
-        with torch.no_grad(), problem.determinism.passage():
-            result_bars = form.with_tensors(tuple(bar.contiguous() for bar in bars))
-            sweep = Sweep(problem, result_bars, recording.stats._amplification)
-            try:
-                found = recording.backward(sweep)
-            finally:
-                sweep.close()
+        problem = unrolled.problem
+        found = unrolled.go_back(bars)
         tables = [found.tables.get(name) for name in problem.update.tables]
         slots = [None if found.slots is None else found.slots[name] for name in problem.start.slots]
         gradients = (found.theta, *tables, *found.batches, *found.hypers, *slots)

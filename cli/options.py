@@ -20,6 +20,7 @@ else:
     _ParamType = click.ParamType  # older releases of click have it without a parameter
 
 FC = TypeVar("FC", bound=Callable[..., Any])
+FILES = "a .npz file"  # what a user's own dataset may be
 COUNT = click.IntRange(min=1)
 RATE = click.FloatRange(min=0, min_open=True)
 
@@ -84,8 +85,8 @@ data_dir = click.option(
 )
 dataset = click.option(
     "--dataset",
-    help="Use this real dataset (a name, or a .npz file) instead of the one that RUN names. It must be given where RUN "
-    "was distilled from a .npz file: the result of somebody else does not choose which of your files is read.",
+    help=f"Use this real dataset (a name, or {FILES}) instead of the one that RUN names. It must be given where "
+    "RUN was distilled from a file: the result of somebody else does not choose which of your files is read.",
 )
 device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 

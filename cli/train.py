@@ -24,6 +24,7 @@ from revdistill.outer.directory import METRICS, read_metrics
 from revdistill.outer.optimizers import OPTIMIZERS
 
 from . import options
+from .described import remarks
 from .errors import UserError, user_input
 from .options import COUNT, RATE
 from .resuming import check_agrees, given, stopping
@@ -39,7 +40,7 @@ _option = options.Fields(_DEFAULT)
     type=click.Choice(list(PRESETS)),
     help="Take these settings together. An option that is given as well overrides its part of them.",
 )
-@_option("--dataset", f"{', '.join(NAMES)}, or a .npz file with x and y.")
+@_option("--dataset", f"{', '.join(NAMES)}, or {options.FILES}; revdistill data says what is read of it.")
 @options.data_dir
 @options.arch
 @_option("--steps", "How many synthetic batches are learned.", type=COUNT)
@@ -147,7 +148,7 @@ def train(
         distiller = Distiller(config, data)
     with user_input("--out"):
         run = Distillation(out, distiller, resume=resume, save_every=save_every)
-    click.echo(_headline(distiller))
+    click.echo("\n".join([_headline(distiller), *remarks(data)]))
     if resume:
         click.echo(f"resuming after outer step {distiller.outer_step} of {config.outer_steps}")
     started = time.monotonic()

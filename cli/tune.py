@@ -18,6 +18,7 @@ from revdistill.tune.tuner import Tuner
 from revdistill.tune.tuning import Tuning
 
 from . import options
+from .described import remarks
 from .errors import user_input
 from .options import COUNT, RATE
 from .resuming import check_agrees, stopping
@@ -28,7 +29,7 @@ _option = options.Fields(_DEFAULT)
 
 
 @click.command(short_help="Learn a training schedule for a model.")
-@_option("--dataset", f"{', '.join(NAMES)}, or a .npz file with x and y.")
+@_option("--dataset", f"{', '.join(NAMES)}, or {options.FILES}; revdistill data says what is read of it.")
 @options.data_dir
 @click.option(
     "--arch",
@@ -90,6 +91,8 @@ def tune(
         f"{', '.join(config.learn)}"
         f"{' per layer' if config.per_layer else ''} in {config.outer_steps} outer steps on {config.device}"
     )
+    for line in remarks(data):
+        click.echo(line)
     started = time.monotonic()
     with stopping(ctx, config, out, data_dir):
         result = tuning.run()

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from revdistill.outer.data import NAMES, load
+from revdistill.outer.own_files import ACCEPTED
 
 from . import options
 from .described import description
@@ -18,7 +19,7 @@ from .errors import user_input
     help=f"""Say what would be read of a dataset, and as what: arrays and their roles, shapes, classes with their names
     and counts, splits, values, and what is left unread.
 
-    DATASET is what the other commands take as --dataset: {", ".join(NAMES)}, or {options.FILES}.""",
+    DATASET is what the other commands take as --dataset: {", ".join(NAMES)}, or {ACCEPTED}.""",
 )
 @click.argument("dataset")
 @options.data_dir

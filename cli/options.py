@@ -13,6 +13,7 @@ from revdistill.outer.data import DATA_DIR
 from revdistill.outer.device import check_device
 from revdistill.outer.image_files import FROM_FILES
 from revdistill.outer.optimizers import OPTIMIZERS
+from revdistill.outer.own_files import ACCEPTED
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
@@ -20,7 +21,6 @@ else:
     _ParamType = click.ParamType  # older releases of click have it without a parameter
 
 FC = TypeVar("FC", bound=Callable[..., Any])
-FILES = "a .npz file"  # what a user's own dataset may be
 COUNT = click.IntRange(min=1)
 RATE = click.FloatRange(min=0, min_open=True)
 
@@ -85,7 +85,7 @@ data_dir = click.option(
 )
 dataset = click.option(
     "--dataset",
-    help=f"Use this real dataset (a name, or {FILES}) instead of the one that RUN names. It must be given where "
+    help=f"Use this real dataset (a name, or {ACCEPTED}) instead of the one that RUN names. It must be given where "
     "RUN was distilled from a file: the result of somebody else does not choose which of your files is read.",
 )
 device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")

@@ -35,7 +35,7 @@ class Artifact:
         y: int64 [s, B], or soft labels float32 [s, B, C].
         lr: float32 [T], T = s x epochs.
         momentum: float32 [T].
-        dataset: what was distilled: a name, or the path of a .npz file.
+        dataset: what was distilled: a name, or the path of a file or folder.
         architectures: that the data were distilled for.
         epochs: T / s.
         seed: of the distillation.

@@ -17,7 +17,7 @@ from torch import Tensor
 from revdistill.engine import ArtifactError
 from revdistill.outer.image_files import FROM_FILES
 from revdistill.outer.labels import Label
-from revdistill.outer.npz import load_npz
+from revdistill.outer.own_files import ACCEPTED, load_own, split
 from revdistill.outer.source import Arrays, Origin, Source
 
 SPLIT_SEED = 8  # of make_moons and of every split, as in the study
@@ -117,7 +117,7 @@ def load(name: str, data_dir: str | Path = DATA_DIR) -> Dataset:
     """A dataset by name, or a user's own by path.
 
     Args:
-        name: one of NAMES, or the path of a .npz file, see `load_npz`.
+        name: one of NAMES, or the path of a file or folder, see `load_own`.
         data_dir: where the files of mnist, fashion-mnist and cifar10 are, see `image_files`.
 
     Raises:
@@ -132,9 +132,15 @@ def load(name: str, data_dir: str | Path = DATA_DIR) -> Dataset:
     if name in FROM_FILES:
         (x, y), (x_test, y_test) = FROM_FILES[name](Path(data_dir))
         return _assemble(name, Source((_unit(x), y), None, (_unit(x_test), y_test), ()))
-    if not name.endswith(".npz"):
-        raise ValueError(f"unknown dataset {name!r}; accepted are {', '.join(NAMES)} and the path of a .npz file")
-    return _assemble(str(Path(name).resolve()), load_npz(Path(name)))
+    found = load_own(name)
+    if found is None:
+        raise ValueError(f"unknown dataset {name!r}; accepted are {', '.join(NAMES)}, {ACCEPTED}")
+    return _assemble(*found)
+
+
+def short_name(name: str) -> str:
+    """Of a dataset, for the name of a directory: its own, or that of its file or folder."""
+    return name if name in NAMES else split(name)[0].resolve().stem
 
 
 def _assemble(name: str, source: Source, *, test: float = TEST, normalise: bool = True) -> Dataset:

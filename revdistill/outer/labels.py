@@ -24,7 +24,7 @@ def plain(where: str, y: np.ndarray, count: int) -> np.ndarray:
         count: N, how many samples there are.
 
     Returns:
-        [N], integers or strings. Strings that are all whole numbers become these.
+        [N], integers or strings.
 
     Raises:
         ArtifactError: they are something else.
@@ -45,13 +45,13 @@ def plain(where: str, y: np.ndarray, count: int) -> np.ndarray:
             y = np.char.decode(y, "utf-8")
         except UnicodeDecodeError as error:
             raise ArtifactError(f"{where} has texts that are not UTF-8 ({error})") from error
-    if y.dtype.kind == "U":
-        return numbers_where_all_are(y)
     return y.astype(np.int64) if y.dtype.kind == "b" else y
 
 
 def numbers_where_all_are(y: np.ndarray) -> np.ndarray:
     """Strings as integers, where each is written as one (so that 10 comes after 9, and "7" is the class 7)."""
+    if y.dtype.kind != "U":
+        return y
     return y.astype(np.int64) if all(_WHOLE.fullmatch(text) for text in np.unique(y).tolist()) else y
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from revdistill.engine import ArtifactError
-from revdistill.outer.labels import Label, numbered, numbered_as
+from revdistill.outer.labels import Label, numbered, numbered_as, numbers_where_all_are
 from revdistill.outer.roles import TEST, TRAIN, VALIDATION
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -87,6 +87,8 @@ class Source:
 def joined(where: object, parts: Mapping[str, Part], origin: Origin) -> Source:
     """The parts, checked against each other; the training part's classes are the classes.
 
+    Where all of them are texts of whole numbers, they become these.
+
     Args:
         where: the file, for messages.
         parts: by TRAIN, which there must be, VALIDATION and TEST.
@@ -96,7 +98,8 @@ def joined(where: object, parts: Mapping[str, Part], origin: Origin) -> Source:
         ArtifactError: parts do not go together; names what does not.
     """
     own = parts[TRAIN]
-    names, y = numbered(f"{where}: {own.y_name}", own.labels)
+    own_labels = numbers_where_all_are(own.labels)
+    names, y = numbered(f"{where}: {own.y_name}", own_labels)
     found: dict[str, Arrays] = {}
     for kind, part in parts.items():
         if kind == TRAIN:
@@ -105,5 +108,6 @@ def joined(where: object, parts: Mapping[str, Part], origin: Origin) -> Source:
             raise ArtifactError(
                 f"{where}: {part.x_name} has entries of shape {part.x.shape[1:]}, but {own.x_name} of {own.x.shape[1:]}"
             )
-        found[kind] = part.x, numbered_as(f"{where}: {part.y_name}", part.labels, names, own.y_name)
+        labels = part.labels if own_labels.dtype.kind == "U" else numbers_where_all_are(part.labels)
+        found[kind] = part.x, numbered_as(f"{where}: {part.y_name}", labels, names, own.y_name)
     return Source((own.x, y), found.get(VALIDATION), found.get(TEST), names, origin)

@@ -13,6 +13,7 @@ from revdistill.outer import models
 from revdistill.outer.data import load
 
 from . import options
+from .described import remarks
 from .errors import dataset_of, read_run, user_input
 from .table import evaluation_table
 
@@ -54,6 +55,8 @@ def evaluate(
     found = {}
     with user_input():
         data = load(dataset_of(artifact, dataset), data_dir)
+        for line in remarks(data):
+            click.echo(line, err=True)  # standard output may be JSON
         for name in architectures or _own(artifact.architectures):
             result = evaluations.evaluate(artifact, data, name, restarts=restarts, schedule=schedule, device=device)
             found[name] = result.to_dict()

@@ -12,6 +12,7 @@ import revdistill
 from revdistill.engine import RevdistillError
 from revdistill.outer.job import NotSavedError
 
+from .data import data
 from .errors import UserError
 from .evaluate import evaluate
 from .show import show
@@ -30,10 +31,11 @@ def cli() -> None:
     revdistill show runs/digits                what came out, with pictures
     revdistill evaluate runs/digits            train fresh networks on it
     revdistill tune --learn lr,momentum        learn a training schedule for a model
+    revdistill data photos.npz                 what would be read of your own data
     """
 
 
-for command in (train, evaluate, show, tune, verify):
+for command in (train, evaluate, show, tune, data, verify):
     cli.add_command(command)
 
 

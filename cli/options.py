@@ -13,6 +13,7 @@ from revdistill.outer.data import DATA_DIR
 from revdistill.outer.device import check_device
 from revdistill.outer.image_files import FROM_FILES
 from revdistill.outer.optimizers import OPTIMIZERS
+from revdistill.outer.own_files import ACCEPTED
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
@@ -84,8 +85,8 @@ data_dir = click.option(
 )
 dataset = click.option(
     "--dataset",
-    help="Use this real dataset (a name, or a .npz file) instead of the one that RUN names. It must be given where RUN "
-    "was distilled from a .npz file: the result of somebody else does not choose which of your files is read.",
+    help=f"Use this real dataset (a name, or {ACCEPTED}) instead of the one that RUN names. It must be given where "
+    "RUN was distilled from a file: the result of somebody else does not choose which of your files is read.",
 )
 device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 

@@ -8,12 +8,13 @@ import click
 import numpy as np
 
 from revdistill.distill.artifact import Artifact
-from revdistill.distill.evaluation import check_compatible
+from revdistill.distill.classes import fitted
 from revdistill.outer.data import Dataset, load
 from revdistill.outer.directory import METRICS, read_metrics
 from revdistill.outer.optimizers import OPTIMIZERS
 
 from . import options
+from .described import named
 from .errors import UserError, dataset_of, read_run, user_input
 from .table import evaluation_table, table
 
@@ -45,9 +46,7 @@ def _data_behind(artifact: Artifact, asked: str | None) -> Dataset | None:
     """The real data where a picture shows them: points in the plane."""
     if artifact.x.shape[2:] != (2,):
         return None
-    data = load(dataset_of(artifact, asked))
-    check_compatible(artifact, data)
-    return data
+    return fitted(artifact, load(dataset_of(artifact, asked)))
 
 
 def _summary(a: Artifact) -> str:
@@ -59,6 +58,7 @@ def _summary(a: Artifact) -> str:
         ("distilled for", ", ".join(a.architectures)),
         ("synthetic data", f"{a.batches} batches of {a.x.shape[1]}, each {' x '.join(map(str, a.x.shape[2:]))}"),
         ("labels", "soft" if a.has_soft_labels else "hard"),
+        *([("classes", named(a.classes))] if a.classes else []),
         ("inner steps", f"{a.inner_steps} ({a.epochs} epochs)"),
         ("step sizes", span(a.lr)),
         ("optimizer", a.optimizer),

@@ -10,7 +10,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest entry. What a terminal would act on (a file may hold such texts) is a question
     mark.
     """
-    header, *rows = ([_plain(cell) for cell in row] for row in (header, *rows))
+    header, *rows = ([printable(cell) for cell in row] for row in (header, *rows))
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -19,7 +19,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  " + line for line in lines)
 
 
-def _plain(cell: str) -> str:
+def printable(cell: str) -> str:
+    """The text, with a question mark for what a terminal would act on."""
     return "".join(c if c.isprintable() else "?" for c in cell)
 
 

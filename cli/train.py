@@ -19,11 +19,13 @@ from revdistill.distill.distiller import Distiller
 from revdistill.distill.presets import PRESETS, USUAL
 from revdistill.distill.starts import STARTS
 from revdistill.outer.checkpoint import written_by
-from revdistill.outer.data import NAMES, load
+from revdistill.outer.data import NAMES, load, short_name
 from revdistill.outer.directory import METRICS, read_metrics
 from revdistill.outer.optimizers import OPTIMIZERS
+from revdistill.outer.own_files import ACCEPTED
 
 from . import options
+from .described import remarks
 from .errors import UserError, user_input
 from .options import COUNT, RATE
 from .resuming import check_agrees, given, stopping
@@ -39,7 +41,7 @@ _option = options.Fields(_DEFAULT)
     type=click.Choice(list(PRESETS)),
     help="Take these settings together. An option that is given as well overrides its part of them.",
 )
-@_option("--dataset", f"{', '.join(NAMES)}, or a .npz file with x and y.")
+@_option("--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.")
 @options.data_dir
 @options.arch
 @_option("--steps", "How many synthetic batches are learned.", type=COUNT)
@@ -147,7 +149,7 @@ def train(
         distiller = Distiller(config, data)
     with user_input("--out"):
         run = Distillation(out, distiller, resume=resume, save_every=save_every)
-    click.echo(_headline(distiller))
+    click.echo("\n".join([_headline(distiller), *remarks(data)]))
     if resume:
         click.echo(f"resuming after outer step {distiller.outer_step} of {config.outer_steps}")
     started = time.monotonic()
@@ -163,7 +165,7 @@ def train(
 
 def _default_directory(dataset: str, resume: bool) -> Path:
     """runs/DATASET, or the first of runs/DATASET-2, -3, ... that holds no run; to resume, the last that does."""
-    name = Path(dataset).stem
+    name = short_name(dataset)
     taken: Path | None = None
     for i in itertools.count(1):
         directory = Path("runs") / (name if i == 1 else f"{name}-{i}")

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from revdistill.outer.data import NAMES, load
+from revdistill.outer.data import NAMES, load, short_name
 from revdistill.outer.optimizers import OPTIMIZERS
+from revdistill.outer.own_files import ACCEPTED
 from revdistill.tune.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.tune.checkpoint import read_config
 from revdistill.tune.config import LEARNABLE, TuneConfig
@@ -18,6 +19,7 @@ from revdistill.tune.tuner import Tuner
 from revdistill.tune.tuning import Tuning
 
 from . import options
+from .described import remarks
 from .errors import user_input
 from .options import COUNT, RATE
 from .resuming import check_agrees, stopping
@@ -28,7 +30,7 @@ _option = options.Fields(_DEFAULT)
 
 
 @click.command(short_help="Learn a training schedule for a model.")
-@_option("--dataset", f"{', '.join(NAMES)}, or a .npz file with x and y.")
+@_option("--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.")
 @options.data_dir
 @click.option(
     "--arch",
@@ -76,7 +78,7 @@ def tune(
     are trained along the starting and along the learned schedule, and compared on test data that neither has seen.
     """
     values["learn"] = tuple(name.strip() for name in learn.split(",") if name.strip())
-    out = out or Path("runs") / f"tune-{Path(values['dataset']).stem}"
+    out = out or Path("runs") / f"tune-{short_name(values['dataset'])}"
     with user_input():
         config = _resumed(ctx, out, values) if resume else TuneConfig(**values)
     with user_input("--dataset"):
@@ -90,6 +92,8 @@ def tune(
         f"{', '.join(config.learn)}"
         f"{' per layer' if config.per_layer else ''} in {config.outer_steps} outer steps on {config.device}"
     )
+    for line in remarks(data):
+        click.echo(line)
     started = time.monotonic()
     with stopping(ctx, config, out, data_dir):
         result = tuning.run()

@@ -12,11 +12,13 @@ import torch
 
 import revdistill
 from revdistill.outer.hdf5 import Reader, reading, writing
+from revdistill.outer.labels import Label
 from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
 
 FORMAT_VERSION = 1
 WITH_OPTIMIZER = 2  # for another optimizer than SGD: readers that know of none must not take it for SGD's
 WITH_DECAY = 3  # likewise for a weight decay; has an optimizer too
+WITH_CLASSES = 4  # likewise for names of classes: class 0 must not be taken for the data's label 0; has all of these
 FILE_NAME = "distilled.h5"
 
 
@@ -33,7 +35,7 @@ class Artifact:
         y: int64 [s, B], or soft labels float32 [s, B, C].
         lr: float32 [T], T = s x epochs.
         momentum: float32 [T].
-        dataset: what was distilled: a name, or the path of a .npz file.
+        dataset: what was distilled: a name, or the path of a file or folder.
         architectures: that the data were distilled for.
         epochs: T / s.
         seed: of the distillation.
@@ -42,6 +44,8 @@ class Artifact:
         evaluation: architecture -> what `Evaluation.to_dict` gives.
         optimizer: a name of OPTIMIZERS.
         weight_decay: as torch.optim has it.
+        classes: the labels that the real data have for classes 0, 1, ...: integers or strings. Empty where they are 0
+            to n - 1, and in files of releases that did not keep them.
         revdistill_version: that wrote the file.
         torch_version: that wrote the file.
     """
@@ -59,6 +63,7 @@ class Artifact:
     evaluation: dict[str, Any] = field(default_factory=dict)
     optimizer: str = DEFAULT
     weight_decay: float = 0.0
+    classes: list[Label] = field(default_factory=list)
     revdistill_version: str = ""
     torch_version: str = ""
 
@@ -89,6 +94,8 @@ def write(path: Path, artifact: Artifact) -> None:
             file.attrs["optimizer"] = artifact.optimizer
         if version >= WITH_DECAY:
             file.attrs["weight_decay"] = float(artifact.weight_decay)
+        if version >= WITH_CLASSES:
+            file.attrs["classes"] = json.dumps(artifact.classes)
         file.attrs["revdistill_version"] = revdistill.__version__
         file.attrs["torch_version"] = str(torch.__version__)
         file.attrs["dataset"] = artifact.dataset
@@ -101,6 +108,8 @@ def write(path: Path, artifact: Artifact) -> None:
 
 def _version(artifact: Artifact) -> int:
     """The lowest version that can say everything, so that earlier releases read the file where they can."""
+    if artifact.classes:
+        return WITH_CLASSES
     if artifact.weight_decay:
         return WITH_DECAY
     return FORMAT_VERSION if artifact.optimizer == DEFAULT else WITH_OPTIMIZER
@@ -113,7 +122,7 @@ def read(path: str | Path) -> Artifact:
         ArtifactError: names the file and what is wrong with it.
     """
     with reading(path) as file:
-        version = file.check_version(FORMAT_VERSION, WITH_OPTIMIZER, WITH_DECAY)
+        version = file.check_version(FORMAT_VERSION, WITH_OPTIMIZER, WITH_DECAY, WITH_CLASSES)
         artifact = Artifact(
             x=file.array("x", "float32"),
             y=file.array("y", "int64", "float32"),
@@ -128,10 +137,13 @@ def read(path: str | Path) -> Artifact:
             evaluation=file.json("evaluation", dict),
             optimizer=file.text("optimizer") if version >= WITH_OPTIMIZER else DEFAULT,
             weight_decay=file.number("weight_decay") if version >= WITH_DECAY else 0.0,
+            classes=file.json("classes", list) if version >= WITH_CLASSES else [],
             revdistill_version=file.text("revdistill_version"),
             torch_version=file.text("torch_version"),
         )
         _check(file, artifact)
+        if version >= WITH_CLASSES:
+            _check_classes(file, artifact)
         return artifact
 
 
@@ -162,3 +174,12 @@ def _check(file: Reader, a: Artifact) -> None:
         values = a.normalization.get(key)
         if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
             raise file.fail(f"attribute 'normalization' must hold a list of numbers {key!r}")
+
+
+def _check_classes(file: Reader, a: Artifact) -> None:
+    kinds = {type(name) for name in a.classes}
+    if kinds not in ({int}, {str}) or len(set(a.classes)) != len(a.classes):
+        raise file.fail("attribute 'classes' must list different integers or different texts")
+    count = a.y.shape[2] if a.has_soft_labels else int(a.y.max()) + 1
+    if count > len(a.classes) or (a.has_soft_labels and count != len(a.classes)):
+        raise file.fail(f"attribute 'classes' has {len(a.classes)} classes, but 'y' has {count}")

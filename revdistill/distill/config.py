@@ -29,7 +29,7 @@ class Config(Configuration):
     """What a distillation does.
 
     Args:
-        dataset: a name, or a .npz file.
+        dataset: a name, or the path of a file or folder.
         architectures: distil for all of them at once.
         steps: s, the number of synthetic batches.
         epochs: how often a network trains on all of them; T = s x epochs inner steps.

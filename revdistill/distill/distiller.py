@@ -18,6 +18,7 @@ from revdistill.engine.loss.determinism import repeatable
 from revdistill.outer.data import Dataset
 from revdistill.outer.descent import Descent, clip_to, cosine
 from revdistill.outer.device import check_device
+from revdistill.outer.labels import are_numbers
 from revdistill.outer.networks import NetworkStack
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.random_streams import (
@@ -225,6 +226,7 @@ class Distiller:
                 seed=config.seed,
                 normalization=self.data.normalization,
                 config=config.to_dict(),
+                classes=[] if are_numbers(self.data.class_names) else list(self.data.class_names),
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from revdistill.distill.artifact import Artifact
+from revdistill.distill.classes import fitted
 from revdistill.distill.distiller import fixed_network_seed
 from revdistill.distill.strategies import plan
 from revdistill.outer.data import Dataset
@@ -55,7 +56,7 @@ def evaluate(
 
     Args:
         artifact: the distilled data.
-        data: the real data; the test part is used.
+        data: the real data; the test part is used. Its classes go by their names.
         architecture: of the networks.
         restarts: how many networks to train.
         schedule: a name of STRATEGIES.
@@ -64,7 +65,7 @@ def evaluate(
     Raises:
         ValueError: the data, the architecture or the schedule do not go with the artifact.
     """
-    check_compatible(artifact, data)
+    data = fitted(artifact, data)
     family = OPTIMIZERS[artifact.optimizer]
     if schedule == "strategy1" and not family.takes_rates_of_sgd:
         raise ValueError(
@@ -119,18 +120,6 @@ def train_plainly(
         momentum=[[m] for m in momenta],
         seed=evaluation_seed(artifact.seed) + first,
     )
-
-
-def check_compatible(artifact: Artifact, data: Dataset) -> None:
-    """ValueError where distilled and real data have different shapes or classes."""
-    if tuple(artifact.x.shape[2:]) != data.input_shape:
-        raise ValueError(
-            f"the distilled data have entries of shape {list(artifact.x.shape[2:])}, "
-            f"but dataset {data.name!r} of {list(data.input_shape)}"
-        )
-    classes = artifact.y.shape[2] if artifact.has_soft_labels else int(artifact.y.max()) + 1
-    if classes > data.classes or (artifact.has_soft_labels and classes != data.classes):
-        raise ValueError(f"the distilled data have {classes} classes, but dataset {data.name!r} has {data.classes}")
 
 
 def _fixed_start(

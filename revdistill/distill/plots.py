@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 
 MAX_IMAGE_ROWS, MAX_IMAGE_COLUMNS, MAX_RATE_COLUMNS = 10, 20, 4
 MAX_DRAWN = 1e100  # beyond it matplotlib overflows
+MAX_NAME = 12  # characters over an image's column
 GRID = 200  # points per side of a decision picture
 _COLOURS = plt.get_cmap("tab10")
 
@@ -53,7 +55,8 @@ def draw_all(directory: Path, artifact: Artifact, data: Dataset | None, metrics:
     written = []
     for name, figure in figures.items():
         path = folder / f"{name}.png"
-        with replacing(path) as temporary:
+        with replacing(path) as temporary, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # names of classes may be in any script
             figure.savefig(temporary, format="png", dpi=150)
         plt.close(figure)
         written.append(path)
@@ -90,7 +93,7 @@ def images(artifact: Artifact) -> Figure:
             image = np.clip((artifact.x[batch, position] - low) / max(high - low, 1e-12), 0, 1)
             ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
             if i == 0:
-                ax.set_title(str(_column_class(artifact, column, per_class)), fontsize=9)
+                ax.set_title(_column_class(artifact, column, per_class), fontsize=9)
             if j == 0 and index == 0:
                 ax.set_ylabel(f"batch {batch + 1}", rotation=0, ha="right", va="center", fontsize=8)
         if index == 0:
@@ -117,11 +120,18 @@ def _spread(count: int, most: int) -> list[int]:
     return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, most)).round())]
 
 
-def _column_class(artifact: Artifact, column: int, per_class: int) -> int:
+def _column_class(artifact: Artifact, column: int, per_class: int) -> str:
     """The class of a column's images: that of their mean label, as a single learned label may favour another class."""
     y = artifact.y[:, column * per_class : (column + 1) * per_class]
     votes = y.mean((0, 1)) if artifact.has_soft_labels else np.bincount(y.ravel())
-    return int(votes.argmax())
+    number = int(votes.argmax())
+    return _plain(str(artifact.classes[number])) if artifact.classes else str(number)
+
+
+def _plain(name: str) -> str:
+    """A name that fits over an image; $ would make matplotlib take it for mathematics."""
+    short = name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
+    return "".join(c if c.isprintable() else "?" for c in short).replace("$", r"\$")
 
 
 def _hard(y: np.ndarray) -> np.ndarray:

@@ -57,7 +57,8 @@ def _by_class(data: Dataset) -> list[Tensor]:
     for c, own in enumerate(found):
         if not len(own):
             raise ValueError(
-                f"start is made of real data, but the training data have no sample of class {c}; use noise"
+                f"start is made of real data, but the training data have no sample of class {data.class_names[c]!r}; "
+                "use noise"
             )
     return found
 

@@ -1,4 +1,4 @@
-"""Real datasets with fixed splits: the built-in ones, the standard image sets, and any .npz with x and y.
+"""Real datasets with fixed splits: the built-in ones, the standard image sets, and a user's own files.
 
 Each comes normalised per feature (vectors) or per channel (images) by the training set's mean and standard deviation,
 except the two-dimensional ones of the study, which are used as they are.
@@ -7,7 +7,7 @@ except the two-dimensional ones of the study, which are used as they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from revdistill.engine import ArtifactError
 from revdistill.outer.image_files import FROM_FILES
-from revdistill.outer.npz import Arrays, load_npz
+from revdistill.outer.labels import Label
+from revdistill.outer.own_files import ACCEPTED, load_own, split
+from revdistill.outer.source import Arrays, Origin, Source
 
 SPLIT_SEED = 8  # of make_moons and of every split, as in the study
 MOONS_TEST = 0.33
@@ -39,6 +41,9 @@ class Dataset:
         y_test: likewise.
         classes: how many there are.
         normalization: {"mean": [...], "std": [...]}, per feature or channel: what was done to the inputs.
+        class_names: what the classes 0 to classes - 1 are called in the data, in order; by default just that.
+        value_range: least and largest value of the inputs before they were normalised.
+        origin: what to tell the user of where the data came from.
     """
 
     name: str
@@ -50,6 +55,13 @@ class Dataset:
     y_test: Tensor
     classes: int
     normalization: dict[str, list[float]]
+    class_names: tuple[Label, ...] = ()
+    value_range: tuple[float, float] = (0.0, 0.0)
+    origin: Origin = field(default_factory=Origin)
+
+    def __post_init__(self) -> None:
+        if not self.class_names:
+            object.__setattr__(self, "class_names", tuple(range(self.classes)))
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -102,13 +114,10 @@ _AS_THEY_ARE = {"moons", "circles", "blobs"}
 
 
 def load(name: str, data_dir: str | Path = DATA_DIR) -> Dataset:
-    """A dataset by name, or a .npz file by path.
-
-    A .npz file holds x, numbers [N, features] or [N, H, W] or [N, channels, H, W], and y, integer classes [N];
-    optionally x_test and y_test.
+    """A dataset by name, or a user's own by path.
 
     Args:
-        name: one of NAMES, or the path of a .npz file.
+        name: one of NAMES, or the path of a file or folder, see `load_own`.
         data_dir: where the files of mnist, fashion-mnist and cifar10 are, see `image_files`.
 
     Raises:
@@ -117,48 +126,35 @@ def load(name: str, data_dir: str | Path = DATA_DIR) -> Dataset:
     """
     if name in BUILT_IN:
         x, y = BUILT_IN[name]()
+        own = Source((np.asarray(x, np.float32), np.asarray(y, np.int64)), None, None, ())
         test = MOONS_TEST if name == "moons" else TEST
-        return _split(
-            name, np.asarray(x, np.float32), np.asarray(y, np.int64), test, normalise=name not in _AS_THEY_ARE
-        )
+        return _assemble(name, own, test=test, normalise=name not in _AS_THEY_ARE)
     if name in FROM_FILES:
         (x, y), (x_test, y_test) = FROM_FILES[name](Path(data_dir))
-        return _assemble(name, _unit(x), y, _unit(x_test), y_test, normalise=True)
-    if not name.endswith(".npz"):
-        raise ValueError(f"unknown dataset {name!r}; accepted are {', '.join(NAMES)} and the path of a .npz file")
-    own, test_data = load_npz(Path(name))
-    full_name = str(Path(name).resolve())
-    return (
-        _split(full_name, *own, TEST, normalise=True)
-        if test_data is None
-        else _assemble(full_name, *own, *test_data, normalise=True)
-    )
+        return _assemble(name, Source((_unit(x), y), None, (_unit(x_test), y_test), ()))
+    found = load_own(name)
+    if found is None:
+        raise ValueError(f"unknown dataset {name!r}; accepted are {', '.join(NAMES)}, {ACCEPTED}")
+    return _assemble(*found)
 
 
-def _split(name: str, x: np.ndarray, y: np.ndarray, test: float, *, normalise: bool) -> Dataset:
-    from sklearn.model_selection import train_test_split
-
-    # The study's own split is not stratified; elsewhere every class is to be in both parts.
-    stratify = None if name == "moons" else y
-    try:
-        x, x_test, y, y_test = train_test_split(x, y, test_size=test, random_state=SPLIT_SEED, stratify=stratify)
-    except ValueError as error:
-        raise ArtifactError(
-            f"{name}: too few samples per class to split into training and test data ({error})"
-        ) from error
-    return _assemble(name, x, y, x_test, y_test, normalise=normalise)
+def short_name(name: str) -> str:
+    """Of a dataset, for the name of a directory: its own, or that of its file or folder."""
+    return name if name in NAMES else split(name)[0].resolve().stem
 
 
-def _assemble(
-    name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, *, normalise: bool
-) -> Dataset:
-    from sklearn.model_selection import train_test_split
-
-    classes = int(max(y.max(), y_test.max())) + 1
-    try:
-        x, x_held, y, y_held = train_test_split(x, y, test_size=VALIDATION, random_state=SPLIT_SEED)
-    except ValueError as error:
-        raise ArtifactError(f"{name}: too few samples to hold some out for validation ({error})") from error
+def _assemble(name: str, source: Source, *, test: float = TEST, normalise: bool = True) -> Dataset:
+    """Split off what the source does not have, and normalise by what is then the training part."""
+    splits = []
+    own, tested, held = source.train, source.test, source.validation
+    if tested is None:
+        own, tested = _test_split(name, *own, test)
+        splits.append(f"test data: {test:.0%} of the training data, drawn by a fixed seed")
+    classes = len(source.class_names) or int(max(own[1].max(), tested[1].max())) + 1
+    if held is None:
+        own, held = _held_out(name, *own)
+        splits.append(f"validation data: {VALIDATION:.0%} of the training data, drawn by a fixed seed")
+    x = own[0]
     # vectors: per feature; images: per channel
     axes = (0, 2, 3) if x.ndim == 4 else (0,)
     mean, std = x.mean(axes, dtype=np.float64), x.std(axes, dtype=np.float64)
@@ -174,15 +170,42 @@ def _assemble(
             found[rows] = (values[rows] - mean.reshape(shape)) / std.reshape(shape)
         return torch.from_numpy(found)
 
-    parts = {
-        "x": tensor(x),
-        "y": torch.from_numpy(y),
-        "x_validation": tensor(x_held),
-        "y_validation": torch.from_numpy(y_held),
-        "x_test": tensor(x_test),
-        "y_test": torch.from_numpy(y_test),
-    }
-    return Dataset(name=name, classes=classes, normalization={"mean": mean.tolist(), "std": std.tolist()}, **parts)
+    parts: dict[str, Tensor] = {}
+    for suffix, (values, y) in (("", own), ("_validation", held), ("_test", tested)):
+        parts |= {f"x{suffix}": tensor(values), f"y{suffix}": torch.from_numpy(y)}
+    return Dataset(
+        name=name,
+        classes=classes,
+        normalization={"mean": mean.tolist(), "std": std.tolist()},
+        class_names=source.class_names,
+        value_range=(float(x.min()), float(x.max())),
+        origin=replace(source.origin, splits=tuple(splits)),
+        **parts,
+    )
+
+
+def _test_split(name: str, x: np.ndarray, y: np.ndarray, share: float) -> tuple[Arrays, Arrays]:
+    from sklearn.model_selection import train_test_split
+
+    # The study's own split is not stratified; elsewhere every class is to be in both parts.
+    stratify = None if name == "moons" else y
+    try:
+        x, x_test, y, y_test = train_test_split(x, y, test_size=share, random_state=SPLIT_SEED, stratify=stratify)
+    except ValueError as error:
+        raise ArtifactError(
+            f"{name}: too few samples per class to split into training and test data ({error})"
+        ) from error
+    return (x, y), (x_test, y_test)
+
+
+def _held_out(name: str, x: np.ndarray, y: np.ndarray) -> tuple[Arrays, Arrays]:
+    from sklearn.model_selection import train_test_split
+
+    try:
+        x, x_held, y, y_held = train_test_split(x, y, test_size=VALIDATION, random_state=SPLIT_SEED)
+    except ValueError as error:
+        raise ArtifactError(f"{name}: too few samples to hold some out for validation ({error})") from error
+    return (x, y), (x_held, y_held)
 
 
 def _unit(images: np.ndarray) -> np.ndarray:

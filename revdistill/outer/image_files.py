@@ -17,7 +17,7 @@ from typing import IO, cast
 import numpy as np
 
 from revdistill.engine import ArtifactError
-from revdistill.outer.npz import Arrays
+from revdistill.outer.source import Arrays
 
 CLASSES = 10
 MNIST_SIDE, CIFAR_SHAPE = 28, (3, 32, 32)

@@ -1,79 +1,92 @@
-"""A user's own dataset: a .npz file with x and y, and if there are any x_test and y_test."""
+"""A user's own dataset in a .npz file: arrays found by their names, in the shapes and forms that people save."""
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from revdistill.engine import ArtifactError
+from revdistill.outer.inputs import FIRST, LAST, arranged, checked, layout
+from revdistill.outer.labels import plain
+from revdistill.outer.roles import INPUTS, LABELS, TEST, TRAIN, VALIDATION, role_of, roles
+from revdistill.outer.source import Origin, Part, Read, Source, joined
 
-Arrays = tuple[np.ndarray, np.ndarray]
+LAYOUT = "layout"  # the array that says where images have their channels
 
 
-def load_npz(path: Path) -> tuple[Arrays, Arrays | None]:
-    """A user's own data.
+class Member(NamedTuple):
+    """What a .npz file declares of an array; `problem` is why it cannot be read, if so."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    problem: str | None
+
+
+class Npz:
+    """An open .npz file, whose arrays are read one by one.
 
     Args:
-        path: of the .npz file.
-
-    Returns:
-        (x, y), and (x_test, y_test) or None: x is float32 [N, features] or [N, channels, H, W], y int64 [N] from 0 to
-        classes - 1.
-
-    Raises:
-        ArtifactError: names the file and what is wrong with it.
+        path: for messages.
+        archive: the file as what it is.
+        arrays: the file as numpy has it.
     """
-    arrays = read_npz(path)
-    for key in ("x", "y"):
-        if key not in arrays:
-            raise ArtifactError(
-                f"{path}: has no array {key!r}; it holds {sorted(arrays) or 'nothing'}, and x and y are needed"
-            )
-    x, classes, y = _checked(path, "x", arrays["x"], "y", arrays["y"])
-    if "x_test" not in arrays or "y_test" not in arrays:
-        return (x, y), None
-    x_test, test_classes, y_test = _checked(path, "x_test", arrays["x_test"], "y_test", arrays["y_test"])
-    if x_test.shape[1:] != x.shape[1:]:
-        raise ArtifactError(f"{path}: x_test has entries of shape {x_test.shape[1:]}, but x of {x.shape[1:]}")
-    if not set(test_classes) <= set(classes):
-        raise ArtifactError(
-            f"{path}: y_test has classes {sorted(set(test_classes) - set(classes))} that y does not have"
-        )
-    return (x, y), (x_test, np.searchsorted(classes, test_classes[y_test]))
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, arrays: Any) -> None:
+        self.path, self._arrays = path, arrays
+        self.members: dict[str, Member] = {}
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if name in self.members:
+                raise ArtifactError(f"{path}: holds two arrays of the name {name!r}")
+            self.members[name] = _member(archive, info)
+
+    def array(self, name: str) -> np.ndarray:
+        """An array.
+
+        Raises:
+            ArtifactError: it cannot be read; says why.
+        """
+        problem = self.members[name].problem
+        if problem:
+            raise ArtifactError(f"{self.path}: array {name!r} {problem}")
+        found: np.ndarray = self._arrays[name]
+        return found
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file by name. No pickle is read, and no more memory is allocated than the file has contents.
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read_header: Any = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read_header is None:
+            return Member((), "?", f"is of .npy version {version}; accepted are 1.0 and 2.0")
+        shape, _, dtype = read_header(member)
+    declared = dtype.itemsize * int(np.prod(shape, dtype=object))
+    problem = None
+    if dtype.hasobject:
+        problem = "holds Python objects; only numbers and plain texts are read: save it with .astype(...)"
+    elif declared > info.file_size:
+        problem = f"declares {declared} bytes, but holds {info.file_size}"
+    return Member(shape, str(dtype), problem)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Npz]:
+    """A .npz file. No pickle is read, and no more memory is allocated than the file has contents.
 
     Raises:
         ArtifactError: names the file and what is wrong with it.
     """
     try:
-        found = {}
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
-            for info in archive.infolist():
-                key = info.filename.removesuffix(".npy")
-                with archive.open(info) as member:
-                    version = np.lib.format.read_magic(member)
-                    read_header: Any = {
-                        (1, 0): np.lib.format.read_array_header_1_0,
-                        (2, 0): np.lib.format.read_array_header_2_0,
-                    }.get(version)
-                    if read_header is None:
-                        raise ArtifactError(
-                            f"{path}: array {key!r} is of .npy version {version}; accepted are 1.0 and 2.0"
-                        )
-                    shape, _, dtype = read_header(member)
-                if dtype.hasobject:
-                    raise ArtifactError(f"{path}: array {key!r} holds Python objects; only numbers are read")
-                declared = dtype.itemsize * int(np.prod(shape, dtype=object))
-                if declared > info.file_size:
-                    raise ArtifactError(f"{path}: array {key!r} declares {declared} bytes, but holds {info.file_size}")
-                found[key] = arrays[key]
-        return found
+            yield Npz(path, archive, arrays)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file") from None
     except ArtifactError:
@@ -84,24 +97,70 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise ArtifactError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
 
 
-def _checked(
-    path: Path, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x as float32 with a channel dimension, the classes, and y as indices into them."""
-    if x.dtype.kind not in "fiub":
-        raise ArtifactError(f"{path}: {x_name} has dtype {x.dtype}; accepted are numbers")
-    if x.ndim not in (2, 3, 4) or 0 in x.shape:
+def load_npz(path: Path) -> Source:
+    """A user's own data.
+
+    Args:
+        path: of the .npz file.
+
+    Returns:
+        What it holds, as the names of its arrays say.
+
+    Raises:
+        ArtifactError: names the file and what is wrong with it.
+    """
+    with opened(path) as file:
+        found = roles(path, _candidates(file.members))
+        arrays = {role: file.array(name) for role, name in found.items()}
+        for (part, kind), x in arrays.items():
+            if kind == INPUTS:
+                checked(f"{path}: {found[part, kind]}", x)
+        inputs = arrays[TRAIN, INPUTS]
+        order, notes = FIRST, []
+        if inputs.ndim == 4:
+            where = f"{path}: {found[TRAIN, INPUTS]}"
+            given = _given_layout(file) if LAYOUT in file.members else None
+            order = given or layout(where, inputs.shape)
+            notes = _notes(inputs.shape, order)
+        parts = {}
+        for part in (TRAIN, VALIDATION, TEST):
+            if (part, INPUTS) not in found:
+                continue
+            x_name, y_name = found[part, INPUTS], found[part, LABELS]
+            x = arrays[part, INPUTS]
+            labels = plain(f"{path}: {y_name}", arrays[part, LABELS], len(x))
+            parts[part] = Part(arranged(f"{path}: {x_name}", x, order), labels, x_name, y_name)
+        read = [
+            Read(found[part, kind], f"{part} {kind}", file.members[found[part, kind]].shape, str(arrays[role].dtype))
+            for part in (TRAIN, VALIDATION, TEST)
+            for kind in (INPUTS, LABELS)
+            if (role := (part, kind)) in found
+        ]
+        used = {*found.values(), *([LAYOUT] if inputs.ndim == 4 else [])}
+        unread = tuple(name for name in file.members if name not in used)
+    return joined(path, parts, Origin(tuple(read), unread, tuple(notes)))
+
+
+def _candidates(members: dict[str, Member]) -> list[str]:
+    """The names that may have roles. An array that cannot be read gives way to one of the same role that can."""
+    readable = {role_of(name) for name, member in members.items() if member.problem is None}
+    return [name for name, member in members.items() if member.problem is None or role_of(name) not in readable]
+
+
+def _given_layout(file: Npz) -> str:
+    text = file.array(LAYOUT)
+    if text.ndim or text.dtype.kind != "U" or str(text) not in (FIRST, LAST):
         raise ArtifactError(
-            f"{path}: {x_name} has shape {x.shape}; accepted are (N, features), (N, H, W), (N, channels, H, W)"
+            f"{file.path}: layout is {text.dtype} of shape {text.shape}, {str(text)[:40]!r}; accepted are {FIRST!r} "
+            f"and {LAST!r}"
         )
-    if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-        raise ArtifactError(
-            f"{path}: {y_name} is {y.dtype} of shape {y.shape}; accepted are integer classes of shape ({len(x)},)"
-        )
-    x = x.astype(np.float32)
-    if not np.isfinite(x).all():
-        raise ArtifactError(f"{path}: {x_name} has entries that are not finite in float32")
-    classes, indices = np.unique(y, return_inverse=True)
-    if len(classes) < 2:
-        raise ArtifactError(f"{path}: {y_name} has {len(classes)} class; at least two are needed")
-    return (x[:, None] if x.ndim == 3 else x), classes, indices.astype(np.int64)
+    return str(text)
+
+
+def _notes(shape: tuple[int, ...], order: str) -> list[str]:
+    _, *entry = shape
+    channels, height, width = entry if order == FIRST else (entry[2], *entry[:2])
+    said = f"{channels} {'channel' if channels == 1 else 'channels'} of {height} x {width}"
+    if order == LAST:
+        return [f"images {list(shape)} have their channels last: moved, to {said}"]
+    return [f"images {list(shape)} are read as {said}"] if channels not in (1, 3, 4) else []

@@ -19,7 +19,7 @@ class TuneConfig(Configuration):
     """What a tuning does.
 
     Args:
-        dataset: a name, or a .npz file.
+        dataset: a name, or the path of a file or folder.
         arch: the network that is trained.
         steps: T, training steps.
         learn: names of LEARNABLE. lr and momentum get a value for each step; weight decay and the factor on the initial

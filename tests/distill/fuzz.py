@@ -52,7 +52,7 @@ ATTRIBUTES = (
     "epochs",
     "seed",
 )
-ATTRIBUTES += ("optimizer", "weight_decay", "normalization", "config", "evaluation")
+ATTRIBUTES += ("optimizer", "weight_decay", "classes", "normalization", "config", "evaluation")
 DATASETS = (
     "moons",
     "digits",
@@ -102,6 +102,7 @@ def artifact(images: bool) -> Artifact:
         config={"init": "random"},
         evaluation={"MLP": {"schedule": "raw", "restarts": 2, "mean": 0.5, "std": 0.1}},
         weight_decay=0.0 if images else 0.01,
+        classes=[] if images else [0, 1],
     )
 
 

@@ -45,7 +45,17 @@ def artifact(**changes: Any) -> Artifact:
 
 def equal(a: Artifact, b: Artifact) -> bool:
     arrays = all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("x", "y", "lr", "momentum"))
-    texts = ("dataset", "architectures", "epochs", "seed", "config", "evaluation", "optimizer", "weight_decay")
+    texts = (
+        "dataset",
+        "architectures",
+        "epochs",
+        "seed",
+        "config",
+        "evaluation",
+        "optimizer",
+        "weight_decay",
+        "classes",
+    )
     return arrays and all(getattr(a, n) == getattr(b, n) for n in texts)
 
 
@@ -57,6 +67,8 @@ def test_round_trip(tmp_path: Path) -> None:
         artifact(optimizer="adam"),
         artifact(weight_decay=0.1),
         artifact(optimizer="adam", weight_decay=1),  # an int
+        artifact(classes=[3, 7]),
+        artifact(classes=["cat", "dog"], optimizer="adam"),
     ):
         write(tmp_path / "distilled.h5", a)
         assert equal(read(tmp_path / "distilled.h5"), a)
@@ -303,3 +315,20 @@ def test_training_on_an_artifact_is_torch_optim(optimizer: str, weight_decay: fl
     data = load("moons")
     expected = float(((net(data.x_test)[:, 0] > 0) == data.y_test).float().mean())
     assert evaluate(a, data, "LinearNet", restarts=1).mean == pytest.approx(expected, abs=1e-6)
+
+
+def test_classes_with_names_are_not_taken_for_numbers(tmp_path: Path) -> None:
+    """Another format version, and everything in it that earlier ones have; without names nothing is added."""
+    path = tmp_path / "distilled.h5"
+    write(path, artifact(classes=[3, 7], weight_decay=0.25))
+    with h5py.File(path) as f:
+        assert (f.attrs["format_version"], f.attrs["classes"]) == (4, "[3, 7]")
+        assert (f.attrs["optimizer"], f.attrs["weight_decay"]) == ("sgd", 0.25)
+    for value in ("[]", "[3]", "[3, 3]", "[3, 7.5]", "[true, false]", '[3, "7"]', "[[3], [7]]", "{}", "[1, 2, 3", 7):
+        with h5py.File(path, "a") as f:
+            f.attrs["classes"] = value
+        with pytest.raises(rd.ArtifactError, match="'classes'"):
+            read(path)
+    write(path, artifact(y=np.full((4, 6, 2), 0.5, np.float32), classes=[3, 7, 9]))
+    with pytest.raises(rd.ArtifactError, match="'classes' has 3 classes, but 'y' has 2"):
+        read(path)

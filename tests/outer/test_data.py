@@ -71,7 +71,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "one dimension": ({"x": X[:, 0], "y": Y}, r"x has shape \(60,\)"),
     "empty": ({"x": X[:0], "y": Y[:0]}, r"x has shape \(0, 3\)"),
     "lengths": ({"x": X, "y": Y[:-1]}, r"y is int64 of shape \(59,\)"),
-    "floats as classes": ({"x": X, "y": Y.astype(float)}, "integer classes"),
+    "halves as classes": ({"x": X, "y": Y + 0.5}, "0.5 at position 0; accepted are integer classes"),
     "nan": ({"x": np.where(X > 2, np.nan, X), "y": Y}, "not finite"),
     "too large for float32": ({"x": X * 1e300, "y": Y}, "not finite in float32"),
     "one class": ({"x": X, "y": Y * 0}, "1 class"),
@@ -120,6 +120,7 @@ def test_a_declared_size_is_not_allocated(tmp_path: Path) -> None:
     np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**40, 3)})
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x.npy", header.getvalue())
+        archive.writestr("y.npy", header.getvalue())
     with pytest.raises(rd.ArtifactError, match="declares 26388279066624 bytes"):
         load(str(path))
 

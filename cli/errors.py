@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from revdistill.distill.artifact import FILE_NAME, Artifact, read
+from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.engine import ArtifactError
 from revdistill.outer.data import NAMES
+from revdistill.outer.directory import check_writable
+from revdistill.tune.checkpoint import FILE_NAME as TUNING
+from revdistill.tune.schedule import FILE_NAME as SCHEDULE
 
 
 class UserError(Exception):
@@ -32,6 +37,16 @@ def user_input(option: str | None = None) -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from error
     except PermissionError as error:
         raise UserError(f"{prefix}{error.filename}: permission denied") from error
+
+
+def check_out(directory: Path) -> None:
+    """UserError where nothing can be kept in --out."""
+    try:
+        check_writable(directory)
+    except OSError as error:
+        raise UserError(
+            f"--out: {directory} cannot be made or written to ({error.strerror}); give another directory"
+        ) from error
 
 
 def dataset_of(artifact: Artifact, asked: str | None) -> str:
@@ -59,9 +74,26 @@ def read_run(run: Path) -> tuple[Path, Artifact]:
             raise ValueError(
                 f"RUN is {str(run)!r}, which does not exist; accepted is a directory made by revdistill train"
             )
-        if not path.exists():
+        if not path.exists() or path.name == SCHEDULE:
             raise ValueError(
-                f"RUN is {str(run)!r}, which holds no {FILE_NAME}; accepted is a directory of a finished revdistill "
-                "train"
+                f"RUN is {str(run)!r}, which holds no {FILE_NAME}{_but(run)}; accepted is a directory of a finished "
+                "revdistill train"
             )
         return path.parent, read(path)
+
+
+def _but(run: Path) -> str:
+    """What the directory (or file) is instead, and the command for that."""
+    where = shlex.quote(str(run))
+    if schedule_in(run):
+        return f" but a tuning's {SCHEDULE} (revdistill show {where} prints it, rd.schedule_lr trains along it)"
+    for name, noun, command in ((TUNING, "tuning", "tune"), (CHECKPOINT, "run", "train")):
+        if (run / name).exists():
+            return f" but the {name} of a {noun} that is not finished (revdistill {command} --resume --out {where})"
+    return ""
+
+
+def schedule_in(run: Path) -> Path | None:
+    """A tuning's result, in this directory or this file itself."""
+    path = run / SCHEDULE if run.is_dir() else run
+    return path if path.name == SCHEDULE and path.exists() else None

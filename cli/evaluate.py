@@ -55,11 +55,11 @@ def evaluate(
     found = {}
     with user_input():
         data = load(dataset_of(artifact, dataset), data_dir)
-        for line in remarks(data):
-            click.echo(line, err=True)  # standard output may be JSON
         for name in architectures or _own(artifact.architectures):
             result = evaluations.evaluate(artifact, data, name, restarts=restarts, schedule=schedule, device=device)
             found[name] = result.to_dict()
+    for line in remarks(data):
+        click.echo(line, err=True)  # standard output may be JSON
     click.echo(json.dumps(found, indent=2) if as_json else evaluation_table(found))
 
 

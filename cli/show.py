@@ -5,25 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import numpy as np
 
-from revdistill.distill.artifact import Artifact
+from revdistill.distill.artifact import FILE_NAME, Artifact
 from revdistill.distill.classes import fitted
 from revdistill.outer.data import Dataset, load
 from revdistill.outer.directory import METRICS, read_metrics
-from revdistill.outer.optimizers import OPTIMIZERS
+from revdistill.tune import schedule as schedules
 
 from . import options
-from .described import named
-from .errors import UserError, dataset_of, read_run, user_input
-from .table import evaluation_table, table
+from .errors import UserError, dataset_of, read_run, schedule_in, user_input
+from .summary import run_summary, tuning_summary
 
 
 @click.command(short_help="Print a summary and draw pictures to RUN/plots.")
 @click.argument("run", type=click.Path(path_type=Path))
 @options.dataset
 def show(run: Path, dataset: str | None) -> None:
-    """Print a summary of RUN and draw its pictures to RUN/plots."""
+    """Print a summary of RUN, the directory of a revdistill train or tune, and draw the pictures of a training to
+    RUN/plots.
+    """
+    schedule = schedule_in(run)
+    if schedule and not (run / FILE_NAME).exists():
+        if dataset:
+            raise UserError(f"--dataset: {run} is a tuning, whose picture shows no data; show it without --dataset")
+        _show_tuning(schedule)
+        return
     directory, artifact = read_run(run)
     with user_input():
         data = _data_behind(artifact, dataset)
@@ -31,15 +37,20 @@ def show(run: Path, dataset: str | None) -> None:
         from revdistill.distill.plots import draw_all
 
         pictures = draw_all(directory, artifact, data, metrics)
-    click.echo(_summary(artifact))
-    if artifact.evaluation:
-        try:
-            click.echo(evaluation_table(artifact.evaluation))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{directory}: attribute 'evaluation' of the artifact is not one of this release ({error})"
-            ) from error
+    with user_input(str(directory)):
+        click.echo(run_summary(artifact))
     click.echo("pictures: " + ", ".join(str(p) for p in pictures))
+
+
+def _show_tuning(path: Path) -> None:
+    from revdistill.tune.plots import FILE_NAME as PICTURE
+
+    with user_input():
+        schedule = schedules.read(path)
+    with user_input(str(path)):
+        click.echo(tuning_summary(schedule))
+    picture = path.parent / PICTURE
+    click.echo(f"picture: {picture}" if picture.exists() else f"{picture} is not there: revdistill tune draws it")
 
 
 def _data_behind(artifact: Artifact, asked: str | None) -> Dataset | None:
@@ -47,24 +58,3 @@ def _data_behind(artifact: Artifact, asked: str | None) -> Dataset | None:
     if artifact.x.shape[2:] != (2,):
         return None
     return fitted(artifact, load(dataset_of(artifact, asked)))
-
-
-def _summary(a: Artifact) -> str:
-    def span(values: np.ndarray) -> str:
-        return f"{values.min():.4g} to {values.max():.4g}, mean {values.mean():.4g}"
-
-    rows = [
-        ("dataset", a.dataset),
-        ("distilled for", ", ".join(a.architectures)),
-        ("synthetic data", f"{a.batches} batches of {a.x.shape[1]}, each {' x '.join(map(str, a.x.shape[2:]))}"),
-        ("labels", "soft" if a.has_soft_labels else "hard"),
-        *([("classes", named(a.classes))] if a.classes else []),
-        ("inner steps", f"{a.inner_steps} ({a.epochs} epochs)"),
-        ("step sizes", span(a.lr)),
-        ("optimizer", a.optimizer),
-        (OPTIMIZERS[a.optimizer].momentum_name, span(a.momentum)),
-        ("weight decay", f"{a.weight_decay:.4g}"),
-        ("seed", str(a.seed)),
-        ("written by", f"revdistill {a.revdistill_version}, torch {a.torch_version}"),
-    ]
-    return table(("what", "value"), rows)

@@ -31,3 +31,12 @@ def evaluation_table(evaluation: dict[str, Any]) -> str:
         for name, e in evaluation.items()
     ]
     return table(("architecture", "schedule", "restarts", "test accuracy"), rows)
+
+
+def comparison_table(comparison: dict[str, Any]) -> str:
+    """schedule -> what `Trained.to_dict` gives."""
+    rows = [
+        (name, f"{found['loss']:.4f}", f"{found['accuracy']:.2%} +- {found['accuracy_std']:.2%}")
+        for name, found in comparison.items()
+    ]
+    return table(("schedule", "test loss", "test accuracy"), rows)

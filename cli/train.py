@@ -26,7 +26,7 @@ from revdistill.outer.own_files import ACCEPTED
 
 from . import options
 from .described import remarks
-from .errors import UserError, user_input
+from .errors import UserError, check_out, user_input
 from .options import COUNT, RATE
 from .resuming import check_agrees, given, stopping
 from .table import evaluation_table
@@ -143,6 +143,7 @@ def train(
     out = out or _default_directory(values["dataset"], resume)
     with user_input():
         config = _resumed(ctx, out, values) if resume else Config(**values)
+    check_out(out)
     with user_input("--dataset"):
         data = load(config.dataset, data_dir)
     with user_input():

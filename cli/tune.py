@@ -14,16 +14,15 @@ from revdistill.outer.own_files import ACCEPTED
 from revdistill.tune.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.tune.checkpoint import read_config
 from revdistill.tune.config import LEARNABLE, TuneConfig
-from revdistill.tune.schedule import Schedule
 from revdistill.tune.tuner import Tuner
 from revdistill.tune.tuning import Tuning
 
 from . import options
 from .described import remarks
-from .errors import user_input
+from .errors import check_out, user_input
 from .options import COUNT, RATE
 from .resuming import check_agrees, stopping
-from .table import table
+from .table import comparison_table
 
 _DEFAULT = TuneConfig()
 _option = options.Fields(_DEFAULT)
@@ -81,6 +80,7 @@ def tune(
     out = out or Path("runs") / f"tune-{short_name(values['dataset'])}"
     with user_input():
         config = _resumed(ctx, out, values) if resume else TuneConfig(**values)
+    check_out(out)
     with user_input("--dataset"):
         data = load(config.dataset, data_dir)
     with user_input():
@@ -98,7 +98,7 @@ def tune(
     with stopping(ctx, config, out, data_dir):
         result = tuning.run()
     click.echo(f"tuned in {time.monotonic() - started:.0f} s; fresh networks on the test data:")
-    click.echo(_table(result))
+    click.echo(comparison_table(result.comparison))
     from revdistill.tune.plots import draw
 
     picture = draw(out, result, tuner.starting_schedule())
@@ -110,11 +110,3 @@ def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> TuneConfi
     saved = read_config(out / CHECKPOINT)
     check_agrees(ctx, "tuning", out, saved, values)
     return saved
-
-
-def _table(schedule: Schedule) -> str:
-    rows = [
-        (name, f"{found['loss']:.4f}", f"{found['accuracy']:.2%} +- {found['accuracy_std']:.2%}")
-        for name, found in schedule.comparison.items()
-    ]
-    return table(("schedule", "test loss", "test accuracy"), rows)

@@ -69,3 +69,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(schedule, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What users call, and nothing that is imported for it."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__") and name.endswith("__"))})

@@ -1,11 +1,13 @@
-"""Fixtures for tests on the stand-in device.
+"""Fixtures: signals as a terminal sends them, and the stand-in device.
 
-They have the marker `standin` and a process of their own (python -m pytest -m "standin and not slow"): autograd has
-threads for the devices that it knew of when something first ran backward, and a process that has any cannot be forked.
+Tests on that have the marker `standin` and a process of their own (python -m pytest -m "standin and not slow"):
+autograd has threads for the devices that it knew of when something first ran backward, and a process that has any
+cannot be forked.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,21 @@ import pytest
 
 from revdistill.engine.adjoints import adjoint
 from tests import standin
+
+
+@pytest.fixture
+def heard_signals() -> Iterator[None]:
+    """Signals to stop are heard, whoever runs the tests: nohup ignores SIGHUP, a shell's background SIGINT.
+
+    A process that is started meanwhile hears them too: it inherits what is ignored.
+    """
+    names = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), heard) for name, heard in names.items()}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +20,25 @@ LOCK, METRICS = "run.lock", "metrics.jsonl"
 
 class DirectoryInUseError(Exception):
     """Another process is running in the directory."""
+
+
+def check_writable(directory: Path) -> None:
+    """Try whether files can be kept in the directory; in the end everything is as it was before.
+
+    Raises:
+        OSError: the directory cannot be made, or no file in it.
+    """
+    made: list[Path] = []
+    try:
+        for path in reversed([p for p in (directory, *directory.parents) if not p.exists()]):
+            path.mkdir()
+            made.append(path)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    finally:
+        for path in reversed(made):
+            with suppress(OSError):  # somebody else has put something there meanwhile
+                path.rmdir()
 
 
 class DirectoryLock:

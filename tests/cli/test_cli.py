@@ -96,7 +96,7 @@ runpy.run_module(module, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("module", ["revdistill.cli", "cli"])
+@pytest.mark.parametrize("module", ["revdistill", "revdistill.cli", "cli"])
 def test_a_checkout_that_is_not_installed_runs(tmp_path: Path, module: str) -> None:
     """Regression: revdistill.cli was found where it is installed only, and so was the version."""
     root = Path(__file__).parents[2]
@@ -293,6 +293,7 @@ def _distilled(directory: Path) -> list[np.ndarray]:
         return [f[name][()] for name in ("x", "y", "lr", "momentum")]
 
 
+@pytest.mark.usefixtures("heard_signals")
 def test_kill_and_ctrl_c_and_resume_give_the_same_bits(tmp_path: Path) -> None:
     whole = _start(tmp_path / "whole")
     part = _start(tmp_path / "part", "--save-every", "0")
@@ -329,12 +330,53 @@ def test_kill_and_ctrl_c_and_resume_give_the_same_bits(tmp_path: Path) -> None:
     assert part_lines == whole_lines
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_without_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tmp_path.chmod(0o500)
-    code, _, err = invoke(*QUICK, "--out", str(tmp_path / "run"), capsys=capsys)
-    assert code in (1, 2)
-    assert err.count("\n") == 1
+NOBODY = 65534
+
+
+@pytest.mark.parametrize("name", ["train", "tune"])
+@pytest.mark.parametrize("place", ["/proc/nope/x", "file/run", "kept/run", "kept"])
+def test_where_nothing_can_be_kept(
+    name: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: exit code 1, after the data had been read. It is one line, before any work, and leaves nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "kept").mkdir(mode=0o555)
+    for module in ("train", "tune"):
+        monkeypatch.setattr(f"revdistill.cli.{module}.load", lambda *_: pytest.fail("it began to work"))
+    is_root = os.geteuid() == 0
+    if is_root and place.startswith("kept"):
+        for folder in (tmp_path, *tmp_path.parents):
+            if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
+                folder.chmod(folder.stat().st_mode | 0o011)
+        os.seteuid(NOBODY)  # root may write anywhere
+    try:
+        code, out, err = invoke(name, "--out", place, capsys=capsys)
+    finally:
+        if is_root:
+            os.seteuid(0)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--out: {place} cannot be made or written to (" in err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "kept"]
+
+
+def test_a_run_that_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file, command_name in (("checkpoint.h5", "train"), ("tuning.h5", "tune")):
+        directory = tmp_path / command_name
+        directory.mkdir()
+        (directory / file).write_bytes(b"")
+        for name in ("show", "evaluate"):
+            code, _, err = invoke(name, str(directory), capsys=capsys)
+            assert code == 2
+            assert f"holds no distilled.h5 but the {file} of a" in err
+            assert f"(revdistill {command_name} --resume --out {directory})" in err
+
+
+def test_completion_shows_what_users_call() -> None:
+    names = {name for name in dir(revdistill) if not name.startswith("__")}
+    assert names == set(revdistill.__all__)
+    assert {"schedule_lr", "Schedule", "ScheduleLR", "unroll"} <= names
+    assert all(hasattr(revdistill, name) for name in dir(revdistill))
 
 
 @pytest.mark.slow

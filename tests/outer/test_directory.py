@@ -17,6 +17,7 @@ from revdistill.outer.directory import (
     DirectoryInUseError,
     DirectoryLock,
     Log,
+    check_writable,
     read_metrics,
     resumed_log,
 )
@@ -77,3 +78,14 @@ def test_a_lock_removed_between_opening_and_locking(tmp_path: Path, monkeypatch:
         with pytest.raises(DirectoryInUseError):
             DirectoryLock(tmp_path).__enter__()
     assert not list(tmp_path.iterdir())
+
+
+def test_whether_a_directory_can_be_written_to_is_tried_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "a/b/c")
+    check_writable(tmp_path / "there")
+    for place in (tmp_path / "file/run", tmp_path / "file"):
+        with pytest.raises(NotADirectoryError):
+            check_writable(place)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "there"]

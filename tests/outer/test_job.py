@@ -294,6 +294,7 @@ def test_a_clock_that_goes_backwards(tmp_path: Path, whole: np.ndarray, monkeypa
     assert seconds[-1] < 600
 
 
+@pytest.mark.usefixtures("heard_signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_to_stop_are_saved_before(
     name: str, tmp_path: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch

@@ -117,6 +117,7 @@ def test_the_hypergradient_is_finite_differences_one() -> None:
         assert (up - down) / (2 * h) == pytest.approx(expected, rel=0.1, abs=3e-4), name
 
 
+@pytest.mark.usefixtures("heard_signals")
 def test_a_killed_tuning_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Tuning(tmp_path / "whole", tuner()).run(progress=False)
     t, original = tuner(), Tuner.step
@@ -337,6 +338,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "tuning.h5",
         "metrics.jsonl",
     }
+    assert command.run(["show", out]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "learned lr, init",
+        "groups all parameters alike",
+        "initial scale",
+        "start ",
+        f"picture: {out}/schedule.png",
+    ):
+        assert text in shown
+    assert command.run(["evaluate", out]) == 2
+    assert "holds no distilled.h5 but a tuning's schedule.h5 (revdistill show" in capsys.readouterr().err
+    assert command.run(["show", out, "--dataset", "moons"]) == 2
+    assert "--dataset: " in capsys.readouterr().err
     assert command.run([*ARGUMENTS, "--out", out]) == 2
     assert "already holds a tuning" in capsys.readouterr().err
     assert command.run([*ARGUMENTS, "--out", out, "--resume"]) == 0  # done: compared once more

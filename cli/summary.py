@@ -1,0 +1,69 @@
+"""What a result is, in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from revdistill.distill.artifact import Artifact
+from revdistill.outer.optimizers import OPTIMIZERS
+from revdistill.tune.schedule import Schedule
+
+from .described import named
+from .table import comparison_table, evaluation_table, table
+
+
+def run_summary(a: Artifact) -> str:
+    """Of distilled data.
+
+    Raises:
+        ValueError: its evaluation, which may come from anywhere, is none.
+    """
+    rows = [
+        ("dataset", a.dataset),
+        ("distilled for", ", ".join(a.architectures)),
+        ("synthetic data", f"{a.batches} batches of {a.x.shape[1]}, each {' x '.join(map(str, a.x.shape[2:]))}"),
+        ("labels", "soft" if a.has_soft_labels else "hard"),
+        *([("classes", named(a.classes))] if a.classes else []),
+        ("inner steps", f"{a.inner_steps} ({a.epochs} epochs)"),
+        ("step sizes", _span(a.lr)),
+        ("optimizer", a.optimizer),
+        (OPTIMIZERS[a.optimizer].momentum_name, _span(a.momentum)),
+        ("weight decay", f"{a.weight_decay:.4g}"),
+        ("seed", str(a.seed)),
+        ("written by", f"revdistill {a.revdistill_version}, torch {a.torch_version}"),
+    ]
+    return table(("what", "value"), rows) + _measured("evaluation", a.evaluation, evaluation_table)
+
+
+def tuning_summary(s: Schedule) -> str:
+    """Of a schedule.
+
+    Raises:
+        ValueError: its comparison, which may come from anywhere, is none.
+    """
+    groups = "all parameters alike" if len(s.groups) == 1 else f"{len(s.groups)} layers: {', '.join(s.groups)}"
+    rows = [
+        *((name, str(s.config[key])) for name, key in (("dataset", "dataset"), ("network", "arch")) if key in s.config),
+        ("training steps", str(s.steps)),
+        *([("learned", ", ".join(map(str, s.config["learn"])))] if isinstance(s.config.get("learn"), list) else []),
+        ("groups", groups),
+        ("learning rates", _span(s.lr)),
+        ("optimizer", s.optimizer),
+        (OPTIMIZERS[s.optimizer].momentum_name, _span(s.momentum)),
+        ("weight decay", _span(s.weight_decay)),
+        ("initial scale", _span(s.init_scale)),
+    ]
+    return table(("what", "value"), rows) + _measured("comparison", s.comparison, comparison_table)
+
+
+def _span(values: np.ndarray) -> str:
+    return f"{values.min():.4g} to {values.max():.4g}, mean {values.mean():.4g}"
+
+
+def _measured(name: str, found: dict[str, Any], as_table: Any) -> str:
+    try:
+        return f"\n{as_table(found)}" if found else ""
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"attribute {name!r} of the result is not one of this release ({error})") from error

@@ -123,7 +123,7 @@ def test_data_in_another_order_is_caught(adjoint: Any) -> None:
 
 
 @pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
-def test_another_training_mode_between_the_passes_is_caught(adjoint: Any) -> None:
+def test_another_training_mode_between_the_passes_is_right(adjoint: Any) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     loss, params = rd.from_module(net, CE)

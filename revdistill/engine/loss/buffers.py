@@ -44,6 +44,13 @@ class BufferCheck:
             for prefix, module in nets[0].named_modules()
             if isinstance(module, nn.modules.batchnorm._NormBase)
         }
+        # Of those layers it is known by their code, whatever else the module counts.
+        self._torchs = {
+            f"{prefix}.{key}" if prefix else key
+            for prefix, module in nets[0].named_modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for key in module._buffers
+        }
         self._harmless: dict[tuple[bool, ...], set[str]] = {}  # by the training modes
 
     def look(
@@ -71,10 +78,13 @@ class BufferCheck:
         harmless = self._harmless.setdefault(modes, set())
         unknown = changed - harmless - self._read
         if unknown:
-            with _undone(modules, next(iter(fresh.values())).device):
+            with _Undone(modules, next(iter(fresh.values())).device) as undone:
                 if self._influence(unknown, params, evaluate):
                     guilty = [name for name in fresh if name in unknown and self._influence({name}, params, evaluate)]
                     raise UnsupportedError(_message(guilty or sorted(unknown)))
+                counted, written = undone.counted(), sorted(unknown - self._torchs)
+                if counted and written:  # a later call may read what this one only wrote
+                    raise UnsupportedError(_message(written, counted))
         harmless |= unknown
 
     def _influence(self, names: set[str], params: Mapping[str, Tensor], evaluate: Evaluate) -> bool:
@@ -87,25 +97,37 @@ class BufferCheck:
         return marking.was_read or any(marking.marks(t) for t in (value, *found) if t is not None)
 
 
-def _message(names: list[str]) -> str:
+def _message(names: list[str], counted: str | None = None) -> str:
     named = ", ".join(map(repr, names))
+    depends = "the loss depends on what it finds there"
+    if counted is not None:
+        depends = f"counts its calls in {counted!r}, so that the loss of a later step may depend on what it finds there"
     return (
-        f"the module changes its {'buffers' if len(names) > 1 else 'buffer'} {named} in forward, and the loss depends "
-        "on what it finds there: a step would depend on the one before beside the parameters, which an unroll does not "
-        "carry on (every step sees the buffers as from_module found them); call .eval() on that layer, or write the "
-        "buffer as a parameter, or pass it in hyper="
+        f"the module changes its {'buffers' if len(names) > 1 else 'buffer'} {named} in forward, and {depends}: a step "
+        "would depend on the one before beside the parameters, which an unroll does not carry on (every step sees the "
+        "buffers as from_module found them); call .eval() on that layer, or write the buffer as a parameter, or pass "
+        "it in hyper="
     )
 
 
-class _undone:  # noqa: N801 - a context, used as torch.no_grad is
+class _Undone:
     """The context of evaluations that leave no trace in the modules' own attributes and in torch's random numbers."""
 
     def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
         self._modules, self._generators = modules, generators_of(device)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Undone:
         self._attributes = [dict(vars(module)) for module in self._modules]
         self._states = [generator.get_state() for generator in self._generators]
+        return self
+
+    def counted(self) -> str | None:
+        """The name of an attribute that holds another number than before, if there is one."""
+        for module, before in zip(self._modules, self._attributes, strict=True):
+            for key, value in vars(module).items():
+                if isinstance(value, (int, float)) and before.get(key) != value:
+                    return key
+        return None
 
     def __exit__(self, *_: object) -> None:
         for module, attributes in zip(self._modules, self._attributes, strict=True):

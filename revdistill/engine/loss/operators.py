@@ -64,7 +64,7 @@ def _reason(text: str) -> str | None:
     if "atching rule not implemented" in text:
         return (
             "the loss uses an operator that torch.func.vmap cannot call for several networks at once "
-            "(rd.stack_modules); train each network by rd.from_module"
+            "(rd.stack_modules); train each network by rd.from_module (spectral_norm: or put it in .eval())"
         )
     if "not implemented for sparse tensors" in text:
         return (

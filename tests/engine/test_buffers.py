@@ -216,7 +216,9 @@ def test_the_look_is_taken_once_and_leaves_no_trace(monkeypatch: pytest.MonkeyPa
     looks: list[set[str]] = []
     influence = buffers.BufferCheck._influence
     monkeypatch.setattr(
-        buffers.BufferCheck, "_influence", lambda self, names, *rest: looks.append(names) or influence(self, names, *rest)
+        buffers.BufferCheck,
+        "_influence",
+        lambda self, names, *rest: looks.append(names) or influence(self, names, *rest),
     )
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
     net[0].calls = 0

@@ -137,7 +137,7 @@ class _Undone:
             generator.set_state(state)
 
 
-class _Marking(TorchDispatchMode):
+class _Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Marks the memory of every tensor that is computed from marked ones.
 
     Args:
@@ -148,7 +148,7 @@ class _Marking(TorchDispatchMode):
     """
 
     def __init__(self, sources: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._memory: dict[int, Any] = {}  # holds on to it, so that no other memory gets its address
         self.was_read = False
         for t in sources:

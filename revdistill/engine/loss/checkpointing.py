@@ -35,12 +35,12 @@ REENTRANT = (
     f"checkpoint with use_reentrant=False, or {_REMEDY}"
 )
 STACKED = (
-    "the loss uses activation checkpointing under torch.func.vmap (rd.stack_modules), where torch cannot compute a part "
-    f"again; train each network by rd.from_module, or {_REMEDY}"
+    "the loss uses activation checkpointing under torch.func.vmap (rd.stack_modules), where torch cannot compute a "
+    f"part again; train each network by rd.from_module, or {_REMEDY}"
 )
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Again = Callable[[], AbstractContextManager[None]]
-_Frame: Any = torchs._CheckpointFrame  # type: ignore[attr-defined]
+_Frame: Any = torchs._CheckpointFrame
 _Reentrant: Any = torchs.CheckpointFunction
 
 
@@ -85,7 +85,7 @@ class Watched:
             if _USERS[0] == 1:
                 torchs._CheckpointFrame, torchs.CheckpointFunction = _frame, _ReentrantFunction  # type: ignore
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
         _LOCAL.held, _LOCAL.exact = self._before
         _LOCAL.depth -= 1
         with _LOCK:
@@ -98,7 +98,7 @@ def _frame(*args: Any) -> Any:
     """What torch calls to make a frame, in any thread."""
     if not _LOCAL.depth or not torch.is_grad_enabled():
         return _Frame(*args)
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedError(STACKED)
     return _WatchedFrame(*args)
 

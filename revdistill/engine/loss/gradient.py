@@ -121,7 +121,8 @@ class Gradient:
             batch = batch_leaves = _leaves(batch, self._batch_wanted)
         hyper_leaves = _leaves(self.data.hypers, self._hyper_wanted)
         with self.determinism.step(k), named_errors():
-            value = self.loss(self.layout.views(leaf), batch, *self.data.pack_hyper(hyper_leaves))
+            packed = self.data.pack_batch(batch), *self.data.pack_hyper(hyper_leaves)
+            value = self.loss(self.layout.views(leaf), *packed)
             if not self._checked:
                 self._check(value, leaf, (*batch_leaves, *hyper_leaves))
             (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)

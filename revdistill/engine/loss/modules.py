@@ -68,8 +68,8 @@ def check_stackable(net: nn.Module, label: str) -> None:
         where = f"{label}.{name}" if name else label
         if isinstance(module, nn.RNNBase):
             raise UnsupportedError(
-                f"{where} is a {type(module).__name__}, which torch.func.vmap cannot call for several networks at once; "
-                "train each network by rd.from_module, or build the layer of torch.nn."
+                f"{where} is a {type(module).__name__}, which torch.func.vmap cannot call for several networks at "
+                "once; train each network by rd.from_module, or build the layer of torch.nn."
                 f"{'RNN' if type(module) is nn.RNN else type(module).__name__}Cell"
             )
         if module._backward_hooks or module._backward_pre_hooks:

@@ -137,7 +137,7 @@ def _check_hyper(hyper: Any, device: torch.device) -> None:
     if isinstance(hyper, nn.Module):
         raise TypeError(
             f"hyper must be a tensor, or nested tuples, lists and dicts of tensors, got the module {_kind(hyper)}; "
-            "pass hyper=dict(module.named_parameters()) and call it by torch.func.functional_call(module, hyper, inputs)"
+            "pass hyper=dict(module.named_parameters()) and call it by torch.func.functional_call(module, hyper, args)"
         )
     if not isinstance(hyper, (Tensor, tuple, list, Mapping)):
         raise TypeError(f"hyper must be a tensor, or nested tuples, lists and dicts of tensors, got {_kind(hyper)}")

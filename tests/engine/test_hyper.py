@@ -88,7 +88,11 @@ def test_a_compiled_loss_is_kept_by_the_form_of_its_hyper(monkeypatch: pytest.Mo
     ("hyper", "error", "message"),
     [
         (lambda: {"a": [leaf(1.0), 2.0]}, TypeError, r"hyper\['a'\]\[1\] must be a tensor, got float"),
-        (lambda: [leaf(1.0), {"b": torch.zeros((), device="meta")}], ValueError, r"hyper\[1\]\['b'\] is on device meta"),
+        (
+            lambda: [leaf(1.0), {"b": torch.zeros((), device="meta")}],
+            ValueError,
+            r"hyper\[1\]\['b'\] is on device meta",
+        ),
         (lambda: nn.Linear(2, 2), TypeError, r"the module Linear; pass hyper=dict\(module.named_parameters\(\)\)"),
         (lambda: {leaf(1.0)}, TypeError, "hyper must be a tensor, or nested"),
     ],

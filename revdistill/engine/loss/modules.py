@@ -101,21 +101,23 @@ class named_dtypes:  # noqa: N801 - a context, used as torch.no_grad is
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if not isinstance(error, RuntimeError) or not any(word in str(error) for word in ("type", "device")):
             return
-        kinds: dict[tuple[torch.dtype, torch.device], str] = {}
-        for label, t in self._floats():
-            kinds.setdefault((t.dtype, t.device), label)
-        if len(kinds) > 1:
-            who = ", ".join(f"{label} is {dtype} on {device}" for (dtype, device), label in kinds.items())
+        kinds: dict[tuple[str, torch.dtype, torch.device], str] = {}
+        for whose, label, t in self._floats():
+            kinds.setdefault((whose, t.dtype, t.device), label)
+        if len({(dtype, device) for _, dtype, device in kinds}) > 1:
+            who = ", ".join(
+                f"{whose} {label} is {dtype} on {device}" for (whose, dtype, device), label in kinds.items()
+            )
             raise ValueError(
                 f"the module was called with tensors of several dtypes or devices: {who}. Where it was converted "
                 "(.double(), .to(...)) after rd.from_module, call rd.from_module after that; convert the batches "
                 f"alike. torch said: {error}"
             ) from error
 
-    def _floats(self) -> list[tuple[str, Tensor]]:
-        given = [(f"{name!r} (given)", t) for name, t in self._tensors.items()]
+    def _floats(self) -> list[tuple[str, str, Tensor]]:
+        given = [("the given", repr(name), t) for name, t in self._tensors.items()]
         own = [
-            (f"{name!r} (the module's own)", t) for name, t in self._net.named_parameters() if name not in self._tensors
+            ("the module's own", repr(name), t) for name, t in self._net.named_parameters() if name not in self._tensors
         ]
-        inputs = [(f"input {i}", t) for i, t in enumerate(self._inputs) if isinstance(t, Tensor)]
-        return [(label, t) for label, t in (*given, *own, *inputs) if t.is_floating_point()]
+        inputs = [("the batch's", f"entry {i}", t) for i, t in enumerate(self._inputs) if isinstance(t, Tensor)]
+        return [(whose, label, t) for whose, label, t in (*given, *own, *inputs) if t.is_floating_point()]

@@ -29,6 +29,8 @@ from torch.utils import backend_registration
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from revdistill.engine import arguments
+
 NAME = "standin"
 _CPU = torch.device("cpu")
 
@@ -78,6 +80,9 @@ class OnDevice(Tensor):
     def tolist(self) -> Any:
         _waited("tolist")
         return self.inner.detach().tolist()
+
+
+arguments.PLAIN.add(OnDevice)
 
 
 @dataclass

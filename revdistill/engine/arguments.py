@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from revdistill.engine.adjoints.adjoint import Adjoint
 from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.loss.batches import function_of, is_table
 from revdistill.engine.loss.gradient import check_arity
+from revdistill.engine.loss.tree import leaves
 from revdistill.engine.optimizers.optimizer import Optimizer
+
+# What holds its numbers itself; a subclass (DTensor, FakeTensor) may hold them elsewhere.
+PLAIN: set[type] = {Tensor, nn.Parameter}
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
@@ -20,6 +27,12 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if torch.is_inference_mode_enabled():
         raise UnsupportedError(
             "rd.unroll needs gradients inside and cannot run in torch.inference_mode(); use torch.no_grad()"
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            "rd.unroll cannot run inside torch.func.grad, jacrev, jvp or vmap: its way back is a backward pass of "
+            "autograd; use backward() or torch.autograd.grad on what is computed from its result (one call per row of "
+            "a Jacobian), and rd.stack_modules for several networks at once"
         )
     check_arity(given["loss"], given["hyper"] is not None)
     device = _check_params(given["params"])
@@ -31,6 +44,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             "optimizer must be rd.SGD(...), rd.Adam(...), rd.AdamW(...) or rd.RMSprop(...), "
             f"got {_kind(given['optimizer'])}"
         )
+    for label, value in vars(given["optimizer"]).items():
+        for path, t in leaves(value, label):
+            if isinstance(t, Tensor):
+                _check_plain(path, t)
     adjoint = given["adjoint"]
     if adjoint is not None and not isinstance(adjoint, Adjoint):
         raise TypeError(
@@ -107,42 +124,51 @@ def _check_params(params: Any) -> torch.device:
             )
     if not sum(p.numel() for p in params.values()):
         raise ValueError("params holds no numbers: every tensor in it is empty")
+    frozen = [name for name, p in params.items() if isinstance(p, nn.Parameter) and not p.requires_grad]
+    if frozen and any(p.requires_grad for p in params.values()):
+        warnings.warn(
+            f"params[{frozen[0]!r}] is a frozen parameter (requires_grad=False) beside others that are not, and is "
+            "trained like them: every entry of params is. Leave out of params what is to stay as it is (rd.from_module "
+            "does so), or detach() it where only no gradient to its start is wanted",
+            stacklevel=4,
+        )
     device: torch.device = first.device
     return device
 
 
 def _check_batches(batches: Any, device: torch.device) -> None:
-    if callable(batches):
-        return
-    if not isinstance(batches, (tuple, list)):
-        raise TypeError(f"batches must be a tuple of tensors [s, ...] or a function k -> batch, got {_kind(batches)}")
-    if not batches:
+    if isinstance(batches, (tuple, list, Mapping)) and not batches:
         raise ValueError("batches is empty; it must hold at least one tensor [s, ...]")
-    for i, t in enumerate(batches):
-        _check_tensor(f"batches[{i}]", t)
+    if not is_table(batches):
+        function_of(batches)
+        return
+    first: Tensor | None = None
+    for label, t in leaves(batches, "batches"):
+        _check_tensor(label, t)
         if not t.ndim or not len(t):
             raise ValueError(
-                f"batches[{i}] has shape {list(t.shape)}; its first dimension must be the number of batches, at least 1"
+                f"{label} has shape {list(t.shape)}; its first dimension must be the number of batches, at least 1"
             )
-        if len(t) != len(batches[0]):
+        first = t if first is None else first
+        if len(t) != len(first):
             raise ValueError(
-                f"batches[{i}] holds {len(t)} batches (its first dimension), but batches[0] holds {len(batches[0])}"
+                f"{label} holds {len(t)} batches (its first dimension), but {next(leaves(batches, 'batches'))[0]} "
+                f"holds {len(first)}"
             )
-        _check_device(f"batches[{i}]", t, device)
+        _check_device(label, t, device)
 
 
 def _check_hyper(hyper: Any, device: torch.device) -> None:
     if hyper is None:
         return
-    if isinstance(hyper, Tensor):
-        entries: dict[str, Any] = {"hyper": hyper}
-    elif isinstance(hyper, Mapping):
-        entries = {f"hyper[{name!r}]": t for name, t in hyper.items()}
-    elif isinstance(hyper, (tuple, list)):
-        entries = {f"hyper[{i}]": t for i, t in enumerate(hyper)}
-    else:
-        raise TypeError(f"hyper must be a tensor, or a tuple or dict of tensors, got {_kind(hyper)}")
-    for label, t in entries.items():
+    if isinstance(hyper, nn.Module):
+        raise TypeError(
+            f"hyper must be a tensor, or nested tuples, lists and dicts of tensors, got the module {_kind(hyper)}; "
+            "pass hyper=dict(module.named_parameters()) and call it by torch.func.functional_call(module, hyper, args)"
+        )
+    if not isinstance(hyper, (Tensor, tuple, list, Mapping)):
+        raise TypeError(f"hyper must be a tensor, or nested tuples, lists and dicts of tensors, got {_kind(hyper)}")
+    for label, t in leaves(hyper, "hyper"):
         _check_tensor(label, t)
         _check_device(label, t, device)
 
@@ -150,6 +176,9 @@ def _check_hyper(hyper: Any, device: torch.device) -> None:
 def _check_tensor(label: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{label} must be a tensor, got {_kind(t)}")
+    if is_lazy(t):
+        raise ValueError(f"{label} has no shape yet (a lazy module makes it); run one batch through the module first")
+    _check_plain(label, t)
     if t.layout != torch.strided:
         raise ValueError(f"{label} has layout {t.layout}; accepted are dense tensors: call .to_dense()")
     if t.is_meta:
@@ -157,6 +186,14 @@ def _check_tensor(label: str, t: Any) -> None:
     if t.is_inference():
         raise UnsupportedError(
             f"{label} was made in torch.inference_mode() and cannot be differentiated; make it outside, or clone it"
+        )
+
+
+def _check_plain(label: str, t: Tensor) -> None:
+    if type(t) not in PLAIN:
+        raise TypeError(
+            f"{label} is a {_kind(t)}, a subclass of torch.Tensor whose numbers the engine cannot read; give a plain "
+            "tensor (of a DTensor, full_tensor(); of a module in FSDP, the module before it was sharded)"
         )
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 
 class CompileWarning(UserWarning):
@@ -34,8 +37,15 @@ def compiling() -> Iterator[None]:
     """The context of a call that compiles, in which the compiler does not advise TensorFloat-32.
 
     An unroll turns it off. Where the user makes errors of warnings, the advice would be one, and the compiled part
-    would be dropped for it.
+    would be dropped for it. What torch.func switches off while it is traced, and leaves off where the compiler fails,
+    is on again afterwards: the hooks of saved tensors, which activation checkpointing needs.
     """
+    hooks: Any = torch._C._autograd
+    enabled = hooks._saved_tensors_hooks_is_enabled()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
-        yield
+        try:
+            yield
+        finally:
+            if enabled and not hooks._saved_tensors_hooks_is_enabled():
+                hooks._saved_tensors_hooks_enable()

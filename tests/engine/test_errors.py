@@ -264,6 +264,54 @@ def test_inference_mode_is_refused() -> None:
         run()
 
 
+class Subclass(Tensor):
+    """As DTensor is one."""
+
+
+@pytest.mark.parametrize("place", ["params", "batches", "hyper", "lr", "betas"])
+def test_subclasses_of_tensor_are_refused_by_name(place: str) -> None:
+    made = torch.ones(3, dtype=torch.float64).as_subclass(Subclass)
+    given: dict[str, Any] = {
+        "params": {"params": {"a": made, "b": made}},
+        "batches": {"batches": (made[None],)},
+        "hyper": {"hyper": [{"x": made}], "loss": lambda p, b, h: quadratic(p, b)},
+        "lr": {"optimizer": rd.SGD({"a": made[0], "b": 0.1})},
+        "betas": {"optimizer": rd.Adam(0.1, betas=(made[0], 0.9))},
+    }[place]
+    label = {"params": r"params\['a'\]", "batches": r"batches\[0\]", "hyper": r"hyper\[0\]\['x'\]"}
+    label |= {"lr": r"lr\['a'\]", "betas": r"betas\[0\]"}
+    with pytest.raises(TypeError, match=rf"{label[place]} is a Subclass.*full_tensor\(\)"):
+        run(**given)
+
+
+def test_parameters_and_buffers_are_plain_tensors() -> None:
+    a, b = torch.nn.Parameter(torch.ones(3).double()), torch.nn.Buffer(torch.ones(2, 2).double())
+    run(params={"a": a, "b": b}).backward()
+    assert a.grad is not None
+
+
+def test_a_lazy_parameter_is_named() -> None:
+    with pytest.raises(ValueError, match=r"params\['a'\] has no shape yet.*run one batch"):
+        run(params={"a": torch.nn.parameter.UninitializedParameter()})
+
+
+def test_frozen_entries_beside_others_are_trained_and_said() -> None:
+    """torch.optim skips what has no gradient; here every entry of params is trained."""
+    net = torch.nn.Linear(3, 1).double()
+    net.bias.requires_grad_(False)
+
+    def loss(p: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        return (batch[0] @ p["weight"].T + p["bias"] - 1).square().mean()
+
+    params = dict(net.named_parameters())
+    with pytest.warns(UserWarning, match=r"params\['bias'\] is a frozen parameter.*rd\.from_module") as said:
+        theta = rd.unroll(loss, params, problem()[1], rd.SGD(0.1), steps=3)
+    assert said[0].filename == __file__
+    assert not torch.equal(theta["bias"], net.bias)
+    for quiet in ({"weight": net.weight, "bias": net.bias.detach()}, {n: p.detach() for n, p in params.items()}):
+        rd.unroll(loss, quiet, problem()[1], rd.SGD(0.1), steps=3)  # warnings are errors here
+
+
 _A = torch.zeros(3)
 BAD = {
     "loss": (dict(loss=3), TypeError, "loss must be callable"),

@@ -109,7 +109,7 @@ def test_a_module_that_counts_is_caught(adjoint: Any) -> None:
     loss, params = rd.from_module(Counting().double(), CE)
     batches = (torch.randn(2, 5, 3, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.long))
     value = unrolled(loss, params, batches, adjoint)
-    with pytest.raises(rd.ReversalError, match="no counters or other state"):
+    with pytest.raises(rd.ReversalError, match=r"the attribute 'calls' \(0, now \d+\).*no counters or other state"):
         value.backward()
 
 
@@ -119,17 +119,6 @@ def test_data_in_another_order_is_caught(adjoint: Any) -> None:
     rows, order = torch.randn(100, 3, dtype=torch.float64), itertools.count()
     value = unrolled(quartic, params, lambda k: (rows[next(order)],), adjoint)
     with pytest.raises(rd.ReversalError, match="batches given as a function must return the same"):
-        value.backward()
-
-
-@pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
-def test_another_training_mode_between_the_passes_is_caught(adjoint: Any) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
-    loss, params = rd.from_module(net, CE)
-    value = unrolled(loss, params, (torch.randn(2, 5, 3), torch.zeros(2, 5, dtype=torch.long)), adjoint)
-    net.eval()
-    with pytest.raises(rd.ReversalError, match="the module in the same training mode"):
         value.backward()
 
 

@@ -62,7 +62,7 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
             seen = values[THETA] if k >= problem.first else values[THETA].detach()
             average = average + problem.average[k] * seen
         if data.function is None:
-            batch: Any = tuple(r[data.row(k)] for r in rows)
+            batch: Any = data.pack_batch(tuple(r[data.row(k)] for r in rows))
         else:
             with problem.determinism.outside():
                 batch = data.from_function(k)

@@ -23,6 +23,7 @@ class Repeated:
 
     def __init__(self, problem: Problem) -> None:
         self._fingerprints, self._taken = problem.gradient.fingerprints, problem.start.taken
+        self._modules = problem.determinism.modules
         self._first: Tensor | None = (
             None  # of the steps checked, the first that was not the same; -1: none. One for all steps
         )
@@ -45,5 +46,16 @@ class Repeated:
         raise ReversalError(
             f"the gradient at step {k + self._taken} was not the same bit for bit when it was evaluated again, so the "
             "way back cannot end "
-            f"bit-exactly at the start and no hypergradient is returned. {NONDETERMINISTIC}"
+            f"bit-exactly at the start and no hypergradient is returned. {self._why()}"
+        )
+
+    def _why(self) -> str:
+        """What changed of the module that the loss calls, and if nothing did, what there is besides."""
+        changed = self._modules.what_changed()
+        if not changed:
+            return NONDETERMINISTIC
+        return (
+            "The module that the loss calls is not what it was at the first step: it changed "
+            f"{', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''}. Change it after backward() only, and "
+            "let its forward keep no counters or other state. adjoint=rd.Backprop() needs no second evaluation"
         )

@@ -81,7 +81,7 @@ class CompiledGradient(Gradient):
         super().__init__(loss, layout, data, determinism, steps, usage)
         self.wanted = (*self._batch_wanted, *self._hyper_wanted)
         self._hypers = tuple(t.detach() for t in data.hypers)
-        key = (layout, self.wanted, data.hyper_names, data.hyper_kind, data.function is None)
+        key = (layout, self.wanted, data.hyper_structure, data.batch_names, data.function is None)
         known = _functions.setdefault(loss, {})
         if key not in known:
             known[key] = _Functions(*self._compile())
@@ -91,14 +91,14 @@ class CompiledGradient(Gradient):
 
     def _compile(self) -> tuple[_CompiledGradient, _CompiledProduct]:
         layout, wanted, batches = self.layout, self.wanted, len(self.data.tensors)
-        pack_hyper, from_table = self.data.pack_hyper, self.data.function is None
+        pack_hyper, pack_batch, from_table = self.data.pack_hyper, self.data.pack_batch, self.data.function is None
         loss_of = weakref.ref(self.loss)  # the cache must not keep its own key alive
 
         def value(theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> Tensor:
             loss = loss_of()
             assert loss is not None
             hyper = pack_hyper(extra[batches:])
-            return loss(layout.views(theta), extra[:batches] if from_table else batch, *hyper)
+            return loss(layout.views(theta), pack_batch(extra[:batches]) if from_table else batch, *hyper)
 
         def gradient(theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> tuple[Tensor, Tensor]:
             found, loss = torch.func.grad_and_value(value)(theta, extra, batch)

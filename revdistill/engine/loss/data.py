@@ -6,40 +6,47 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+from revdistill.engine.loss.batches import function_of, is_table
+from revdistill.engine.loss.tree import leaves, rebuild, structure_of
 
 Loss = Callable[..., Tensor]
-Batches = Sequence[Tensor] | Callable[[int], Any]
-Hyper = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None
+Batches = Sequence[Any] | Mapping[str, Tensor] | DataLoader[Any] | Callable[[int], Any]
+Hyper = Tensor | Sequence[Any] | Mapping[Any, Any] | None
 
 
 class Data:
     """The batches and hyperparameters of one unroll.
 
     Args:
-        batches: a table, which is a tuple of tensors [s, ...] whose row k % s is step k's batch; or a function k ->
-            batch.
-        hyper: a tensor, a tuple or dict of tensors, or None.
+        batches: a table, which is a tuple or dict of tensors [s, ...] whose row k % s is step k's batch; or a function
+            k -> batch, a list of batches or a DataLoader without shuffling.
+        hyper: a tensor, nested tuples, lists and dicts of tensors, or None.
         taken: steps that the training has behind it: steps count from 0 here, and batches from there.
 
     Attributes:
         function: the function that gives the batches, None for a table.
         tensors: the table's tensors, () for a function. Gradients flow to those that require grad.
+        batch_names: the table's names, None where it is no dict.
         hypers: the tensors of `hyper` in order, () for None. Gradients flow to those that require grad.
+        hyper_structure: what is left of `hyper` without them; None for None.
     """
 
     def __init__(self, batches: Batches, hyper: Hyper, taken: int = 0) -> None:
         self._taken = taken
-        self.function = batches if callable(batches) else None
-        self.tensors: tuple[Tensor, ...] = () if callable(batches) else tuple(batches)
-        self._rows = [t.detach().unbind(0) for t in self.tensors]
-        self.hyper_names = tuple(hyper) if isinstance(hyper, Mapping) else None
-        self.hyper_kind = type(hyper)
-        if hyper is None:
-            self.hypers: tuple[Tensor, ...] = ()
-        elif isinstance(hyper, Tensor):
-            self.hypers = (hyper,)
+        self.function: Callable[[int], Any] | None = None
+        self.tensors: tuple[Tensor, ...] = ()
+        self.batch_names: tuple[str, ...] | None = None
+        if isinstance(batches, Mapping) and is_table(batches):
+            self.batch_names, self.tensors = tuple(batches), tuple(batches.values())
+        elif is_table(batches):
+            self.tensors = tuple(batches)  # type: ignore[arg-type]
         else:
-            self.hypers = tuple(hyper.values() if isinstance(hyper, Mapping) else hyper)
+            self.function = function_of(batches)
+        self._rows = [t.detach().unbind(0) for t in self.tensors]
+        self.hyper_structure = None if hyper is None else structure_of(hyper)
+        self.hypers: tuple[Tensor, ...] = () if hyper is None else tuple(t for _, t in leaves(hyper, "hyper"))
 
     def row(self, k: int) -> int:
         """The row of the table that step k uses."""
@@ -60,19 +67,37 @@ class Data:
             What the function returns.
 
         Raises:
-            ValueError: a tensor of the batch requires grad.
+            ValueError: a tensor of the batch requires grad, or the function has no batch for this step.
         """
         assert self.function is not None
         k += self._taken
-        batch = self.function(k)
-        wanting = [t for t in (batch if isinstance(batch, (tuple, list)) else [batch]) if _requires_grad(t)]
-        if wanting:
+        try:
+            batch = self.function(k)
+        except StopIteration as error:
             raise ValueError(
-                f"batches({k}) returned a tensor of shape {list(wanting[0].shape)} that requires grad, but batches "
-                "given as a function are not differentiated; pass a tuple of tensors as batches, or pass the tensor in "
-                "hyper="
-            )
+                f"batches({k}) raised StopIteration: the iterator behind it is used up. batches must be a function of "
+                "k, which gives the same batch each time it is asked for step k; list the batches first and give the "
+                "list: batches=list(...)"
+            ) from error
+        for path, t in leaves(batch, f"batches({k})"):
+            if isinstance(t, Tensor) and t.requires_grad:
+                raise ValueError(
+                    f"batches({k}) returned a tensor of shape {list(t.shape)} that requires grad (at {path}), but "
+                    "batches given as a function or a list of batches are not differentiated; pass a tuple of tensors "
+                    "[s, ...] as batches, or pass the tensor in hyper="
+                )
         return batch
+
+    def pack_batch(self, batch: Any) -> Any:
+        """A batch in the form in which the loss takes it.
+
+        Args:
+            batch: tensors that stand for a row of the table, in its order; or what the function returned.
+
+        Returns:
+            A dict where the table is one; otherwise the batch itself.
+        """
+        return batch if self.batch_names is None else dict(zip(self.batch_names, batch, strict=True))
 
     def pack_hyper(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """The loss's arguments after the batch.
@@ -83,12 +108,4 @@ class Data:
         Returns:
             () without hyper; otherwise one entry: `tensors` in the form in which hyper was given.
         """
-        if self.hyper_kind is type(None):
-            return ()
-        if self.hyper_names is not None:
-            return (dict(zip(self.hyper_names, tensors, strict=True)),)
-        return (tensors[0],) if issubclass(self.hyper_kind, Tensor) else (tuple(tensors),)
-
-
-def _requires_grad(t: object) -> bool:
-    return isinstance(t, Tensor) and t.requires_grad
+        return () if self.hyper_structure is None else (rebuild(self.hyper_structure, tensors),)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from revdistill.engine.loss.evaluation import Modules
 from revdistill.engine.loss.precision import without_tf32
 from revdistill.engine.loss.randomness import generators_of
 
@@ -71,6 +72,7 @@ class Determinism:
         taken: steps that the training has behind it: steps count from 0 here, and random numbers from there.
         threads, autocast, autocast_dtype, grad: what the caller of the forward pass had set: torch's number of threads,
             whether autocast was on and its dtype, and whether gradients were on.
+        modules: those that the loss calls, in the training modes of the way forward.
     """
 
     device: torch.device
@@ -80,6 +82,7 @@ class Determinism:
     autocast_dtype: torch.dtype
     grad: bool
     taken: int = 0
+    modules: Modules = field(default_factory=Modules, compare=False, repr=False)
     _caller: _CallerState = field(default_factory=_CallerState, compare=False, repr=False)
 
     @classmethod
@@ -124,13 +127,13 @@ class Determinism:
             k: the step, from 0.
 
         Returns:
-            The context, with gradients on.
+            The context, with gradients on, and the modules that the loss calls in the modes of the way forward.
         """
         # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
         seed = (self.seed + (k + self.taken) * 0x1E3779B97F4A7C15) % 2**63
         for generator in generators_of(self.device):
             generator.manual_seed(seed)
-        return torch.enable_grad()
+        return self.modules.step(k)
 
     @contextmanager
     def outside(self) -> Iterator[None]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revdistill.engine.loss.buffers import BufferCheck
+from revdistill.engine.loss.criterion import Criterion
+from revdistill.engine.loss.modules import check_module, check_stackable, named_dtypes
 from revdistill.engine.loss.substitution import Substitution
 
 PureLoss = Callable[[dict[str, Tensor], Any], Tensor]
@@ -17,34 +20,51 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
     """A module and a criterion as the loss and params that rd.unroll takes.
 
     Frozen parameters stay as they are, and parameters shared between layers are one. Buffers are those of this moment
-    and are left untouched: BatchNorm in training mode uses batch statistics.
+    and are left untouched: BatchNorm in training mode uses batch statistics, and a module whose loss depends on buffers
+    that its forward changes (spectral_norm in training mode) is refused. An unroll goes back in the training mode in
+    which it went forward, whatever mode the module is in by then. A module that checkpoints its activations
+    (torch.utils.checkpoint, use_reentrant=False) computes them again with the unroll's parameters.
 
     Args:
         net: the network. A call of the loss leaves it as it was.
-        criterion: criterion(output, target) -> scalar tensor.
+        criterion: criterion(output, target) -> scalar tensor. If it is a module, its parameters that require grad are
+            trained with the network's, and its buffers treated alike; both are named "criterion." and their name in it.
 
     Returns:
         (loss, params). loss(params, (*inputs, target)) is criterion(net(*inputs), target), evaluated with `params` in
-        the place of net's own. params: name -> parameter of `net` that requires grad, the very tensors, so that
-        backward fills their `grad`.
+        the place of net's own. A batch that is a dict goes to `net` as keyword arguments, but for its last entry, which
+        is the target. params: name -> parameter of `net` (and `criterion`) that requires grad, the very tensors, so
+        that backward fills their `grad`.
 
     Raises:
         TypeError: `net` is no module, or `criterion` not callable.
-        ValueError: no parameter of `net` requires grad.
+        ValueError: no parameter requires grad, a lazy parameter has no shape yet, or a name of the criterion's is one
+            of the network's.
+        UnsupportedError: torch.compile or torch.jit made the module, or it is a DataParallel.
     """
-    _check(net, criterion)
-    buffers = _detached_buffers(net)
-    params: dict[str, Tensor] = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    check_module(net)
+    judge = Criterion(criterion, net)
+    params: dict[str, Tensor] = {name: p for name, p in net.named_parameters() if p.requires_grad} | judge.params
     if not params:
         raise ValueError("net has no parameter that requires grad, so there is nothing to train")
-
+    buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
+    checks = BufferCheck([net, *judge.modules], buffers | judge.buffers)
     call = Substitution(net)
 
+    def evaluate(params: Mapping[str, Tensor], fresh: Mapping[str, Tensor], batch: Any) -> Tensor:
+        inputs, keywords, target = _parts(batch)
+        tensors = judge.without_own({**params, **fresh})
+        with named_dtypes(net, tensors, (*inputs, *keywords.values())):
+            output = call(tensors, inputs, keywords, buffers=buffers)
+        return judge(output, target, params, fresh)
+
     def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
-        *inputs, target = batch
         # Fresh copies each time: what the module writes into them (running statistics) must not reach the next call.
-        tensors = {**params, **{name: b.clone() for name, b in buffers.items()}}
-        return criterion(call(tensors, tuple(inputs)), target)
+        fresh = {name: b.clone() for name, b in checks.buffers.items()}
+        value = evaluate(params, fresh, batch)
+        if fresh:
+            checks.look(fresh, call.rebound | judge.rebound, params, lambda fresh: evaluate(params, fresh, batch))
+        return value
 
     return loss, params
 
@@ -56,65 +76,98 @@ def stack_modules(
 
     The networks do not interact, so each one's training and hypergradient is what it would be alone. lr may then have
     shape [T, E]: a rate per step and network. Random numbers (dropout) differ between networks. An evaluation is one
-    batched call (torch.func.vmap; none of it where E is 1).
+    batched call (torch.func.vmap; none of it where E is 1). What `from_module` says of buffers and training modes
+    holds here too; the mode is that of nets[0].
 
     Args:
         nets: the E networks.
-        criterion: criterion(output, target) -> scalar tensor.
+        criterion: criterion(output, target) -> scalar tensor. If it is a module with parameters that require grad, each
+            network trains a copy of them of its own, named "criterion." and their name in it.
         shared_batches: all networks see the same batch; otherwise each entry of a batch has a leading dimension E, one
             batch for each network.
 
     Returns:
-        (loss, params). loss(params, (*inputs, target)) is the sum of the networks' losses. params: name -> [E, ...],
-        new leaf tensors that require grad.
+        (loss, params). loss(params, (*inputs, target)) is the sum of the networks' losses; a batch may be a dict, as in
+        `from_module`. params: name -> [E, ...], new leaf tensors that require grad.
 
     Raises:
         TypeError: a net is no module, or `criterion` not callable.
-        ValueError: `nets` is empty, no parameter requires grad, or the networks' parameters differ in name or shape.
+        ValueError: `nets` is empty, no parameter requires grad, or the networks' parameters differ in name or shape; or
+            as in `from_module`.
+        UnsupportedError: a module that cannot be called for several networks at once (LSTM and GRU, backward hooks), or
+            as in `from_module`.
     """
     if not nets:
         raise ValueError("nets is empty; give at least one module")
-    for net in nets:
-        _check(net, criterion)
+    for i, net in enumerate(nets):
+        check_module(net, f"nets[{i}]")
+        if len(nets) > 1:
+            check_stackable(net, f"nets[{i}]")
     first = nets[0]
     _check_alike(nets)
-    trained = [name for name, p in first.named_parameters() if p.requires_grad]
+    judge = Criterion(criterion, first)
+    trained = [name for name, p in first.named_parameters() if p.requires_grad] + list(judge.params)
     if not trained:
         raise ValueError("nets have no parameter that requires grad, so there is nothing to train")
-    tensors = [dict(net.named_parameters()) | dict(net.named_buffers()) for net in nets]
+    own = judge.params | judge.buffers
+    tensors = [dict(net.named_parameters()) | dict(net.named_buffers()) | own for net in nets]
     params = {name: torch.stack([t[name].detach() for t in tensors]).requires_grad_() for name in trained}
     rest = {name: torch.stack([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
-
+    buffer_names = {name for name, _ in first.named_buffers()} | judge.buffers.keys()
+    buffers = {name: t for name, t in rest.items() if name in buffer_names}
+    checks = BufferCheck([first, *judge.modules], buffers)
     call = Substitution(first)
 
-    def one(params: dict[str, Tensor], rest: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
-        *inputs, target = batch
-        return criterion(call({**params, **rest}, tuple(inputs)), target)
+    def one(params: dict[str, Tensor], rest: dict[str, Tensor], batch: Any) -> Tensor:
+        inputs, keywords, target = _parts(batch)
+        tensors = judge.without_own({**params, **rest})
+        own = {name: rest[name] for name in buffers if name in tensors}
+        with named_dtypes(first, tensors, (*inputs, *keywords.values())):
+            output = call(tensors, inputs, keywords, buffers=own)
+        return judge(output, target, params, rest)
 
     every = torch.func.vmap(one, in_dims=(0, 0, None if shared_batches else 0), randomness="different")
 
-    def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
-        copies = {name: t.clone() for name, t in rest.items()}
+    def evaluate(params: dict[str, Tensor], fresh: Mapping[str, Tensor], batch: Any) -> Tensor:
+        copies = {name: fresh[name] if name in fresh else t.clone() for name, t in rest.items()}
+        batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
         if len(nets) == 1:  # a convolution costs more under vmap
-            own = tuple(batch) if shared_batches else tuple(t.squeeze(0) for t in batch)
-            return one(_first(params), _first(copies), own)
-        summed: Tensor = every(params, copies, tuple(batch)).sum()
+            return one(_first(params), _first(copies), batch if shared_batches else _first_of_each(batch))
+        summed: Tensor = every(params, copies, batch).sum()
         return summed
+
+    def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
+        fresh = {name: b.clone() for name, b in buffers.items()}
+        value = evaluate(params, fresh, batch)
+        if fresh:
+            checks.look(fresh, call.rebound | judge.rebound, params, lambda fresh: evaluate(params, fresh, batch))
+        return value
 
     loss.networks = len(nets)  # type: ignore[attr-defined]  # rd.unroll clips each by its own norm
     return loss, params
 
 
-def _first(stacked: dict[str, Tensor]) -> dict[str, Tensor]:
+def _parts(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """A batch as the module's arguments, its keyword arguments, and the target."""
+    if isinstance(batch, Mapping):
+        *names, last = batch
+        return (), {name: batch[name] for name in names}, batch[last]
+    if isinstance(batch, Tensor):
+        raise TypeError(
+            f"a batch must be a tuple (*inputs, target) or a dict whose last entry is the target, got one tensor of "
+            f"shape {list(batch.shape)}"
+        )
+    *inputs, target = batch
+    return tuple(inputs), {}, target
+
+
+def _first(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """[1, ...] -> [...], as views."""
     return {name: t.squeeze(0) for name, t in stacked.items()}
 
 
-def _check(net: object, criterion: object) -> None:
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-    if not callable(criterion):
-        raise TypeError(f"criterion must be callable as criterion(output, target), got {type(criterion).__name__}")
+def _first_of_each(batch: Any) -> Any:
+    return _first(batch) if isinstance(batch, dict) else tuple(t.squeeze(0) for t in batch)
 
 
 def _check_alike(nets: Sequence[nn.Module]) -> None:
@@ -124,7 +177,3 @@ def _check_alike(nets: Sequence[nn.Module]) -> None:
             raise ValueError(
                 f"nets[{i}] has other parameters than nets[0]; stacked networks must have one architecture"
             )
-
-
-def _detached_buffers(net: nn.Module) -> dict[str, Tensor]:
-    return {name: b.detach().clone() for name, b in net.named_buffers()}

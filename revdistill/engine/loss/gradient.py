@@ -136,7 +136,8 @@ class Gradient:
         hyper_leaves = _leaves(self.data.hypers, self._hyper_wanted)
         with self.determinism.step(k), _NAMED_ERRORS:
             parts, views = self.layout.parts_and_views(leaf)
-            value = self.loss(views, batch, *self.data.pack_hyper(hyper_leaves))
+            packed = self.data.pack_batch(batch), *self.data.pack_hyper(hyper_leaves)
+            value = self.loss(views, *packed)
             if not self._checked:
                 self._check(value, leaf, (*batch_leaves, *hyper_leaves))
             gradient = self.usage.gradient(k, value, parts)

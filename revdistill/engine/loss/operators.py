@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.loss.checkpointing import NOT_THE_SAME, Watched
 from revdistill.engine.loss.determinism import CUBLAS_SETTINGS, CUBLAS_VARIABLE
 
 CHANGED_IN_PLACE = (
@@ -13,20 +14,15 @@ CHANGED_IN_PLACE = (
 )
 
 
-class _NamedErrors:
+class _NamedErrors(Watched):
     """A class and not a generator, because every gradient and every product enters one."""
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+    def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
+        super().__exit__()
         if isinstance(error, RuntimeError):
             reason = _reason(str(error))
             if reason is not None:
                 raise UnsupportedError(f"{reason}. torch said: {error}") from error
-
-
-_NAMED_ERRORS = _NamedErrors()
 
 
 def named_errors() -> _NamedErrors:
@@ -35,9 +31,9 @@ def named_errors() -> _NamedErrors:
     Raises:
         UnsupportedError: within the context, in the place of a RuntimeError about an operator that has no second
             derivatives, that does not repeat itself to the bit, whose gradient is sparse, or whose argument was
-            changed in place.
+            changed in place, or where activation checkpointing computed other values again.
     """
-    return _NAMED_ERRORS
+    return _NamedErrors(exact=True)
 
 
 def _reason(text: str) -> str | None:
@@ -57,6 +53,18 @@ def _reason(text: str) -> str | None:
         return (
             "the loss uses an operator without second derivatives, which a hypergradient needs; replace it by one "
             "built of differentiable operations (for cuDNN recurrent layers: torch.backends.cudnn.flags(enabled=False))"
+        )
+    if text.startswith("torch.utils.checkpoint: "):
+        return NOT_THE_SAME
+    if "setup_context staticmethod" in text:
+        return (
+            "the loss calls a torch.autograd.Function under torch.func.vmap (rd.stack_modules), which it has no rule "
+            "for; give it setup_context and generate_vmap_rule = True, or train each network by rd.from_module"
+        )
+    if "atching rule not implemented" in text:
+        return (
+            "the loss uses an operator that torch.func.vmap cannot call for several networks at once "
+            "(rd.stack_modules); train each network by rd.from_module (spectral_norm: or put it in .eval())"
         )
     if "not implemented for sparse tensors" in text:
         return (

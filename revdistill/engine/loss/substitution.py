@@ -8,7 +8,8 @@ the module at every call, and found again where anything changed; where the plac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
@@ -16,6 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.loss.checkpointing import Watched
+from revdistill.engine.loss.evaluation import evaluating, flags_of, set_flags
 
 # (the dictionary that holds the module's own tensor, its key there, the name of the tensor to put in its place)
 _Place = tuple[dict[str, Any], str, str]
@@ -33,29 +38,52 @@ class Substitution:
     def __init__(self, net: nn.Module) -> None:
         self._net = net
         self._found: _Found | None = None
+        self.rebound: set[str] = set()
 
-    def __call__(self, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> Any:
-        """The module's output, as torch.func.functional_call(net, tensors, inputs) gives it.
+    def __call__(
+        self,
+        tensors: Mapping[str, Tensor],
+        inputs: tuple[Any, ...],
+        keywords: Mapping[str, Any] | None = None,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """The module's output, as torch.func.functional_call(net, tensors, inputs, keywords) gives it.
 
         Args:
             tensors: by the names of `named_parameters` and `named_buffers`. What shares a tensor with one of them is
                 replaced too; what is not named stays the module's own.
             inputs: the module's arguments.
+            keywords: its keyword arguments.
+            buffers: those of `tensors` that are copies, and what they are copies of: where the module checkpoints its
+                activations, it computes them again with new copies.
 
         Returns:
-            What the module returns.
+            What the module returns. `rebound` are the names in whose places it left other tensors than `tensors`.
         """
-        places = None if torch.compiler.is_compiling() else self._places(tensors)
+        keywords = {} if keywords is None else keywords
+        if torch.compiler.is_compiling():
+            return torch.func.functional_call(self._net, dict(tensors), inputs, dict(keywords))
+        places, unroll = self._places(tensors), evaluating()
+        if unroll is not None:
+            unroll.calls(self._net, self._modules())
         if places is None:
-            return torch.func.functional_call(self._net, dict(tensors), inputs)
+            self.rebound = set()
+            with Watched(_NotHeld()):
+                return torch.func.functional_call(self._net, dict(tensors), inputs, dict(keywords))
         own = [holder[key] for holder, key, _ in places]
-        try:
-            for holder, key, name in places:
-                holder[key] = tensors[name]
-            return self._net(*inputs)
-        finally:
-            for (holder, key, _), tensor in zip(places, own, strict=True):
-                holder[key] = tensor
+        with Watched(_Held(self._modules(), places, tensors, buffers or {})):
+            try:
+                for holder, key, name in places:
+                    holder[key] = tensors[name]
+                return self._net(*inputs, **keywords)
+            finally:
+                self.rebound = {name for holder, key, name in places if holder.get(key) is not tensors[name]}
+                for (holder, key, _), tensor in zip(places, own, strict=True):
+                    holder[key] = tensor
+
+    def _modules(self) -> list[nn.Module]:
+        return list(self._net.modules()) if self._found is None else self._found.modules
 
     def _places(self, tensors: Mapping[str, Tensor]) -> list[_Place] | None:
         """Where to put `tensors`; None where functional_call has to."""
@@ -63,6 +91,50 @@ class Substitution:
         if found is None or not found.still_holds(tensors):
             self._found = found = _find(self._net, tensors)
         return None if found is None else found.places
+
+
+class _Held:
+    """One call: the module in its mode, with these tensors. A `checkpointing.Held`."""
+
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        places: list[_Place],
+        tensors: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        self._modules, self._places, self._tensors, self._buffers = modules, places, tensors, buffers
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """The context of the call, as it is now, to be entered later."""
+        flags = flags_of(self._modules)
+
+        @contextmanager
+        def call() -> Iterator[None]:
+            tensors = {**self._tensors, **{name: b.clone() for name, b in self._buffers.items()}}
+            own, modes = [holder.get(key) for holder, key, _ in self._places], flags_of(self._modules)
+            try:
+                set_flags(self._modules, flags)
+                for holder, key, name in self._places:
+                    holder[key] = tensors[name]
+                with Watched(self):
+                    yield
+            finally:
+                set_flags(self._modules, modes)
+                for (holder, key, _), tensor in zip(self._places, own, strict=True):
+                    holder[key] = tensor
+
+        return call
+
+
+class _NotHeld:
+    """A call by functional_call, which puts the module's own tensors back by its own means."""
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        raise UnsupportedError(
+            "a module that checkpoints its activations (torch.utils.checkpoint) is called within a call of itself, or "
+            "holds entries that are no parameters; switch checkpointing off"
+        )
 
 
 @dataclass(frozen=True)

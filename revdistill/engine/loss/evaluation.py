@@ -1,0 +1,190 @@
+"""The modules that an unroll's loss calls: on the way back in the training mode of the way forward.
+
+A loss made of a module reads the module as it is when it is called, and everybody calls net.eval() between an unroll
+and the validation loss. So an unroll notes, step by step, in which mode its loss found each module, and evaluates the
+step again in that mode; the module has its own back afterwards. It also notes what else a module is made of, to name
+what changed where an evaluation does not repeat itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Flags = list[bool]
+
+
+class _Local(threading.local):
+    """The unroll whose loss this thread is evaluating; of unrolls within one another the outermost."""
+
+    unroll: Modules | None = None
+
+
+_LOCAL = _Local()
+
+
+def evaluating() -> Modules | None:
+    """The modules of the unroll whose loss is being evaluated in this thread, None outside."""
+    return _LOCAL.unroll
+
+
+def flags_of(modules: list[nn.Module]) -> Flags:
+    """Which of the modules are in training mode."""
+    return [module.training for module in modules]
+
+
+def set_flags(modules: list[nn.Module], flags: Flags) -> None:
+    """Put the modules into these modes; train() is not called, which a module may have of its own."""
+    for module, training in zip(modules, flags, strict=True):
+        module.training = training
+
+
+class Modules:
+    """The modules that one unroll's loss calls."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, _Record] = {}
+        self._last = -1  # the last step that was evaluated
+        self.first_visit = False
+
+    def step(self, k: int) -> AbstractContextManager[None]:
+        """The context of one evaluation, at step k, with gradients on."""
+        return _Evaluation(self, k)
+
+    def calls(self, net: nn.Module, modules: list[nn.Module]) -> None:
+        """The loss is about to call `net`. modules: it and those in it."""
+        if not self.first_visit:
+            return
+        record = self._records.get(id(net))
+        if record is None:
+            record = self._records[id(net)] = _Record(net, modules)
+        record.see(flags_of(record.modules))
+
+    def begin(self, k: int) -> None:
+        """Step k is evaluated: for the first time, or again and in the same modes."""
+        self.first_visit = k > self._last
+        for record in self._records.values():
+            record.begin(None if self.first_visit else k)
+
+    def end(self, k: int) -> None:
+        """Step k has been evaluated."""
+        for record in self._records.values():
+            record.end(k, first=self.first_visit)
+        self._last, self.first_visit = max(k, self._last), False
+
+    def what_changed(self) -> list[str]:
+        """What a module is made of and was not made of at its first call, in words; the mode is no part of it."""
+        return [change for record in self._records.values() for change in record.what_changed()]
+
+
+class _Evaluation:
+    """A class and not a generator, because every gradient and every product enters one."""
+
+    def __init__(self, modules: Modules, k: int) -> None:
+        self._modules, self._k, self._grad = modules, k, torch.enable_grad()
+
+    def __enter__(self) -> None:
+        self._grad.__enter__()
+        self._outermost = _LOCAL.unroll is None
+        if self._outermost:
+            _LOCAL.unroll = self._modules
+            self._modules.begin(self._k)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._outermost:
+            _LOCAL.unroll = None
+            self._modules.end(self._k)
+        self._grad.__exit__(*error)
+
+
+class _Record:
+    """One module of an unroll: its modes at the steps, and what it was made of at its first call."""
+
+    def __init__(self, net: nn.Module, modules: list[nn.Module]) -> None:
+        self.net, self.modules = net, modules
+        self._parts = dict(_parts(net))
+        self._from: list[int] = []  # the steps from which on the modes were ...
+        self._flags: list[Flags] = []  # ... these
+        self._seen: Flags | None = None
+        self._own: Flags | None = None
+        self._switched_by_loss = False
+
+    def see(self, flags: Flags) -> None:
+        """The modes at a call. A loss that switches modes between its calls is left alone."""
+        if self._seen is not None and flags != self._seen:
+            self._switched_by_loss = True
+        self._seen = flags
+
+    def begin(self, k: int | None) -> None:
+        """An evaluation begins; k: a step that was evaluated before, in whose modes it is to be."""
+        self._own = None
+        if k is None or self._switched_by_loss or not self._from or k < self._from[0]:
+            self._seen = None
+            return
+        wanted, found = self._flags[bisect_right(self._from, k) - 1], flags_of(self.modules)
+        if wanted != found:
+            self._own = found
+            set_flags(self.modules, wanted)
+
+    def end(self, k: int, *, first: bool) -> None:
+        """An evaluation ends."""
+        if self._own is not None:
+            set_flags(self.modules, self._own)
+            return
+        if not first:
+            return
+        flags = flags_of(self.modules)
+        if self._seen is not None and flags != self._seen:
+            self._switched_by_loss = True
+        if not self._flags or self._flags[-1] != flags:
+            self._from.append(k)
+            self._flags.append(flags)
+
+    def what_changed(self) -> Iterator[str]:
+        now = dict(_parts(self.net))
+        for name in {**self._parts, **now}:
+            before, after = self._parts.get(name, _ABSENT), now.get(name, _ABSENT)
+            if before != after:
+                yield f"{name} ({_words(before)}, now {_words(after)})"
+
+
+_ABSENT = ("absent",)
+_PLAIN = frozenset(vars(nn.Module()))
+_HOOKS = [key for key in _PLAIN if key.endswith(("_hooks", "_pre_hooks"))]
+
+
+def _parts(net: nn.Module) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """What a module is made of: in words where, and something to compare."""
+    for prefix, module in net.named_modules():
+        of = f" of {prefix}" if prefix else ""
+        yield f"the module {prefix or 'itself'}", (type(module).__name__, id(module))
+        for key, value in vars(module).items():
+            if key not in _PLAIN:
+                yield f"the attribute {key!r}{of}", _summary(value)
+        for kind, holder in (("parameter", module._parameters), ("buffer", module._buffers)):
+            for key, tensor in holder.items():
+                if tensor is not None:
+                    described = f"{tensor.dtype} on {tensor.device}, requires_grad={tensor.requires_grad}"
+                    yield f"the {kind} {key!r}{of}", (described, tuple(tensor.shape))
+        if any(getattr(module, key, None) for key in _HOOKS):
+            yield f"the hooks{of}", (sum(len(getattr(module, key, ()) or ()) for key in _HOOKS),)
+
+
+def _summary(value: Any) -> tuple[Any, ...]:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return (value,)
+    if isinstance(value, Tensor):
+        return ("a tensor", id(value), value._version)
+    if isinstance(value, (list, tuple, dict, set)):
+        return (f"a {type(value).__name__} of {len(value)}", id(value))
+    return (f"a {type(value).__name__}", id(value))
+
+
+def _words(summary: tuple[Any, ...]) -> str:
+    return str(summary[0]) if isinstance(summary[0], str) else repr(summary[0])

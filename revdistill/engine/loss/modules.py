@@ -1,0 +1,123 @@
+"""Which modules can be called with other parameters in the place of their own, for one network or several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from revdistill.engine.errors import UnsupportedError
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def check_module(net: object, label: str = "net") -> None:
+    """Check that a module can be called with other parameters.
+
+    Args:
+        net: the module.
+        label: what it is called in the error.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: one of its parameters or buffers has no shape yet.
+        UnsupportedError: torch.compile or torch.jit made it or a part of it, or it is parallel.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"{label} must be a torch.nn.Module, got {type(net).__name__}")
+    for name, module in net.named_modules():
+        where = f"{label}.{name}" if name else label
+        # by its attribute: to import the class is to import the compiler
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise UnsupportedError(
+                f"{where} was made by torch.compile, which has no second derivatives; give the original module"
+                f"{f' ({where}._orig_mod)' if hasattr(module, '_orig_mod') else ''}, and compile=True to rd.unroll"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"{where} was made by torch.jit, and cannot be called with other parameters than its own; give the "
+                "module that it was made from, and compile=True to rd.unroll"
+            )
+        if isinstance(module, _PARALLEL):
+            raise UnsupportedError(
+                f"{where} is a {type(module).__name__}, which copies the module's own parameters; give the module "
+                f"inside ({where}.module)"
+            )
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{label}'s {name!r} has no shape yet (a lazy module makes its parameters in its first call); run one "
+                f"batch through it first: {label}(x)"
+            )
+
+
+def check_stackable(net: nn.Module, label: str) -> None:
+    """Check that a module can be called for several networks at once, by torch.func.vmap.
+
+    Args:
+        net: the module.
+        label: what it is called in the error.
+
+    Raises:
+        UnsupportedError: it holds a layer that cannot.
+    """
+    for name, module in net.named_modules():
+        where = f"{label}.{name}" if name else label
+        if isinstance(module, nn.RNNBase):
+            raise UnsupportedError(
+                f"{where} is a {type(module).__name__}, which torch.func.vmap cannot call for several networks at "
+                "once; train each network by rd.from_module, or build the layer of torch.nn."
+                f"{'RNN' if type(module) is nn.RNN else type(module).__name__}Cell"
+            )
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise UnsupportedError(
+                f"{where} has a backward hook, which under torch.func.vmap sees the gradients of all networks at once; "
+                "train each network by rd.from_module, or remove the hook"
+            )
+
+
+class named_dtypes:  # noqa: N801 - a context, used as torch.no_grad is
+    """The context of a call of a module: torch's error about two dtypes or devices names who has which.
+
+    Args:
+        net: the module that is called.
+        tensors: what stands in the place of its own.
+        inputs: what it is given.
+
+    Raises:
+        ValueError: within the context, in the place of a RuntimeError, where the tensors have several dtypes or
+            devices.
+    """
+
+    def __init__(self, net: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> None:
+        self._net, self._tensors, self._inputs = net, tensors, inputs
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, RuntimeError) or not any(word in str(error) for word in ("type", "device")):
+            return
+        kinds: dict[tuple[str, torch.dtype, torch.device], str] = {}
+        for whose, label, t in self._floats():
+            kinds.setdefault((whose, t.dtype, t.device), label)
+        if len({(dtype, device) for _, dtype, device in kinds}) > 1:
+            who = ", ".join(
+                f"{whose} {label} is {dtype} on {device}" for (whose, dtype, device), label in kinds.items()
+            )
+            raise ValueError(
+                f"the module was called with tensors of several dtypes or devices: {who}. Where it was converted "
+                "(.double(), .to(...)) after rd.from_module, call rd.from_module after that; convert the batches "
+                f"alike. torch said: {error}"
+            ) from error
+
+    def _floats(self) -> list[tuple[str, str, Tensor]]:
+        given = [("the given", repr(name), t) for name, t in self._tensors.items()]
+        own = [
+            ("the module's own", repr(name), t) for name, t in self._net.named_parameters() if name not in self._tensors
+        ]
+        inputs = [("the batch's", f"entry {i}", t) for i, t in enumerate(self._inputs) if isinstance(t, Tensor)]
+        return [(whose, label, t) for whose, label, t in (*given, *own, *inputs) if t.is_floating_point()]

@@ -1,0 +1,234 @@
+"""Buffers that forward changes: refused where the loss depends on them, trained as torch.optim trains where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, spectral_norm
+
+import revdistill as rd
+from tests.engine.small import CE
+
+ADJOINTS = [rd.Reversible(graph_bytes=0), rd.Reversible(), rd.Backprop()]
+STEPS = 6
+X = torch.randn(3, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(24).reshape(3, 8) % 3
+
+
+class Stateful(nn.Module):
+    """A layer before which `state` sees the input; buffers: by name, as they are at the start."""
+
+    def __init__(self, state: Callable[[Any, Tensor], Tensor], **buffers: Tensor) -> None:
+        super().__init__()
+        self.state, self.layer = state, nn.Linear(4, 3)
+        for name, b in buffers.items():
+            self.register_buffer(name, b.double(), persistent=name != "hidden")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 4] -> [B, 3]."""
+        return self.layer(self.state(self, x))
+
+
+def running_mean(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        net.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+    return x - net.mean
+
+
+def rebound(net: Any, x: Tensor) -> Tensor:
+    net.mean = 0.9 * net.mean + 0.1 * x.mean(0).detach()
+    return x - net.mean
+
+
+def read_before_written(net: Any, x: Tensor) -> Tensor:
+    found = x - net.hidden
+    net.hidden = x.mean(0).detach()
+    return found
+
+
+def counter(net: Any, x: Tensor) -> Tensor:
+    net.step += 1
+    return x * (2.0 if int(net.step) > 4 else 1.0)  # not at the first step
+
+
+def schedule(net: Any, x: Tensor) -> Tensor:
+    net.step.add_(1)
+    return torch.where(net.step > 4, 2 * x, x)
+
+
+def codebook(net: Any, x: Tensor) -> Tensor:
+    nearest = torch.cdist(x.detach(), net.codes).argmin(1)
+    with torch.no_grad():
+        net.codes.index_add_(0, nearest, 0.1 * (x - net.codes[nearest]))
+    return x + (net.codes[nearest] - x).detach()
+
+
+class Gradient(nn.Module):
+    """Old and new spectral normalization, and what a straight-through estimator hides from the value of the loss."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 4] -> [B, 3]."""
+        return self.layer(x)
+
+
+def straight_through(net: Any, x: Tensor) -> Tensor:
+    net.seen += 1
+    hidden = net.layer.weight.sum() * net.seen
+    return x + (hidden - hidden.detach())
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "spectral_norm, old": (lambda: Gradient(spectral_norm(nn.Linear(4, 3))), "layer.weight_u"),
+    "spectral_norm, new": (
+        lambda: Gradient(parametrizations.spectral_norm(nn.Linear(4, 3))),
+        "layer.parametrizations.weight.0._u",
+    ),
+    "running mean": (lambda: Stateful(running_mean, mean=torch.zeros(4)), "mean"),
+    "rebound": (lambda: Stateful(rebound, mean=torch.zeros(4)), "mean"),
+    "read before written": (lambda: Stateful(read_before_written, hidden=torch.zeros(4)), "hidden"),
+    "counter": (lambda: Stateful(counter, step=torch.zeros(())), "step"),
+    "schedule": (lambda: Stateful(schedule, step=torch.zeros(())), "step"),
+    "codebook": (lambda: Stateful(codebook, codes=torch.randn(3, 4)), "codes"),
+    "gradient only": (lambda: Stateful(straight_through, seen=torch.ones(())), "seen"),
+}
+
+
+def made(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().double()
+
+
+def unrolled(loss: Any, params: dict[str, Tensor], adjoint: Any = None) -> dict[str, Tensor]:
+    return rd.unroll(loss, params, (X, Y), rd.SGD(0.1), steps=STEPS, adjoint=adjoint)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_loss_that_depends_on_what_its_forward_changes_is_refused(name: str) -> None:
+    make, buffer = REFUSED[name]
+    for adjoint in ADJOINTS:
+        net = made(make)
+        kept = {key: t.clone() for key, t in net.state_dict().items()}
+        with pytest.raises(rd.UnsupportedError, match=rf"'{buffer}'.* in forward.*\.eval\(\).*hyper="):
+            unrolled(*rd.from_module(net, CE), adjoint)
+        assert all(torch.equal(kept[key], t) for key, t in net.state_dict().items())
+    stacked = rd.stack_modules([made(make), made(make)], CE) if "counter" not in name else rd.from_module(net, CE)
+    with pytest.raises(rd.UnsupportedError, match=r"\.eval\(\)"):
+        unrolled(*stacked)
+
+
+def test_what_starts_to_matter_later_is_refused_there() -> None:
+    def late(net: Any, x: Tensor) -> Tensor:
+        if float(x[0, 0]) == float(X[2, 0, 0]):
+            net.mean.add_(1.0)
+        return x - net.mean
+
+    with pytest.raises(rd.UnsupportedError, match="'mean'"):
+        unrolled(*rd.from_module(made(lambda: Stateful(late, mean=torch.zeros(4))), CE))
+
+
+def test_what_may_come_to_matter_later_is_refused() -> None:
+    """No number of the first step depends on the running mean, but the module counts its calls."""
+
+    def warm(net: Any, x: Tensor) -> Tensor:
+        net.calls = getattr(net, "calls", 0) + 1
+        mean = x.mean(0).detach()
+        net.mean.lerp_(mean, 0.1)
+        return x - (net.mean if net.calls > 4 else mean)
+
+    with pytest.raises(rd.UnsupportedError, match="'mean' in forward, and counts its calls in 'calls'"):
+        unrolled(*rd.from_module(made(lambda: Stateful(warm, mean=torch.zeros(4))), CE))
+
+
+class OwnBatchNorm(nn.Module):
+    """Batch normalization written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5))
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("last", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 5] -> [B, 5]."""
+        mean = x.mean(0)
+        with torch.no_grad():
+            self.mean.lerp_(mean, 0.1)
+            self.last.copy_(mean)
+        return self.weight * (x - mean + 0 * self.last) / (x.var(0) + 1e-5).sqrt()
+
+
+class SubclassedNorm(nn.BatchNorm1d):
+    """As libraries write it: a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 5] -> [B, 5]."""
+        self.num_batches_tracked.add_(1)
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, True, 1 / float(self.num_batches_tracked)
+        )
+
+
+def around(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), norm, nn.Tanh(), nn.Linear(5, 3))
+
+
+HARMLESS: dict[str, Callable[[], nn.Module]] = {
+    "batchnorm": lambda: around(nn.BatchNorm1d(5)),
+    "batchnorm, cumulative": lambda: around(nn.BatchNorm1d(5, momentum=None)),
+    "instancenorm": lambda: nn.Sequential(
+        nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(),
+        nn.Linear(6, 3),
+    ),
+    "by hand": lambda: around(OwnBatchNorm()),
+    "subclassed": lambda: around(SubclassedNorm(5)),
+    "spectral_norm, evaluating": lambda: Gradient(spectral_norm(nn.Linear(4, 3))).eval(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_statistics_that_are_only_written_are_no_hindrance(name: str) -> None:
+    """The parameters are those of torch.optim, whose module carries its buffers on; no look is taken twice."""
+    net, reference = made(HARMLESS[name]), made(HARMLESS[name])
+    loss, params = rd.from_module(net, CE)
+    optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], 0.1, 0.9)
+    for k in range(STEPS):
+        optimizer.zero_grad()
+        CE(reference(X[k % 3]), Y[k % 3]).backward()
+        optimizer.step()
+    for adjoint in ADJOINTS:
+        theta = unrolled(loss, params, adjoint)
+        for key, p in theta.items():
+            torch.testing.assert_close(p, reference.get_parameter(key), rtol=1e-4, atol=1e-5)  # momentum is rounded
+        torch.stack([p.sum() for p in theta.values()]).sum().backward()
+
+
+def test_the_look_is_taken_once_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    from revdistill.engine.loss import buffers
+
+    looks: list[set[str]] = []
+    influence = buffers.BufferCheck._influence
+    monkeypatch.setattr(
+        buffers.BufferCheck,
+        "_influence",
+        lambda self, names, *rest: looks.append(names) or influence(self, names, *rest),
+    )
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    net[0].calls = 0
+    net[0].register_forward_hook(lambda layer, *_: setattr(layer, "calls", layer.calls + 1))
+    loss, params = rd.from_module(net, CE)
+    state = torch.get_rng_state()
+    for _ in range(2):
+        unrolled(loss, params)
+    assert looks == [{"1.running_mean", "1.running_var"}]
+    assert net[0].calls == 2 * STEPS
+    torch.set_rng_state(state)
+    loss(params, (X[0], Y[0]))  # outside an unroll nothing is looked at
+    assert len(looks) == 1

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import revdistill as rd
 from tests.engine.small import CE, data, mlp, total
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where it imports its compiler
 
 

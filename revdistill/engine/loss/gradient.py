@@ -88,7 +88,8 @@ class Gradient:
         self.fingerprints = Fingerprints(steps, layout.device)
         self._batch_wanted = tuple(t.requires_grad for t in data.tensors)
         self._hyper_wanted = tuple(t.requires_grad for t in data.hypers)
-        self._checked = False
+        self._unchecked = 2  # what a loss keeps from its first evaluation shows in the second
+        self._first_leaf: Tensor | None = None
 
     def linearize(self, k: int, theta: Tensor) -> EagerLinearization:
         """Evaluate the loss and its gradient.
@@ -123,7 +124,7 @@ class Gradient:
         with self.determinism.step(k), named_errors():
             packed = self.data.pack_batch(batch), *self.data.pack_hyper(hyper_leaves)
             value = self.loss(self.layout.views(leaf), *packed)
-            if not self._checked:
+            if self._unchecked:
                 self._check(value, leaf, (*batch_leaves, *hyper_leaves))
             (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
         return EagerLinearization(value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k)
@@ -139,6 +140,11 @@ class Gradient:
             )
         leaves_reached = [node.variable for node in nodes if hasattr(node, "variable")]
         strangers = [t for t in leaves_reached if t is not leaf and not any(t is known for known in leaves)]
+        if any(t is self._first_leaf for t in strangers):
+            raise UnsupportedError(
+                "the loss keeps a tensor computed from params from one call to the next (in an attribute of a module, "
+                "say), and so a step depends on the one before beside the parameters; detach() what is kept"
+            )
         if strangers:
             raise ValueError(
                 f"the loss uses a tensor of shape {list(strangers[0].shape)} that requires grad but was not passed "
@@ -149,7 +155,8 @@ class Gradient:
             raise ValueError(
                 "the loss does not depend on params: loss(params, batch) must be computed from its first argument"
             )
-        self._checked = True
+        self._unchecked -= 1
+        self._first_leaf = leaf if self._unchecked else None
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ class OptimizerState:
 
     10 steps, and 10 more from the parameters and the state that they returned, are 20 steps bit for bit: the state also
     holds the integers behind both, which count as long as parameters and slots are what was returned, to the bit, and
-    the adjoint's `fractional_bits` and the optimizer's groups are the same. Otherwise the floats count. Gradients flow
-    through parameters and slots, so pieces may be chained in one graph.
+    the adjoint's `fractional_bits` and the optimizer's kind and groups are the same. Otherwise the floats count. (SGD's
+    dampening means nothing in a piece whose momentum is 0 throughout, as in torch.) Gradients flow through parameters
+    and slots, so pieces may be chained in one graph.
 
     Args:
         step: how many steps were taken, at least 0. Adam's bias correction goes on from there, and so does the step k
@@ -41,6 +42,12 @@ class OptimizerState:
     slots: Mapping[str, Mapping[str, Tensor]]
     seed: int | None = None
     _integers: Snapshot | None = field(default=None, repr=False)
+    _unused: frozenset[str] = field(default=frozenset(), repr=False)
+
+    def detach(self) -> OptimizerState:
+        """The same state without its graph: to begin a piece that is gone back over alone, to copy, to keep."""
+        slots = {slot: {name: t.detach() for name, t in of.items()} for slot, of in self.slots.items()}
+        return replace(self, slots=slots)
 
     @classmethod
     def from_torch(
@@ -53,32 +60,37 @@ class OptimizerState:
             params: name -> the very tensors that it trains, such as `from_module` returns.
             step: how many steps were taken; by default the count that the optimizer keeps (SGD keeps none).
 
+        Returns:
+            The state; parameters that the optimizer has not trained yet are at rest in it.
+
         Raises:
-            ValueError: a parameter is not among the optimizer's, or was not trained yet, or their counts differ.
+            ValueError: a parameter is not among the optimizer's, or their counts differ.
         """
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        slots: dict[str, dict[str, Tensor]] = {}
-        counts: dict[str, int] = {}
         for name, p in params.items():
             if id(p) not in known:
                 raise ValueError(f"params[{name!r}] is not one of the tensors that the optimizer trains")
-            state = optimizer.state.get(p, {})
-            for key, value in state.items():
-                if key == "step":
-                    counts[name] = int(value)
-                elif isinstance(value, Tensor):
-                    slots.setdefault(key, {})[name] = value.detach().clone()
-        for key, of in slots.items():
-            missing = [name for name in params if name not in of]
-            if missing:
-                raise ValueError(f"the optimizer has no {key} for params[{missing[0]!r}]: it has not been trained yet")
-        if step is None:
-            if not counts:
-                raise ValueError(f"{type(optimizer).__name__} keeps no count of its steps; give step=")
-            if len(set(counts.values())) > 1:
-                raise ValueError(f"the parameters were trained for different numbers of steps: {counts}; give step=")
-            step = next(iter(counts.values()))
-        return cls(step, slots)
+        states = {name: optimizer.state.get(p, {}) for name, p in params.items()}
+        counts = {name: int(state["step"]) for name, state in states.items() if "step" in state}
+        if step is None and not counts:
+            raise ValueError(
+                f"{type(optimizer).__name__} has no count of its steps (SGD keeps none, others none before their "
+                "first); give step="
+            )
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"the parameters were trained for different numbers of steps, {counts}; the state has one count for all"
+            )
+        kept = [
+            {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+            for state in states.values()
+        ]
+        slots = {key: dict[str, Tensor]() for state in kept for key in state}
+        for (name, p), state in zip(params.items(), kept, strict=True):
+            for key, of in slots.items():  # what was never trained is at rest
+                of[name] = state[key].detach().clone() if key in state else torch.zeros_like(p).detach()
+        unused = frozenset(name for name, state in zip(params, kept, strict=True) if slots and not state)
+        return cls(next(iter(counts.values())) if step is None else step, slots, _unused=unused)
 
 
 def check_state(state: Any, layout: Layout) -> None:

@@ -208,7 +208,7 @@ def unroll(
     determinism = Determinism.capture(layout.device, seed, start.taken)
     weights = None if average is None else check_average(average, steps)
 
-    def run(unused: frozenset[str]) -> tuple[Result, UnrollStats]:
+    def run(unused: frozenset[str]) -> tuple[Result, UnrollStats, Usage]:
         chosen = optimizer.sparing(unused, layout) if unused else optimizer
         update = chosen.resolve(layout, steps, start)
         check_slots(start, update.slots, optimizer)
@@ -216,6 +216,7 @@ def unroll(
             layout.names,
             penalised=frozenset(layout.names) - unused if update.penalises else frozenset(),
             moving=frozenset(name for flat in start.slots.values() for name in layout.nonzero(flat.detach())),
+            rested=frozenset() if state is None else state._unused,
             taken=start.taken,
             indifferent=update.ignores_zeros(steps),
         )
@@ -237,12 +238,12 @@ def unroll(
             average=weights,
             progress=progress,
         )
-        return (adjoint or default_adjoint(problem)).run(problem, layout.flatten(params))
+        return *(adjoint or default_adjoint(problem)).run(problem, layout.flatten(params)), usage
 
     try:
-        result, stats = run(frozenset())
+        result, stats, usage = run(frozenset())
     except UnusedParametersError as found:
-        result, stats = run(found.names)
+        result, stats, usage = run(found.names)
 
     theta = layout.owned(result.theta)
     extras: list[Any] = [] if result.average is None else [layout.owned(result.average)]
@@ -250,7 +251,8 @@ def unroll(
         extras.append(stats)
     if return_state:
         slots = {optimizer.slot_names[name]: layout.owned(flat) for name, flat in result.slots.items()}
-        extras.append(OptimizerState(start.taken + steps, slots, seed, result.integers))
+        unused = usage.unused if state is None else usage.unused & state._unused if steps else state._unused
+        extras.append(OptimizerState(start.taken + steps, slots, seed, result.integers, unused))
     return (theta, *extras) if extras else theta
 
 

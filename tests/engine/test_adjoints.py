@@ -346,3 +346,31 @@ def test_ten_thousand_steps_come_back_bit_for_bit(place: str, tmp_path: Path) ->
     print(f"bits per parameter and step: ideal {ideal:.4f}, kept {bits:.4f}")
     assert bits is not None
     assert bits <= 1.05 * ideal
+
+
+@pytest.mark.parametrize("adjoint", [rd.Reversible(graph_bytes=0), rd.Checkpoint(every=2), rd.StoreAll()], ids=repr)
+def test_a_momentum_of_zero_has_a_derivative(adjoint: Any) -> None:
+    """Regression: Checkpoint kept no v where none was needed to train, and multiplied by another step's."""
+
+    def by_hand(momentum: Tensor, w: Tensor, x: Tensor) -> Tensor:
+        v = torch.zeros_like(w)
+        for k in range(5):
+            (g,) = torch.autograd.grad((w - x[k]).pow(4).sum(), w, create_graph=True)
+            v = momentum[k] * v + g
+            w = w - 0.01 * v
+        return w
+
+    def ours(momentum: Tensor, w: Tensor, x: Tensor) -> Tensor:
+        def loss(p: dict[str, Tensor], batch: tuple[Tensor]) -> Tensor:
+            return (p["w"] - batch[0]).pow(4).sum()
+
+        return rd.unroll(loss, {"w": w}, (x,), rd.SGD(0.01, momentum), steps=5, adjoint=adjoint)["w"]
+
+    found = []
+    for way in (ours, by_hand):
+        torch.manual_seed(0)
+        momentum = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+        w, x = torch.randn(3, dtype=torch.float64, requires_grad=True), torch.randn(5, 3, dtype=torch.float64)
+        found.append(torch.autograd.grad(way(momentum, w, x).square().sum(), [momentum, w]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)

@@ -213,3 +213,17 @@ def test_compiled_or_not_it_is_right() -> None:
         found = hypergradient(loss, params, rd.Reversible(), compile=True)
     assert any(issubclass(warning.category, rd.CompileWarning) for warning in said)
     close(found, by_loop())
+
+
+def test_nothing_is_computed_again_to_see_how_much_memory_a_graph_takes() -> None:
+    """On the way forward each part runs twice, for the loss and for its gradient, whether graphs are kept or not."""
+    net = make(checkpointed())
+    net.eval()
+    calls = []
+    net.body.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss, params = rd.from_module(net, CE)
+    for graph_bytes in (0, 2**20):
+        calls.clear()
+        lr = torch.full((STEPS,), LR, requires_grad=True)
+        rd.unroll(loss, params, (X, Y), rd.SGD(lr), steps=STEPS, adjoint=rd.Reversible(graph_bytes=graph_bytes))
+        assert len(calls) == 2 * STEPS

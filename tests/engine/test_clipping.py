@@ -139,6 +139,18 @@ def test_a_gradient_of_zero_stays_zero() -> None:
     assert float(found[1]) == 0
 
 
+@pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Backprop()], ids=repr)
+def test_a_norm_that_overflows_gives_zero_as_torchs_does(adjoint: Any) -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    w.grad = torch.full((2,), 1e200, dtype=torch.float64)
+    torch.nn.utils.clip_grad_norm_([w], 1.0)
+    assert not w.grad.any()
+    theta = rd.unroll(
+        lambda p, b: 1e200 * p["w"].sum(), {"w": w}, lambda k: (), rd.SGD(0.1, max_norm=1.0), steps=2, adjoint=adjoint
+    )
+    assert torch.equal(theta["w"], w)
+
+
 def test_it_keeps_adam_in_its_range() -> None:
     """Gradients of 1e6 are more than the moments hold; their clipped ones are not."""
     w = torch.ones(2, dtype=torch.float64, requires_grad=True)

@@ -263,12 +263,116 @@ def test_bad_optimizers_of_torchs_are_named() -> None:
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     params = dict(net.named_parameters())
-    with pytest.raises(ValueError, match="SGD keeps no count of its steps; give step="):
+    with pytest.raises(ValueError, match=r"SGD has no count of its steps .* give step="):
         rd.OptimizerState.from_torch(optimizer, params)
     with pytest.raises(ValueError, match=r"params\['w'\] is not one of the tensors that the optimizer trains"):
         rd.OptimizerState.from_torch(optimizer, {"w": torch.ones(1)})
+    with pytest.raises(ValueError, match="Adam has no count of its steps"):
+        rd.OptimizerState.from_torch(torch.optim.Adam(net.parameters()), params)
     adam = torch.optim.Adam(net.parameters())
-    next(iter(params.values())).grad = torch.zeros_like(next(iter(params.values())))
-    adam.step()
-    with pytest.raises(ValueError, match="the optimizer has no exp_avg for params"):
+    for first in (True, False):
+        for i, p in enumerate(params.values()):
+            p.grad = torch.zeros_like(p) if first or i else None
+        adam.step()
+    with pytest.raises(ValueError, match="were trained for different numbers of steps"):
         rd.OptimizerState.from_torch(adam, params)
+
+
+def trained(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    x, y = (t.detach() for t in data())
+    for k in range(steps):
+        optimizer.zero_grad()
+        CE(net(x[k % 7]), y[k % 7]).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.0])
+def test_the_first_step_with_a_buffer_is_the_one_without_dampening(momentum: float) -> None:
+    """Regression: it went by the count of steps, of which SGD has none."""
+    net = network(dropout=0.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=momentum, dampening=0.5 if momentum else 0.0)
+    trained(net, optimizer, 3)
+    loss, params = rd.from_module(net, CE)
+    state = rd.OptimizerState.from_torch(optimizer, params, step=0)
+    for group in optimizer.param_groups:
+        group["momentum"], group["dampening"] = 0.5, 0.5
+    theta = rd.unroll(
+        loss, params, tuple(t.detach() for t in data()), rd.SGD(0.1, 0.5, dampening=0.5), steps=3, state=state
+    )
+    trained(net, optimizer, 3)
+    for n, p in net.named_parameters():
+        torch.testing.assert_close(theta[n], p.detach(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: rd.RMSprop(0.01, momentum=lambda k: 0.0 if k < 10 else 0.5),
+        lambda: rd.AdamW(0.1, weight_decay=lambda k: 0.0 if k < 10 else 0.1),
+        lambda: rd.SGD(0.1, momentum=lambda k: 0.0 if k < 10 else 0.5),
+    ],
+    ids=["rmsprop", "adamw", "sgd"],
+)
+def test_what_is_zero_in_one_piece_only(optimizer: Callable[[], Any]) -> None:
+    """Regression: a slot, or a bit store, was missing from the first piece."""
+    loss, params = rd.from_module(network(dtype=torch.float32), CE)
+    batches = tuple(t.detach() for t in data(torch.float32))
+    whole = rd.unroll(loss, params, batches, optimizer(), steps=20, seed=3)
+    half, state = rd.unroll(loss, params, batches, optimizer(), steps=10, seed=3, return_state=True)
+    half, state = rd.unroll(loss, half, batches, optimizer(), steps=0, state=state, return_state=True)
+    rest = rd.unroll(loss, half, batches, optimizer(), steps=10, state=state)
+    assert all(torch.equal(whole[n], rest[n]) for n in whole)
+
+
+def test_what_torch_has_not_trained_is_at_rest() -> None:
+    """A parameter that the loss never used has no state in torch, and none is needed."""
+    params = {n: torch.ones(2, dtype=torch.float64, requires_grad=True) for n in ("used", "unused")}
+    optimizer = torch.optim.AdamW(params.values(), lr=0.1)
+
+    def loss(p: dict[str, Tensor], _: Any) -> Tensor:
+        return (p["used"] ** 4).sum()
+
+    loss(params, ()).backward()
+    optimizer.step()
+    state = rd.OptimizerState.from_torch(optimizer, params)
+    theta = rd.unroll(loss, params, lambda k: (), rd.AdamW(0.1), steps=1, state=state)
+    optimizer.zero_grad()
+    loss(params, ()).backward()
+    optimizer.step()
+    for n, p in params.items():
+        torch.testing.assert_close(theta[n], p.detach(), rtol=1e-6, atol=0)
+    with pytest.raises(rd.UnsupportedError, match=r"params\['unused'\] a gradient at step 1"):
+        rd.unroll(
+            lambda p, b: loss(p, b) + p["unused"].sum(), params, lambda k: (), rd.AdamW(0.1), steps=1, state=state
+        )
+
+
+def test_the_bound_of_amsgrads_step_holds_from_any_state() -> None:
+    """Regression: it took the maximum of the past for the second moment of the present. torch's step, and refused."""
+
+    def full(value: float) -> dict[str, Tensor]:
+        return {"w": torch.full((3,), value, dtype=torch.float64)}
+
+    state = rd.OptimizerState(100_000, {"exp_avg": full(-5), "exp_avg_sq": full(0), "max_exp_avg_sq": full(1)})
+    g = torch.full((1, 3), -(1000**0.5), dtype=torch.float64)
+    with pytest.raises(rd.RangeError) as error:
+        rd.unroll(
+            lambda p, b: (p["w"] * b[0]).sum(),
+            full(0.0),
+            (g,),
+            rd.Adam(0.7, amsgrad=True, eps=1e-12),
+            steps=1,
+            state=state,
+            adjoint=rd.Checkpoint(fractional_bits=60),
+        )
+    assert error.value.value == pytest.approx(0.7 * (0.9 * 5 + 0.1 * 1000**0.5), rel=1e-6)
+
+
+def test_a_state_without_its_graph() -> None:
+    loss, params = rd.from_module(network(), CE)
+    half, state = rd.unroll(loss, params, data(), rd.Adam(0.01), steps=3, return_state=True)
+    assert any(t.requires_grad for t in state.slots["exp_avg"].values())
+    alone = copy.deepcopy(state.detach())
+    start = {n: p.detach() for n, p in half.items()}
+    a, b = (rd.unroll(loss, start, data(), rd.Adam(0.01), steps=3, state=s) for s in (state, alone))
+    assert all(torch.equal(a[n], b[n]) for n in a)

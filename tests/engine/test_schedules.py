@@ -94,6 +94,48 @@ def test_it_counts_on_from_the_state() -> None:
     assert all(torch.equal(whole[n], rest[n]) for n in whole)
 
 
+def test_a_scheduler_at_another_step_than_the_state_is_refused() -> None:
+    """Regression: the same scheduler given to each piece began anew in each."""
+    w = {"w": torch.ones(1, dtype=torch.float64)}
+    optimizer = torch.optim.SGD(w.values(), lr=1.0)
+    schedulers = [torchs.ExponentialLR(optimizer, 0.5)]
+    schedulers.append(torchs.ChainedScheduler([torchs.ExponentialLR(torch.optim.SGD(w.values(), lr=1.0), 0.5)]))
+    for scheduler in schedulers:
+        sgd = rd.SGD(scheduler, 0.0)
+        half, state = rd.unroll(lambda p, b: p["w"].sum(), w, lambda k: (), sgd, steps=2, return_state=True)
+        with pytest.raises(ValueError, match=r"lr is a scheduler at its step 0, but the state .* from step 2"):
+            rd.unroll(lambda p, b: p["w"].sum(), half, lambda k: (), sgd, steps=2, state=state)
+        for _ in range(2):
+            scheduler.optimizer.step()
+            scheduler.step()
+        rest = rd.unroll(lambda p, b: p["w"].sum(), half, lambda k: (), sgd, steps=2, state=state)
+        assert float(rest["w"]) == 1 - 1 - 0.5 - 0.25 - 0.125
+
+
+def test_schedulers_in_groups() -> None:
+    """Regression: betas by parameter were not read, and a momentum by parameter was not seen to follow."""
+    params = {n: torch.ones(2, dtype=torch.float64) for n in ("a", "b")}
+
+    def loss(p: dict[str, Tensor], _: Any) -> Tensor:
+        return (p["a"] ** 4).sum() + (p["b"] ** 4).sum()
+
+    schedule = one_cycle()
+    for optimizer in (
+        rd.SGD({"a": schedule, "b": 0.1}, {"a": schedule, "b": 0.5}),
+        rd.SGD(schedule, {"a": schedule, "b": schedule}),
+    ):
+        rd.unroll(loss, params, lambda k: (), optimizer, steps=3)
+    with pytest.raises(ValueError, match="changes momentum too"):
+        rd.unroll(loss, params, lambda k: (), rd.SGD({"a": schedule, "b": 0.1}, 0.5), steps=3)
+    adam = torch.optim.Adam([torch.ones(1)], lr=0.1)
+    schedule = torchs.OneCycleLR(adam, 0.5, total_steps=STEPS + 1)
+    each, one = (
+        rd.unroll(loss, params, lambda k: (), rd.Adam(schedule, (beta, 0.999)), steps=3)
+        for beta in (dict.fromkeys(params, schedule), schedule)
+    )
+    assert all(torch.equal(each[n], one[n]) for n in each)
+
+
 def plateau() -> Any:
     return torchs.ReduceLROnPlateau(torch.optim.SGD([torch.ones(1)], lr=0.1))
 

@@ -113,6 +113,25 @@ def test_a_module_that_counts_is_caught(adjoint: Any) -> None:
         value.backward()
 
 
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+def test_what_a_loss_keeps_between_its_calls_has_to_be_detached(adjoint: Any) -> None:
+    """Where graphs are kept nothing is evaluated again, and the part of the way back through it would be missing."""
+
+    def loss(kept: list[Tensor], detach: bool) -> Callable[..., Tensor]:
+        def keeping(p: Params, b: tuple[Tensor, ...]) -> Tensor:
+            value = quartic(p, b)
+            last = kept[-1] if kept else 0.0
+            kept.append(value.detach() if detach else value)
+            return value + (0.1 * last * p["a"].sum() if len(kept) <= STEPS else 0.0)
+
+        return keeping
+
+    params, batches = problem()
+    with pytest.raises(rd.UnsupportedError, match=r"keeps a tensor computed from params.*detach\(\) what is kept"):
+        unrolled(loss([], detach=False), params, batches, adjoint)
+    unrolled(loss([], detach=True), params, batches, adjoint)
+
+
 @pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
 def test_data_in_another_order_is_caught(adjoint: Any) -> None:
     params, _ = problem()

@@ -168,3 +168,61 @@ def test_a_loss_that_uses_none_is_named(adjoint: Any) -> None:
     for loss in (lambda p, b, h: h.square(), lambda p, b, h: h.detach()):
         with pytest.raises(ValueError, match="the loss does not depend on params"):
             rd.unroll(loss, params(w=1.0), lambda k: (), rd.AdamW(0.1), steps=STEPS, hyper=scale, adjoint=adjoint)
+
+
+@pytest.fixture
+def compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.func's gradient itself: 0 where one is missing, as the compiled one's is."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(compiled, "best_times", lambda first, second: (1.0, 2.0))
+
+
+@pytest.mark.usefixtures("compiled_without_a_compiler")
+@pytest.mark.parametrize("immediate", [True, False])
+@pytest.mark.parametrize("when", [lambda k: k == 0, lambda k: k == 2], ids=["lost", "gained"])
+def test_compiled_it_is_refused_too(
+    when: Callable[[int], bool], immediate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: only the first step was looked at. On a device the numbers are read some steps later."""
+    linearize = compiled.CompiledGradient.linearize
+
+    def here(self: Any, k: int, theta: Tensor) -> Any:
+        self.fingerprints.immediate = immediate
+        return linearize(self, k, theta)
+
+    monkeypatch.setattr(compiled.CompiledGradient, "linearize", here)
+    with pytest.raises(rd.UnsupportedError, match=r"params\['sometimes'\].* at step [12]"):
+        rd.unroll(
+            used_at(when),
+            params(always=1.0, sometimes=1.0),
+            first_step_only,
+            rd.SGD(0.1, 0.5),
+            steps=STEPS,
+            compile=True,
+            adjoint=rd.StoreAll(),
+        )
+
+
+@pytest.mark.usefixtures("compiled_without_a_compiler")
+def test_compiled_a_gradient_of_zero_is_no_missing_one() -> None:
+    def loss(p: dict[str, Tensor], batch: tuple[int]) -> Tensor:
+        return p["always"].square().sum() + p["sometimes"].sum() * float(batch[0] == 0)
+
+    theta = rd.unroll(
+        loss, params(always=1.0, sometimes=1.0), first_step_only, rd.SGD(0.1, 0.5), steps=STEPS, compile=True
+    )
+    torch.testing.assert_close(theta["sometimes"], torch.full((2,), 1 - 0.1 * 1.75, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("optimizer", [rd.Adam(0.1), rd.SGD(0.1, 0.5, dampening=0.5)], ids=["adam", "sgd"])
+def test_used_in_a_later_piece_only_is_refused(optimizer: Any) -> None:
+    """Regression: torch.optim begins to count there, for Adam's bias correction and for dampening."""
+    start = params(always=1.0, sometimes=1.0)
+    theta, state = rd.unroll(used_at(lambda k: k >= 2), start, first_step_only, optimizer, steps=2, return_state=True)
+    theta, state = rd.unroll(
+        used_at(lambda k: False), theta, first_step_only, optimizer, steps=0, state=state, return_state=True
+    )
+    with pytest.raises(
+        rd.UnsupportedError, match=r"params\['sometimes'\] a gradient at step 2, and gave it none before"
+    ):
+        rd.unroll(used_at(lambda k: k >= 2), theta, first_step_only, optimizer, steps=2, state=state)

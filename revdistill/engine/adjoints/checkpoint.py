@@ -60,8 +60,10 @@ class _Snapshots(Recording):
         self._every = adjoint.every or max(1, math.isqrt(problem.steps - problem.first))
         self._first = problem.first
         self._trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory())
-        # Without momentum each v is overwritten before it is read: theta alone is a snapshot.
-        self._with_slots = problem.update.keeps_memory(problem.steps)
+        # Without momentum each v is overwritten before it is read: theta alone is a snapshot. What is overwritten still
+        # has a derivative with respect to momentum.
+        update = problem.update
+        self._with_slots = update.keeps_memory(problem.steps) or update.vjp_reads_slots
         self._snapshots: dict[int, Snapshot] = {}
 
     def forward(self) -> Result:

@@ -22,7 +22,7 @@ from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.state import State
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.moves import Move
-from revdistill.engine.optimizers.sources import GRADIENT, THETA
+from revdistill.engine.optimizers.sources import GRADIENT, SLACK, THETA
 from revdistill.engine.optimizers.update import Update
 
 _SLOT_NAMES = {
@@ -64,12 +64,14 @@ class Guard:
             raise NonFiniteError(f"params[{name!r}] is not finite at the start", parameter=name, step=0)
         if not start < self._fixed.limit:
             self._raise_range(theta.double(), -1, THETA)
-        self._bounds = {THETA: start} | dict.fromkeys(self._update.slots, 0.0)
+        # A state's integers are finer than the floats that stand for them.
+        slack = SLACK if slots else 1.0
+        self._bounds = {THETA: start * slack} | dict.fromkeys(self._update.slots, 0.0)
         for slot, values in slots.items():
             largest = float(self._backend.largest(values.detach()))
             if not largest < self._formats[slot].limit:
                 self._raise_range(values.detach().double(), -1, slot)
-            self._bounds[slot] = largest * _SLACK + self._formats[slot].resolution
+            self._bounds[slot] = largest * slack + self._formats[slot].resolution
         self._notes, self._first_note = [], 0
 
     def before_step(self, k: int, loss: Tensor, gradient: Tensor, state: State) -> bool:

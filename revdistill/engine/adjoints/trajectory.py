@@ -93,6 +93,7 @@ class Trajectory:
         finally:
             bar.close()
         self.guard.flush(self.state)
+        self.problem.gradient.flush()
 
     def _steps(self, before_step: BeforeStep, after_step: AfterStep, on_step: OnStep | None, bar: Bar) -> None:
         for k in range(self.problem.steps):

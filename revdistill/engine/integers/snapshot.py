@@ -25,10 +25,11 @@ class Snapshot:
         return sum(t.nbytes for t in (self.theta, *self._slots.values(), *(head for head, _, _ in self._stores)))
 
     def fits(self, state: State) -> bool:
-        """Whether the state has the same numbers, in the same formats, and bit stores of the same lengths."""
+        """Whether the state has the same numbers, in the same formats and place, and bit stores of the same lengths."""
         numbers = {THETA: self.theta} | self._slots
         return (
             self._formats == state.formats
+            and self.theta.device == state.numbers[THETA].device
             and {name: q.shape for name, q in numbers.items()} == {name: q.shape for name, q in state.numbers.items()}
             and [head.shape for head, _, _ in self._stores] == [store.head.shape for store in state.all_stores()]
         )

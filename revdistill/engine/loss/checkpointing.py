@@ -80,6 +80,8 @@ class Watched:
         if self._exact is not None:
             _LOCAL.exact = self._exact
         _LOCAL.depth += 1
+        if _LOCAL.depth > 1:
+            return
         with _LOCK:
             _USERS[0] += 1
             if _USERS[0] == 1:
@@ -88,6 +90,8 @@ class Watched:
     def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
         _LOCAL.held, _LOCAL.exact = self._before
         _LOCAL.depth -= 1
+        if _LOCAL.depth:
+            return
         with _LOCK:
             _USERS[0] -= 1
             if not _USERS[0]:

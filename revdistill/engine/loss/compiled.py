@@ -25,7 +25,7 @@ from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient, Linearization, Products
 from revdistill.engine.loss.operators import named_errors
 from revdistill.engine.loss.timing import best_times
-from revdistill.engine.loss.usage import Usage
+from revdistill.engine.loss.usage import Usage, Zeros
 
 # Normwise relative difference that reordered sums explain; a wrong kernel is off by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
@@ -88,6 +88,7 @@ class CompiledGradient(Gradient):
         self.functions = known[key]
         self.compiled: _CompiledGradient | None = None
         self._chosen = self.functions.gradient is None
+        self._zeros = Zeros(self.usage, layout)
 
     def _compile(self) -> tuple[_CompiledGradient, _CompiledProduct]:
         layout, wanted, batches = self.layout, self.wanted, len(self.data.tensors)
@@ -126,7 +127,14 @@ class CompiledGradient(Gradient):
             self._choose(k, theta, batch)
         if self.compiled is None:
             return self._linearize(k, theta, batch)
-        return CompiledLinearization(self, self.compiled, k, theta.detach(), batch)
+        form = CompiledLinearization(self, self.compiled, k, theta.detach(), batch)
+        if self._zeros.are_new(k) and self._zeros.look(k, form.gradient, wait=self.fingerprints.immediate):
+            self._linearize(k, theta, batch)  # eager knows a missing gradient from one that is 0
+        return form
+
+    def flush(self) -> None:
+        """See `Gradient.flush`."""
+        self._zeros.flush()
 
     def _choose(self, k: int, theta: Tensor, batch: Any) -> None:
         """Choose the gradient function of this unroll; on the loss's first use by comparing both."""

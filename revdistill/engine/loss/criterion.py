@@ -66,7 +66,7 @@ class Criterion:
         """The names in whose places the last call left other tensors."""
         return set() if self._call is None else {self._names[name] for name in self._call.rebound}
 
-    def without_own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def without_own(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`tensors` but for the criterion's own."""
         if not self.params and not self.buffers:
             return tensors

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from revdistill.engine.loss.buffers import BufferCheck
 from revdistill.engine.loss.criterion import Criterion
-from revdistill.engine.loss.modules import check_module, check_stackable, named_dtypes
+from revdistill.engine.loss.modules import check_module, check_stackable, name_dtypes
 from revdistill.engine.loss.substitution import Substitution
 
 PureLoss = Callable[[dict[str, Tensor], Any], Tensor]
@@ -53,9 +53,12 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
 
     def evaluate(params: Mapping[str, Tensor], fresh: Mapping[str, Tensor], batch: Any) -> Tensor:
         inputs, keywords, target = _parts(batch)
-        tensors = judge.without_own({**params, **fresh})
-        with named_dtypes(net, tensors, (*inputs, *keywords.values())):
+        tensors = judge.without_own({**params, **fresh} if fresh else params)
+        try:
             output = call(tensors, inputs, keywords, buffers=buffers)
+        except RuntimeError as error:
+            name_dtypes(error, net, tensors, (*inputs, *keywords.values()))
+            raise
         return judge(output, target, params, fresh)
 
     def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
@@ -122,8 +125,11 @@ def stack_modules(
         inputs, keywords, target = _parts(batch)
         tensors = judge.without_own({**params, **rest})
         own = {name: rest[name] for name in buffers if name in tensors}
-        with named_dtypes(first, tensors, (*inputs, *keywords.values())):
+        try:
             output = call(tensors, inputs, keywords, buffers=own)
+        except RuntimeError as error:
+            name_dtypes(error, first, tensors, (*inputs, *keywords.values()))
+            raise
         return judge(output, target, params, rest)
 
     every = torch.func.vmap(one, in_dims=(0, 0, None if shared_batches else 0), randomness="different")

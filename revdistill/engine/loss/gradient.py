@@ -27,7 +27,6 @@ from revdistill.engine.loss.usage import Usage
 # What a node of autograd takes with the tensors that it refers to, without their numbers: measured with 54 nodes, on 30
 # tiny networks, where it is a third of a graph.
 _NODE_BYTES = 1024
-_NAMED_ERRORS = named_errors()
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ class Gradient:
         self.fingerprints = Fingerprints(steps, layout.device)
         self._batch_wanted = tuple(t.requires_grad for t in data.tensors)
         self._hyper_wanted = tuple(t.requires_grad for t in data.hypers)
-        self._checked = False
+        self._unchecked = 2  # what a loss keeps from its first evaluation shows in the second
+        self._first_leaf: Tensor | None = None
 
     def linearize(self, k: int, theta: Tensor) -> EagerLinearization:
         """Evaluate the loss and its gradient.
@@ -121,6 +121,9 @@ class Gradient:
         """
         return self._linearize(k, theta, self._batch(k))
 
+    def flush(self) -> None:
+        """All steps have been evaluated: the checks that are still open. Raises: UnsupportedError."""
+
     def _batch(self, k: int) -> Any:
         """Step k's batch, detached where it is of a table."""
         if self.data.function is None:
@@ -134,11 +137,11 @@ class Gradient:
         if self.data.function is None:
             batch = batch_leaves = _leaves(batch, self._batch_wanted)
         hyper_leaves = _leaves(self.data.hypers, self._hyper_wanted)
-        with self.determinism.step(k), _NAMED_ERRORS:
+        with self.determinism.step(k), named_errors():
             parts, views = self.layout.parts_and_views(leaf)
             packed = self.data.pack_batch(batch), *self.data.pack_hyper(hyper_leaves)
             value = self.loss(views, *packed)
-            if not self._checked:
+            if self._unchecked:
                 self._check(value, leaf, (*batch_leaves, *hyper_leaves))
             gradient = self.usage.gradient(k, value, parts)
         return EagerLinearization(value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k)
@@ -154,13 +157,19 @@ class Gradient:
             )
         leaves_reached = [node.variable for node in nodes if hasattr(node, "variable")]
         strangers = [t for t in leaves_reached if t is not leaf and not any(t is known for known in leaves)]
+        if any(t is self._first_leaf for t in strangers):
+            raise UnsupportedError(
+                "the loss keeps a tensor computed from params from one call to the next (in an attribute of a module, "
+                "say), and so a step depends on the one before beside the parameters; detach() what is kept"
+            )
         if strangers:
             raise ValueError(
                 f"the loss uses a tensor of shape {list(strangers[0].shape)} that requires grad but was not passed "
                 "to unroll, so it would silently get no gradient; pass it in params (what is trained), batches (a "
                 "tuple of tensors [s, ...]) or hyper= (anything else), or detach it"
             )
-        self._checked = True
+        self._unchecked -= 1
+        self._first_leaf = leaf if self._unchecked else None
 
 
 @dataclass
@@ -194,7 +203,7 @@ class EagerLinearization:
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found: Iterator[Tensor | None] = iter([None] * len(wanted))
         if self.graph.requires_grad:  # a loss that is linear in theta has no second derivative at all
-            with self.determinism.step(self.k), _NAMED_ERRORS:
+            with self.determinism.step(self.k), named_errors():
                 found = iter(torch.autograd.grad(self.graph, wanted, grad_outputs=vector, allow_unused=True))
         values = [next(found) if leaf.requires_grad else None for leaf in leaves]
         split = 1 + len(self.batch_leaves)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ def graph_nodes(value: Tensor) -> list[Any]:
 
 
 def saved_tensors(value: Tensor) -> Iterator[Tensor]:
-    """Every tensor that the autograd graph behind `value` holds for its backward.
+    """Every tensor that the autograd graph behind `value` holds for its backward, but for those behind hooks.
+
+    To look at what activation checkpointing left out of the graph would be to compute it again.
 
     Args:
         value: any tensor.
@@ -39,10 +41,20 @@ def saved_tensors(value: Tensor) -> Iterator[Tensor]:
         The tensors, one after another; one that several nodes hold comes several times.
     """
     for node in graph_nodes(value):
-        held = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        held += getattr(node, "saved_tensors", ())
+        names = [name for name in dir(node) if name.startswith("_saved_") and not _behind_hooks(node, f"_raw{name}")]
+        held = [getattr(node, name) for name in names]
+        if not _behind_hooks(node, "_raw_saved_tensors"):
+            held += getattr(node, "saved_tensors", ())
         for entry in held:
-            yield from (t for t in (entry if isinstance(entry, (tuple, list)) else (entry,)) if isinstance(t, Tensor))
+            yield from (t for t in _entries(entry) if isinstance(t, Tensor))
+
+
+def _behind_hooks(node: Any, name: str) -> bool:
+    return any(getattr(saved, "unpack_hook", None) is not None for saved in _entries(getattr(node, name, None)))
+
+
+def _entries(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 def is_once_differentiable(node: Any) -> bool:

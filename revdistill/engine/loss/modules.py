@@ -79,45 +79,31 @@ def check_stackable(net: nn.Module, label: str) -> None:
             )
 
 
-class named_dtypes:  # noqa: N801 - a context, used as torch.no_grad is
-    """The context of a call of a module: torch's error about two dtypes or devices names who has which.
+def name_dtypes(error: RuntimeError, net: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> None:
+    """Name who has which dtype or device, where torch's error is about two of them.
 
     Args:
-        net: the module that is called.
-        tensors: what stands in the place of its own.
-        inputs: what it is given.
+        error: what the call of the module raised.
+        net: the module that was called.
+        tensors: what stood in the place of its own.
+        inputs: what it was given.
 
     Raises:
-        ValueError: within the context, in the place of a RuntimeError, where the tensors have several dtypes or
-            devices.
+        ValueError: the tensors have several dtypes or devices, and the error is about that.
     """
-
-    def __init__(self, net: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> None:
-        self._net, self._tensors, self._inputs = net, tensors, inputs
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, RuntimeError) or not any(word in str(error) for word in ("type", "device")):
-            return
-        kinds: dict[tuple[str, torch.dtype, torch.device], str] = {}
-        for whose, label, t in self._floats():
+    if not any(word in str(error) for word in ("type", "device")):
+        return
+    given = [("the given", repr(name), t) for name, t in tensors.items()]
+    own = [("the module's own", repr(name), p) for name, p in net.named_parameters() if name not in tensors]
+    entries = [("the batch's", f"entry {i}", t) for i, t in enumerate(inputs) if isinstance(t, Tensor)]
+    kinds: dict[tuple[str, torch.dtype, torch.device], str] = {}
+    for whose, label, t in (*given, *own, *entries):
+        if t.is_floating_point():
             kinds.setdefault((whose, t.dtype, t.device), label)
-        if len({(dtype, device) for _, dtype, device in kinds}) > 1:
-            who = ", ".join(
-                f"{whose} {label} is {dtype} on {device}" for (whose, dtype, device), label in kinds.items()
-            )
-            raise ValueError(
-                f"the module was called with tensors of several dtypes or devices: {who}. Where it was converted "
-                "(.double(), .to(...)) after rd.from_module, call rd.from_module after that; convert the batches "
-                f"alike. torch said: {error}"
-            ) from error
-
-    def _floats(self) -> list[tuple[str, str, Tensor]]:
-        given = [("the given", repr(name), t) for name, t in self._tensors.items()]
-        own = [
-            ("the module's own", repr(name), t) for name, t in self._net.named_parameters() if name not in self._tensors
-        ]
-        inputs = [("the batch's", f"entry {i}", t) for i, t in enumerate(self._inputs) if isinstance(t, Tensor)]
-        return [(whose, label, t) for whose, label, t in (*given, *own, *inputs) if t.is_floating_point()]
+    if len({(dtype, device) for _, dtype, device in kinds}) > 1:
+        who = ", ".join(f"{whose} {label} is {dtype} on {device}" for (whose, dtype, device), label in kinds.items())
+        raise ValueError(
+            f"the module was called with tensors of several dtypes or devices: {who}. Where it was converted "
+            "(.double(), .to(...)) after rd.from_module, call rd.from_module after that; convert the batches alike. "
+            f"torch said: {error}"
+        ) from error

@@ -25,6 +25,7 @@ from revdistill.engine.loss.evaluation import evaluating, flags_of, set_flags
 # (the dictionary that holds the module's own tensor, its key there, the name of the tensor to put in its place)
 _Place = tuple[dict[str, Any], str, str]
 # Without loops in Python: at every call the whole module is compared.
+_NONE: dict[str, Any] = {}
 _HOLDERS, _VALUES = attrgetter("_parameters", "_buffers", "_modules"), methodcaller("values")
 
 
@@ -61,7 +62,7 @@ class Substitution:
         Returns:
             What the module returns. `rebound` are the names in whose places it left other tensors than `tensors`.
         """
-        keywords = {} if keywords is None else keywords
+        keywords = _NONE if keywords is None else keywords
         if torch.compiler.is_compiling():
             return torch.func.functional_call(self._net, dict(tensors), inputs, dict(keywords))
         places, unroll = self._places(tensors), evaluating()
@@ -72,13 +73,14 @@ class Substitution:
             with Watched(_NotHeld()):
                 return torch.func.functional_call(self._net, dict(tensors), inputs, dict(keywords))
         own = [holder[key] for holder, key, _ in places]
-        with Watched(_Held(self._modules(), places, tensors, buffers or {})):
+        with Watched(_Held(self._modules(), places, tensors, buffers or _NONE)):
             try:
                 for holder, key, name in places:
                     holder[key] = tensors[name]
                 return self._net(*inputs, **keywords)
             finally:
-                self.rebound = {name for holder, key, name in places if holder.get(key) is not tensors[name]}
+                if buffers:
+                    self.rebound = {name for holder, key, name in places if holder.get(key) is not tensors[name]}
                 for (holder, key, _), tensor in zip(places, own, strict=True):
                     holder[key] = tensor
 

@@ -8,12 +8,16 @@ steps only is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.layout import Layout
+
+_INTERVAL = 32  # steps between two looks at a device
 
 
 class UnusedParametersError(Exception):
@@ -36,8 +40,13 @@ class Usage:
         names: of the parameters, in the order of the flat buffer.
         penalised: those that the update changes even where their gradients are 0 at every step.
         moving: those whose running averages are not 0 at the start.
+        rested: those that had no gradient in the training so far, which the steps before count for as for the others.
         taken: steps of the training before the first one here, for messages.
         indifferent: whether a gradient of 0 changes nothing, whatever came before: then it may be missing anywhere.
+
+    Attributes:
+        unused: the parameters without a gradient at the first step.
+        taken: as given.
     """
 
     def __init__(
@@ -46,13 +55,14 @@ class Usage:
         *,
         penalised: frozenset[str] = frozenset(),
         moving: frozenset[str] = frozenset(),
+        rested: frozenset[str] = frozenset(),
         taken: int = 0,
         indifferent: bool = False,
     ) -> None:
-        self._names, self._penalised, self._moving = names, penalised, moving
-        self._taken, self._indifferent = taken, indifferent
+        self._names, self._penalised, self._moving, self._rested = names, penalised, moving, rested
+        self.taken, self._indifferent = taken, indifferent
         self._first: int | None = None
-        self._unused: frozenset[str] = frozenset()
+        self.unused: frozenset[str] = frozenset()
 
     def gradient(self, k: int, loss: Tensor, parts: Sequence[Tensor], *, create_graph: bool = True) -> Tensor:
         """The loss's gradient, 0 where it is missing.
@@ -77,34 +87,115 @@ class Usage:
         missing = [name for name, g in zip(self._names, found, strict=True) if g is None]
         if self._first is None:
             self._begin(k, frozenset(missing))
-        elif (missing or self._unused) and not self._indifferent and self._unused.symmetric_difference(missing):
-            self._refuse(k, self._unused.symmetric_difference(missing))
+        elif (missing or self.unused) and not self._indifferent and self.unused.symmetric_difference(missing):
+            self.refuse(k, self.unused.symmetric_difference(missing))
         return torch.cat([torch.zeros_like(part) if g is None else g for g, part in zip(found, parts, strict=True)])
+
+    @property
+    def matters(self) -> bool:
+        """Whether it makes a difference that a gradient is missing and not 0."""
+        return not self._indifferent
 
     def _begin(self, k: int, unused: frozenset[str]) -> None:
         if len(unused) == len(self._names):
             raise ValueError(
                 "the loss does not depend on params: loss(params, batch) must be computed from its first argument"
             )
+        if self._rested - unused and not self._indifferent:
+            name = min(self._rested - unused)
+            raise UnsupportedError(
+                f"the loss gives params[{name!r}] a gradient at step {k + self.taken}, and gave it none before the state "
+                "that came in. torch.optim counts the steps of such a parameter, which its first gradients depend on, "
+                "from here; the state has one count for all. Begin without a state, or make the gradient 0 where it "
+                f"is missing, in the steps before too: add 0 * params[{name!r}].sum() to the loss"
+            )
         if unused & self._moving:
             name = min(unused & self._moving)
             raise UnsupportedError(
-                f"the loss gives params[{name!r}] no gradient at step {k + self._taken}, but the state that came in "
+                f"the loss gives params[{name!r}] no gradient at step {k + self.taken}, but the state that came in "
                 "has a running average for it that is not 0. torch.optim leaves a parameter without a gradient as "
                 f"it is; here the average would move it. Add 0 * params[{name!r}].sum() to the loss if that is what "
                 "you want, or set its averages to 0"
             )
         if unused & self._penalised:
             raise UnusedParametersError(unused)
-        self._first, self._unused = k, unused
+        self._first, self.unused = k, unused
 
-    def _refuse(self, k: int, changed: frozenset[str]) -> None:
+    def refuse(self, k: int, changed: Collection[str]) -> NoReturn:
+        """Raise the UnsupportedError of parameters that have no gradient at step k and had one at the first, or had
+        none there and have one here.
+        """
         name = min(changed)
-        here, there = ("a", "no") if name in self._unused else ("no", "a")
+        here, there = ("a", "no") if name in self.unused else ("no", "a")
         raise UnsupportedError(
-            f"the loss gives params[{name!r}] {here} gradient at step {k + self._taken} and {there} gradient at step "
-            f"{(self._first or 0) + self._taken}. "
+            f"the loss gives params[{name!r}] {here} gradient at step {k + self.taken} and {there} gradient at step "
+            f"{(self._first or 0) + self.taken}. "
             "torch.optim leaves a parameter without a gradient as it is in that step, its running averages included; "
             "a step that does so has no way back here. Make the gradient 0 where it is missing, which averages and "
             f"penalties take for what it is: add 0 * params[{name!r}].sum() to the loss"
         )
+
+
+class Zeros:
+    """Which parameters' gradients are 0 throughout, step by step: a compiled gradient is 0 where it is missing.
+
+    Args:
+        usage: of the loss, which has seen its first step.
+        layout: of the parameters.
+    """
+
+    def __init__(self, usage: Usage, layout: Layout) -> None:
+        self._usage, self._layout = usage, layout
+        self._last = -1
+        self._notes: list[tuple[int, Tensor]] = []
+
+    def are_new(self, k: int) -> bool:
+        """Whether step k was not looked at yet, and is to be."""
+        return self._usage.matters and k > self._last
+
+    def look(self, k: int, gradient: Tensor, *, wait: bool) -> bool:
+        """Look at step k's gradient [numel].
+
+        Args:
+            k: the step.
+            gradient: compiled.
+            wait: whether to wait for its numbers; otherwise they are read some steps later.
+
+        Returns:
+            Whether a gradient is 0 that was not missing at the first step, so that it may be missing here.
+
+        Raises:
+            UnsupportedError: a parameter without a gradient at the first step has one; where there is no waiting, also
+                where this returns True.
+        """
+        self._last = k
+        parts = [part for part in self._layout.parts_and_views(gradient)[0] if part.numel()]
+        self._notes.append((k, torch.stack(torch._foreach_norm(parts, float("inf"))) != 0))
+        if wait:
+            return any(self._read().values())
+        if len(self._notes) >= _INTERVAL:
+            self.flush()
+        return False
+
+    def flush(self) -> None:
+        """Read what was noted."""
+        for k, names in self._read().items():
+            if names:
+                raise UnsupportedError(
+                    f"the gradient of params[{names[0]!r}] is 0 at step {k + self._usage.taken}, and compiled it "
+                    "cannot be told from one that is missing, which torch.optim would skip; use compile=False, which "
+                    "knows the one from the other"
+                )
+
+    def _read(self) -> dict[int, list[str]]:
+        """By step, the parameters that were used at the first step and whose gradients are 0."""
+        notes, self._notes = self._notes, []
+        names = [name for name, size in zip(self._layout.names, self._layout.sizes, strict=True) if size]
+        found: dict[int, list[str]] = {}
+        for k, nonzero in notes:
+            has = dict(zip(names, nonzero.tolist(), strict=True))
+            gained = [name for name in names if has[name] and name in self._usage.unused]
+            if gained:
+                self._usage.refuse(k, gained)
+            found[k] = [name for name in names if not has[name] and name not in self._usage.unused]
+        return found

@@ -32,6 +32,7 @@ from revdistill.engine.optimizers.hyperparameters import (
     above_zero,
     below_one,
     combined,
+    is_zero,
     quantised,
     resolve,
 )
@@ -123,7 +124,7 @@ class Adam(Optimizer):
         if self.amsgrad:
             second = "s_max"
             moves.append(RunningMaximum(second, "s", "amsgrad=True"))
-        if weight_decay.matters() and self.decoupled:
+        if self.decoupled and not is_zero(self.weight_decay):
             keep = quantised(combined(lambda lr, decay: 1 - lr * decay, lr, weight_decay), FINE)
             if not all(v >= 0 for row in keep.host for v in row):
                 raise ValueError("lr * weight_decay must be at most 1 at every step, or theta would change its sign")
@@ -153,7 +154,7 @@ class _Direction(Source):
     """u = (m / c1) / (sqrt(s / c2 + eps_root) + eps).
 
     second: the name of s, or of its running maximum, which is no smaller; eps_root: None where it is 0; ratio: the
-    largest |m| / sqrt(s) at the start.
+    largest |m| / sqrt(second) at the start.
     """
 
     beta1: Table
@@ -225,15 +226,16 @@ class _Direction(Source):
 
     @cached_property
     def _bounds(self) -> list[float]:
-        """A bound on |u| at each step, whatever the gradients are: |m| <= ratio sqrt(s + lost) + error.
+        """A bound on |u| at each step, whatever the gradients are: |m| <= ratio sqrt(s + lost) + error + carried.
 
         By the inequality of Cauchy and Schwarz m' = beta1 m + (1 - beta1) g and s' = beta2 s + (1 - beta2) g^2 make
         ratio'^2 = ratio^2 beta1^2 / beta2 + (1 - beta1)^2 / (1 - beta2). error, lost: what rounding added to m and took
-        from s.
+        from s. What m was at the start goes into ratio; but where a maximum stands for s, which is 0 perhaps, it is
+        carried: beta1^k |m| <= carried sqrt(maximum).
         """
         found = []
         lost = error = 0.0
-        ratio = self.ratio * self.ratio
+        ratio, carried = (self.ratio * self.ratio, 0.0) if self.second == "s" else (0.0, self.ratio)
         for k in range(len(self.c1.host)):
             (low1, high1), (low2, high2) = (_ends(table.row(k)) for table in (self.beta1, self.beta2))
             ratio = ratio * high1 * high1 / low2 if low2 else math.inf
@@ -241,7 +243,8 @@ class _Direction(Source):
             lost = high2 * lost + 2 * Wide.resolution
             error = high1 * error + 3 * Wide.resolution
             c1, c2, eps = min(self.c1.row(k)), max(self.c2.row(k)), min(self.eps.row(k))
-            size = math.sqrt(ratio)
+            carried *= high1
+            size = math.sqrt(ratio) + carried
             found.append((math.sqrt(c2) * size + (size * math.sqrt(lost) + error) / eps) / c1 * SLACK)
         return found
 

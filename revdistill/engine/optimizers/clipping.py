@@ -66,7 +66,7 @@ class Clipping:
         norm = torch.where(positive, torch.where(positive, total, 1.0).sqrt(), 0.0)
         factor = (max_norm / (norm + _TORCHS)).clamp(max=1.0)
         # What is not finite is passed on as it is, and named by whoever looks for it.
-        factor = torch.where(norm.isfinite(), factor, 1.0)
+        factor = torch.where(exact.detach().isfinite().all(), factor, 1.0)
         scaled = exact * (factor if index is None else factor[index])
         return scaled.to(gradient.dtype)
 

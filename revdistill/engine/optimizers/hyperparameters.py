@@ -122,6 +122,12 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+def is_zero(given: Hyperparameter) -> bool:
+    """Whether the user gave just 0. (A schedule that is 0 in this piece of a training may not be in the next.)"""
+    values = given.values() if isinstance(given, Mapping) else [given]
+    return all(isinstance(value, (int, float)) and not value for value in values)
+
+
 def above_zero(name: str, table: Table) -> Table:
     """The table; ValueError that names it where it is 0 anywhere."""
     if not all(map(all, table.host)):

@@ -70,7 +70,7 @@ class RMSprop(Optimizer):
         if self.centered:
             moves += [Decay("a", "alpha", alpha, layout, WIDE), Add("a", g, kick)]
         u = _Scaled(g, alpha, eps, self.centered)
-        if momentum.matters():
+        if not hp.is_zero(self.momentum) or "b" in start.slots:
             moves += [Decay("b", "momentum", momentum, layout), Add("b", u), Add(of.THETA, of.Read("b"), step)]
         else:
             moves.append(Add(of.THETA, u, step, "momentum=0"))

@@ -39,6 +39,7 @@ def numbers(label: str, schedule: Any, steps: int, taken: int) -> list[float]:
             "functions of the step, a function k -> float, or a tensor"
         )
     if isinstance(schedule, LRScheduler):
+        _check_position(label, schedule, taken)
         return _of_scheduler(label, schedule, steps)
     return [_number(label, k, schedule(k)) for k in range(taken, taken + steps)]
 
@@ -58,9 +59,23 @@ def _number(label: str, k: int, value: object) -> float:
     return float(value)
 
 
+def _check_position(label: str, scheduler: LRScheduler, taken: int) -> None:
+    """A training that goes on has its scheduler at its step: the same one given to each piece would begin anew."""
+    inner: Any = scheduler
+    while not hasattr(inner, "last_epoch"):  # ChainedScheduler
+        inner = inner._schedulers[0]
+    if taken and inner.last_epoch != taken:
+        raise ValueError(
+            f"{label} is a scheduler at its step {inner.last_epoch}, but the state that came in goes on from step "
+            f"{taken}: call its step() until it is there too, or give a function k -> float, which is asked for the "
+            "training's step"
+        )
+
+
 def _of_scheduler(label: str, scheduler: LRScheduler, steps: int) -> list[float]:
-    name, _, rest = label.partition("[")
-    position = int(rest[:-1]) if name == _PAIR else None
+    name, position = label.partition("[")[0], None
+    if name == _PAIR:  # betas[0], betas[0]['weight']
+        position = int(label[len(name) + 1])
     of: Callable[[dict[str, Any]], Any] = lambda group: group[name] if position is None else group[name][position]  # noqa: E731
     if name not in scheduler.optimizer.param_groups[0]:
         raise ValueError(f"{label} is a scheduler of an optimizer that has no {name}")
@@ -102,8 +117,10 @@ def check_cycled(lr: object, momentum: object, argument: str) -> None:
     Raises:
         ValueError: its momenta would be lost.
     """
-    for schedule in lr.values() if isinstance(lr, Mapping) else [lr]:
-        if _cycles_momentum(schedule) and momentum is not schedule:
+    names = [*lr] if isinstance(lr, Mapping) else [*momentum] if isinstance(momentum, Mapping) else [None]
+    for name in names:
+        schedule, own = (of.get(name) if isinstance(of, Mapping) else of for of in (lr, momentum))
+        if _cycles_momentum(schedule) and own is not schedule:
             raise ValueError(
                 f"lr is a {type(schedule).__name__} that changes momentum too, which {argument.split('=')[0]} does not "
                 f"follow: give {argument} as well, or make it with cycle_momentum=False"

@@ -70,8 +70,10 @@ class SGD(Optimizer):
         constant = self._kick_factor(momentum)
         self._check_nesterov(momentum)
 
-        # torch's first step sets v to the gradient, without dampening
-        kick = Factor(constant, first=None if start.taken else 1.0)
+        # torch's first step sets v to the gradient, without dampening: it is the one that finds no v
+        v = start.slots.get("v")
+        at_rest = v is None or (not start.taken and not bool(v.any()))
+        kick = Factor(constant, first=1.0 if at_rest else None)
         step = Factor(-1.0, {"lr": lr})
         moves: list[Move] = [
             Decay("v", "momentum", momentum, layout),

@@ -104,8 +104,8 @@ class Usage:
         if self._rested - unused and not self._indifferent:
             name = min(self._rested - unused)
             raise UnsupportedError(
-                f"the loss gives params[{name!r}] a gradient at step {k + self.taken}, and gave it none before the state "
-                "that came in. torch.optim counts the steps of such a parameter, which its first gradients depend on, "
+                f"the loss gives params[{name!r}] a gradient at step {k + self.taken}, and gave it none before the "
+                "state that came in. torch.optim counts the steps of such a parameter, which its first gradients depend on, "
                 "from here; the state has one count for all. Begin without a state, or make the gradient 0 where it "
                 f"is missing, in the steps before too: add 0 * params[{name!r}].sum() to the loss"
             )

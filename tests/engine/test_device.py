@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,30 @@ def test_a_loss_with_a_tensor_of_the_cpu_says_so(counts: standin.Counts) -> None
         rd.unroll(
             lambda p, b: CE(p["2.bias"].expand(6, 3) + here, b[1]), case.params, case.batches, rd.SGD(0.1), steps=2
         )
+
+
+@pytest.mark.parametrize("make", [lambda: rd.SGD(0.1, 0.9, max_norm=0.5), lambda: rd.AdamW(0.01)], ids=["sgd", "adamw"])
+def test_pieces_have_the_cpus_bits(counts: standin.Counts, make: Callable[[], Any]) -> None:
+    """Clipped, averaged, and in two pieces; and a state that was moved to the CPU goes on there, from its floats."""
+
+    def pieces(on_device: bool) -> tuple[Any, ...]:
+        case = mlp(torch.float64, on_device)
+        half, state = rd.unroll(case.loss, case.params, case.batches, make(), steps=5, seed=1, return_state=True)
+        rest, average = rd.unroll(case.loss, half, case.batches, make(), steps=35, state=state, average=0.9)
+        return half, state, rest, average
+
+    _, _, *here = pieces(False)
+    half, state, *there = pieces(True)
+    for mine, theirs in zip(here, there, strict=True):
+        for n, p in mine.items():
+            torch.testing.assert_close(standin.take(theirs[n].detach()), p.detach(), rtol=1e-12, atol=1e-14)
+
+    moved = replace(
+        state,
+        slots={slot: {n: standin.take(t.detach()) for n, t in of.items()} for slot, of in state.slots.items()},
+    )
+    case = mlp(torch.float64, False)
+    start = {n: standin.take(p.detach()) for n, p in half.items()}
+    theta = rd.unroll(case.loss, start, case.batches, make(), steps=35, state=moved)
+    for n, p in here[0].items():
+        torch.testing.assert_close(theta[n].detach(), p.detach(), rtol=1e-9, atol=1e-11)

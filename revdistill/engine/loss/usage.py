@@ -105,9 +105,9 @@ class Usage:
             name = min(self._rested - unused)
             raise UnsupportedError(
                 f"the loss gives params[{name!r}] a gradient at step {k + self.taken}, and gave it none before the "
-                "state that came in. torch.optim counts the steps of such a parameter, which its first gradients depend on, "
-                "from here; the state has one count for all. Begin without a state, or make the gradient 0 where it "
-                f"is missing, in the steps before too: add 0 * params[{name!r}].sum() to the loss"
+                "state that came in. torch.optim counts the steps of such a parameter, on which its first gradients "
+                "depend, from here; the state has one count for all. Begin without a state, or make the gradient 0 "
+                f"where it is missing, in the steps before too: add 0 * params[{name!r}].sum() to the loss"
             )
         if unused & self._moving:
             name = min(unused & self._moving)

@@ -61,10 +61,8 @@ class Modules:
         """The loss is about to call `net`. modules: it and those in it."""
         if not self.first_visit:
             return
-        record = self._records.get(id(net))
-        if record is None:
-            record = self._records[id(net)] = _Record(net, modules)
-        record.see(flags_of(record.modules))
+        if id(net) not in self._records:
+            self._records[id(net)] = _Record(net, modules)
 
     def begin(self, k: int) -> None:
         """Step k is evaluated: for the first time, or again and in the same modes."""
@@ -111,21 +109,12 @@ class _Record:
         self._parts = dict(_parts(net))
         self._from: list[int] = []  # the steps from which on the modes were ...
         self._flags: list[Flags] = []  # ... these
-        self._seen: Flags | None = None
         self._own: Flags | None = None
-        self._switched_by_loss = False
-
-    def see(self, flags: Flags) -> None:
-        """The modes at a call. A loss that switches modes between its calls is left alone."""
-        if self._seen is not None and flags != self._seen:
-            self._switched_by_loss = True
-        self._seen = flags
 
     def begin(self, k: int | None) -> None:
         """An evaluation begins; k: a step that was evaluated before, in whose modes it is to be."""
         self._own = None
-        if k is None or self._switched_by_loss or not self._from or k < self._from[0]:
-            self._seen = None
+        if k is None or k < self._from[0]:
             return
         wanted, found = self._flags[bisect_right(self._from, k) - 1], flags_of(self.modules)
         if wanted != found:
@@ -133,18 +122,14 @@ class _Record:
             set_flags(self.modules, wanted)
 
     def end(self, k: int, *, first: bool) -> None:
-        """An evaluation ends."""
+        """An evaluation ends. A loss that switches modes is taken to put back what it found."""
         if self._own is not None:
             set_flags(self.modules, self._own)
-            return
-        if not first:
-            return
-        flags = flags_of(self.modules)
-        if self._seen is not None and flags != self._seen:
-            self._switched_by_loss = True
-        if not self._flags or self._flags[-1] != flags:
-            self._from.append(k)
-            self._flags.append(flags)
+        elif first:
+            flags = flags_of(self.modules)
+            if not self._flags or self._flags[-1] != flags:
+                self._from.append(k)
+                self._flags.append(flags)
 
     def what_changed(self) -> Iterator[str]:
         now = dict(_parts(self.net))

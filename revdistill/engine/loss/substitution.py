@@ -119,8 +119,7 @@ class _Held:
                 set_flags(self._modules, flags)
                 for holder, key, name in self._places:
                     holder[key] = tensors[name]
-                with Watched(self):
-                    yield
+                yield
             finally:
                 set_flags(self._modules, modes)
                 for (holder, key, _), tensor in zip(self._places, own, strict=True):

@@ -145,13 +145,15 @@ def unroll(
         loss: `loss(params, batch)`, or `loss(params, batch, hyper)` when hyper is given, returning a scalar tensor; any
             deterministic differentiable torch code (torch's own random numbers are seeded from (seed, step) around each
             call).
-        params: name -> float32 or float64 tensor, all of one dtype and device. All of them are trained, whether or not
-            they require grad: that only says whether the start is to have a gradient.
-        batches: a tuple of tensors [s, ...], step k gets `tuple(t[k % s] for t in batches)`; or a function k -> batch,
-            which must be deterministic and is not differentiated.
+        params: name -> float32 or float64 tensor, all of one dtype and device. Every entry is trained, whether or not
+            it requires grad, which only says whether a gradient to its start is wanted. Leave frozen parameters out, as
+            `from_module` does: an nn.Parameter with requires_grad=False beside others is warned about.
+        batches: a tuple (or dict) of tensors [s, ...], step k gets `tuple(t[k % s] for t in batches)`; or what is not
+            differentiated: a list of batches (tuples or dicts), step k gets `batches[k % len(batches)]`, a DataLoader
+            without shuffling, or a deterministic function k -> batch.
         optimizer: `SGD(...)`, `Adam(...)`, `AdamW(...)` or `RMSprop(...)`; its tensors may require grad.
         steps: T, at least 0.
-        hyper: a tensor, or a tuple or dict of tensors, given to the loss as it is.
+        hyper: a tensor, or nested tuples, lists and dicts of tensors, given to the loss as they are.
         adjoint: how the backward pass gets theta_k back; see `Reversible` (the default where momentum > 0 at every
             step), `Checkpoint` (the default otherwise), `StoreAll` and `Backprop`. All give the same hypergradient, up
             to rounding: where training is chaotic (`UnrollStats.amplification` far above 1) rounding is amplified, and
@@ -188,7 +190,10 @@ def unroll(
 
     Returns:
         A dict like params, of tensors that own their memory. Where an average, stats or the state are asked for, a
-        tuple of it and of these, in this order. Cost: see the adjoint.
+        tuple of it and of these, in this order. The tensors are no leaves: copy them by
+        `{n: t.detach().clone() for n, t in theta.items()}` instead of copy.deepcopy. `net.load_state_dict(theta,
+        strict=False)` copies the values and cuts the gradient; for a loss that is to be differentiated call
+        `torch.func.functional_call(net, theta, ...)`, or from_module's loss. Cost: see the adjoint.
 
     Raises:
         ValueError, TypeError: an argument will not do; the message names it.

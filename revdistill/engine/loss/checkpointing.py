@@ -40,6 +40,11 @@ STACKED = (
 )
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Again = Callable[[], AbstractContextManager[None]]
+if not hasattr(torchs, "_CheckpointFrame"):
+    raise ImportError(
+        f"revdistill does not know how torch {torch.__version__} checkpoints activations, and would be wrong in "
+        "silence where a module does; install a torch that constraints.txt names"
+    )
 _Frame: Any = torchs._CheckpointFrame
 _Reentrant: Any = torchs.CheckpointFunction
 

@@ -15,7 +15,6 @@ from revdistill.engine.adjoints.guard import FiniteWatch
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.loss.gradient import check_loss
-from revdistill.engine.loss.operators import named_errors
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Differentiable
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
@@ -46,7 +45,6 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
     update, data, layout, loss = problem.update, problem.data, problem.update.layout, problem.gradient.loss
     # unbind once: its backward is one stack, where indexing step by step would fill a zero tensor per step.
     rows: Sequence[Sequence[Tensor]] = [t.unbind(0) for t in data.tensors]
-    hyper = data.pack_hyper(data.hypers)
     values = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in update.slots} | dict(problem.start.slots)
     average = torch.zeros_like(theta, dtype=torch.float64)
     keep_graph = torch.is_grad_enabled()
@@ -62,7 +60,7 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
             seen = values[THETA] if k >= problem.first else values[THETA].detach()
             average = average + problem.average[k] * seen
         if data.function is None:
-            batch: Any = data.pack_batch(tuple(r[data.row(k)] for r in rows))
+            batch: Any = tuple(r[data.row(k)] for r in rows)
         else:
             with problem.determinism.outside():
                 batch = data.from_function(k)
@@ -72,9 +70,9 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
             start = leaf
             start.register_hook(partial(problem.look_back, k))  # type: ignore[no-untyped-call]
             leaf = start.view_as(start)  # the hook is for the way back, not for this step's gradient
-        with problem.determinism.step(k), named_errors():
+        with problem.determinism.step(k):
             parts, views = layout.parts_and_views(leaf)
-            value = loss(views, batch, *hyper)
+            value = loss(views, *data.arguments(batch, data.hypers))
             if k == 0:
                 check_loss(value)
             gradient = usage.gradient(k, value, parts, create_graph=keep_graph and k >= problem.first)

@@ -75,6 +75,9 @@ class Watched:
         exact: whether what is computed again is compared, bit for bit; None: as without this context.
     """
 
+    _held: Held | None = None
+    _exact: bool | None = None
+
     def __init__(self, held: Held | None = None, *, exact: bool | None = None) -> None:
         self._held, self._exact = held, exact
 

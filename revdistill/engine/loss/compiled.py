@@ -23,7 +23,6 @@ from revdistill.engine.layout import Layout
 from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient, Linearization, Products
-from revdistill.engine.loss.operators import named_errors
 from revdistill.engine.loss.timing import best_times
 from revdistill.engine.loss.usage import Usage, Zeros
 
@@ -92,14 +91,13 @@ class CompiledGradient(Gradient):
 
     def _compile(self) -> tuple[_CompiledGradient, _CompiledProduct]:
         layout, wanted, batches = self.layout, self.wanted, len(self.data.tensors)
-        pack_hyper, pack_batch, from_table = self.data.pack_hyper, self.data.pack_batch, self.data.function is None
+        arguments, from_table = self.data.arguments, self.data.function is None
         loss_of = weakref.ref(self.loss)  # the cache must not keep its own key alive
 
         def value(theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> Tensor:
             loss = loss_of()
             assert loss is not None
-            hyper = pack_hyper(extra[batches:])
-            return loss(layout.views(theta), pack_batch(extra[:batches]) if from_table else batch, *hyper)
+            return loss(layout.views(theta), *arguments(extra[:batches] if from_table else batch, extra[batches:]))
 
         def gradient(theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> tuple[Tensor, Tensor]:
             found, loss = torch.func.grad_and_value(value)(theta, extra, batch)
@@ -175,7 +173,7 @@ class CompiledLinearization:
 
     def evaluate(self) -> tuple[Tensor, Tensor]:
         """The gradient and the loss, detached."""
-        with self._owner.determinism.step(self._k), named_errors():
+        with self._owner.determinism.step(self._k):
             found, loss = self._function(self._theta, *self._arguments)
         return found.detach(), loss.detach()
 

@@ -88,24 +88,16 @@ class Data:
                 )
         return batch
 
-    def pack_batch(self, batch: Any) -> Any:
-        """A batch in the form in which the loss takes it.
+    def arguments(self, batch: Any, hypers: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The loss's arguments after the parameters.
 
         Args:
             batch: tensors that stand for a row of the table, in its order; or what the function returned.
+            hypers: stand for `hypers`, in the same order.
 
         Returns:
-            A dict where the table is one; otherwise the batch itself.
+            The batch, as a dict where the table is one; and with hyper, `hypers` in the form in which it was given.
         """
-        return batch if self.batch_names is None else dict(zip(self.batch_names, batch, strict=True))
-
-    def pack_hyper(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The loss's arguments after the batch.
-
-        Args:
-            tensors: stand for `hypers`, in the same order.
-
-        Returns:
-            () without hyper; otherwise one entry: `tensors` in the form in which hyper was given.
-        """
-        return () if self.hyper_structure is None else (rebuild(self.hyper_structure, tensors),)
+        if self.batch_names is not None:
+            batch = dict(zip(self.batch_names, batch, strict=True))
+        return (batch,) if self.hyper_structure is None else (batch, rebuild(self.hyper_structure, hypers))

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from revdistill.engine.loss.evaluation import Modules
+from revdistill.engine.loss.evaluation import Evaluation, Modules
+from revdistill.engine.loss.operators import CUBLAS_SETTINGS, CUBLAS_VARIABLE
 from revdistill.engine.loss.precision import without_tf32
 from revdistill.engine.loss.randomness import generators_of
 
-CUBLAS_VARIABLE, CUBLAS_SETTINGS = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 # torch reads it once, at the process's first matrix product on a GPU, and refuses deterministic ones for good where it
 # was not set by then. So it is set as soon as this is imported, and stays.
 os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_SETTINGS[0])
@@ -127,13 +127,13 @@ class Determinism:
             k: the step, from 0.
 
         Returns:
-            The context, with gradients on, and the modules that the loss calls in the modes of the way forward.
+            See `Evaluation`.
         """
         # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
         seed = (self.seed + (k + self.taken) * 0x1E3779B97F4A7C15) % 2**63
         for generator in generators_of(self.device):
             generator.manual_seed(seed)
-        return self.modules.step(k)
+        return Evaluation(self.modules, k)
 
     @contextmanager
     def outside(self) -> Iterator[None]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from revdistill.engine.loss.checkpointing import Watched
+from revdistill.engine.loss.operators import name_error
 
 Flags = list[bool]
 
@@ -53,10 +55,6 @@ class Modules:
         self._last = -1  # the last step that was evaluated
         self.first_visit = False
 
-    def step(self, k: int) -> AbstractContextManager[None]:
-        """The context of one evaluation, at step k, with gradients on."""
-        return _Evaluation(self, k)
-
     def calls(self, net: nn.Module, modules: list[nn.Module]) -> None:
         """The loss is about to call `net`. modules: it and those in it."""
         if not self.first_visit:
@@ -81,24 +79,41 @@ class Modules:
         return [change for record in self._records.values() for change in record.what_changed()]
 
 
-class _Evaluation:
-    """A class and not a generator, because every gradient and every product enters one."""
+class Evaluation(Watched):
+    """The context of one evaluation of the loss or its derivatives: gradients on, the modules that the loss calls in
+    the modes of the way forward, activation checkpointing watched, and torch's errors about what cannot be had named.
+
+    A class and not a generator, because every gradient and every product enters one.
+
+    Args:
+        modules: those that the loss calls.
+        k: the step.
+
+    Raises:
+        UnsupportedError: within the context, see `name_error`.
+    """
+
+    _exact = True
 
     def __init__(self, modules: Modules, k: int) -> None:
         self._modules, self._k, self._grad = modules, k, torch.enable_grad()
 
     def __enter__(self) -> None:
+        super().__enter__()
         self._grad.__enter__()
         self._outermost = _LOCAL.unroll is None
         if self._outermost:
             _LOCAL.unroll = self._modules
             self._modules.begin(self._k)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
         if self._outermost:
             _LOCAL.unroll = None
             self._modules.end(self._k)
-        self._grad.__exit__(*error)
+        self._grad.__exit__(kind, error, traceback)
+        super().__exit__()
+        if isinstance(error, RuntimeError):
+            name_error(error)
 
 
 class _Record:

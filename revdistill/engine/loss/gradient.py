@@ -21,7 +21,6 @@ from revdistill.engine.layout import Layout
 from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.graph import graph_nodes, is_once_differentiable, saved_tensors
-from revdistill.engine.loss.operators import named_errors
 from revdistill.engine.loss.usage import Usage
 
 # What a node of autograd takes with the tensors that it refers to, without their numbers: measured with 54 nodes, on 30
@@ -137,10 +136,9 @@ class Gradient:
         if self.data.function is None:
             batch = batch_leaves = _leaves(batch, self._batch_wanted)
         hyper_leaves = _leaves(self.data.hypers, self._hyper_wanted)
-        with self.determinism.step(k), named_errors():
+        with self.determinism.step(k):
             parts, views = self.layout.parts_and_views(leaf)
-            packed = self.data.pack_batch(batch), *self.data.pack_hyper(hyper_leaves)
-            value = self.loss(views, *packed)
+            value = self.loss(views, *self.data.arguments(batch, hyper_leaves))
             if self._unchecked:
                 self._check(value, leaf, (*batch_leaves, *hyper_leaves))
             gradient = self.usage.gradient(k, value, parts)
@@ -203,7 +201,7 @@ class EagerLinearization:
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found: Iterator[Tensor | None] = iter([None] * len(wanted))
         if self.graph.requires_grad:  # a loss that is linear in theta has no second derivative at all
-            with self.determinism.step(self.k), named_errors():
+            with self.determinism.step(self.k):
                 found = iter(torch.autograd.grad(self.graph, wanted, grad_outputs=vector, allow_unused=True))
         values = [next(found) if leaf.requires_grad else None for leaf in leaves]
         split = 1 + len(self.batch_leaves)

@@ -5,35 +5,28 @@ from __future__ import annotations
 import os
 
 from revdistill.engine.errors import UnsupportedError
-from revdistill.engine.loss.checkpointing import NOT_THE_SAME, Watched
-from revdistill.engine.loss.determinism import CUBLAS_SETTINGS, CUBLAS_VARIABLE
+from revdistill.engine.loss.checkpointing import NOT_THE_SAME
 
+CUBLAS_VARIABLE, CUBLAS_SETTINGS = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 CHANGED_IN_PLACE = (
     "the loss (or on_step) changes {} in place, so a second evaluation would see other values; compute new tensors "
     "instead"
 )
 
 
-class _NamedErrors(Watched):
-    """A class and not a generator, because every gradient and every product enters one."""
+def name_error(error: RuntimeError) -> None:
+    """Name what an evaluation of the loss or its derivatives cannot do, where torch's error is about that.
 
-    def __exit__(self, kind: object = None, error: BaseException | None = None, traceback: object = None) -> None:
-        super().__exit__()
-        if isinstance(error, RuntimeError):
-            reason = _reason(str(error))
-            if reason is not None:
-                raise UnsupportedError(f"{reason}. torch said: {error}") from error
-
-
-def named_errors() -> _NamedErrors:
-    """The context of an evaluation of the loss or its derivatives: torch's errors become UnsupportedErrors.
+    Args:
+        error: what the evaluation raised.
 
     Raises:
-        UnsupportedError: within the context, in the place of a RuntimeError about an operator that has no second
-            derivatives, that does not repeat itself to the bit, whose gradient is sparse, or whose argument was
-            changed in place, or where activation checkpointing computed other values again.
+        UnsupportedError: an operator has no second derivatives, does not repeat itself to the bit, has a sparse
+            gradient, or an argument was changed in place, or activation checkpointing computed other values again.
     """
-    return _NamedErrors(exact=True)
+    reason = _reason(str(error))
+    if reason is not None:
+        raise UnsupportedError(f"{reason}. torch said: {error}") from error
 
 
 def _reason(text: str) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import revdistill as rd
 from tests.engine.small import CE
@@ -65,9 +65,8 @@ def checkpointed(**kwargs: Any) -> Callable[[Callable[[Tensor], Tensor], Tensor]
 
 
 def with_contexts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    result: Tensor = checkpoint(
-        function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), nullcontext()), early_stop=False
-    )
+    with set_checkpoint_early_stop(False):
+        result: Tensor = checkpoint(function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), nullcontext()))
     return result
 
 
@@ -215,6 +214,13 @@ def test_compiled_or_not_it_is_right() -> None:
     close(found, by_loop())
 
 
+def tells_hooks() -> bool:
+    """Whether this torch tells that a saved tensor is behind hooks: 2.6 does not."""
+    graph = torch.ones(1, requires_grad=True).exp().grad_fn
+    return hasattr(graph._raw_saved_result, "unpack_hook")  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not tells_hooks(), reason="there they are computed again, to the same values")
 def test_nothing_is_computed_again_to_see_how_much_memory_a_graph_takes() -> None:
     """On the way forward each part runs twice, for the loss and for its gradient, whether graphs are kept or not."""
     net = make(checkpointed())

@@ -26,7 +26,7 @@ class Stateful(nn.Module):
         super().__init__()
         self.state, self.layer = state, nn.Linear(4, 3)
         for name, b in buffers.items():
-            self.register_buffer(name, b.double(), persistent=name != "hidden")
+            self.register_buffer(name, b.double() if b.is_floating_point() else b, persistent=name != "hidden")
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 4] -> [B, 3]."""
@@ -163,8 +163,121 @@ def test_what_may_come_to_matter_later_is_refused() -> None:
         net.mean.lerp_(mean, 0.1)
         return x - (net.mean if net.calls > 4 else mean)
 
-    with pytest.raises(rd.UnsupportedError, match="'mean' in forward, and counts its calls in 'calls'"):
-        unrolled(*rd.from_module(made(lambda: Stateful(warm, mean=torch.zeros(4))), CE))
+    for adjoint in ADJOINTS:
+        with pytest.raises(rd.UnsupportedError, match="'mean' in forward, and the loss of a later step"):
+            unrolled(*rd.from_module(made(lambda: Stateful(warm, mean=torch.zeros(4))), CE), adjoint)
+
+
+def test_an_integer_that_may_come_to_matter_later_is_refused() -> None:
+    def warm(net: Any, x: Tensor) -> Tensor:
+        net.calls = getattr(net, "calls", 0) + 1
+        net.count.add_(1)
+        return x * (net.count if net.calls > 4 else 1)
+
+    with pytest.raises(rd.UnsupportedError, match="'count' in forward, and counts its calls in 'calls'"):
+        unrolled(*rd.from_module(made(lambda: Stateful(warm, count=torch.zeros((), dtype=torch.long))), CE))
+
+
+def test_what_the_batch_asks_for_later_is_refused() -> None:
+    """Regression: a buffer that did not matter at the first step was taken not to matter at all."""
+
+    class Bank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+            self.register_buffer("bank", torch.zeros(4))
+
+        def forward(self, x: Tensor, flag: Tensor) -> Tensor:
+            """[B, 4], [] -> [B, 3]."""
+            if flag.item():
+                x = x - self.bank
+            with torch.no_grad():
+                self.bank.copy_(x.mean(0))
+            return self.head(x)
+
+    flags = torch.tensor([0, 0, 1])
+    for adjoint in ADJOINTS:
+        loss, params = rd.from_module(made(Bank), CE)
+        with pytest.raises(rd.UnsupportedError, match="'bank' in forward, and the loss of a later step"):
+            rd.unroll(loss, params, (X, flags, Y), rd.SGD(0.1), steps=STEPS, adjoint=adjoint)
+        with pytest.raises(rd.UnsupportedError, match="'bank'"):  # and no verdict is kept of the first unroll
+            rd.unroll(loss, params, (X, flags, Y), rd.SGD(0.1), steps=STEPS, adjoint=adjoint)
+
+
+class Kept(nn.Module):
+    """BatchNorm beside state that no copy of buffers undoes: a tensor, a list, a generator, a frozen parameter."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.norm, self.head = kind, nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.mean, self.queue, self.draw = torch.zeros(5, dtype=torch.float64), [], torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 4] -> [B, 3]."""
+        h = self.norm(self.first(x))
+        if self.kind == "tensor":
+            self.mean.mul_(0.8).add_(0.2 * h.detach()[0])
+            h = h - self.mean
+        elif self.kind == "list":
+            self.queue.append(h.detach())
+            h = h + 0.1 * len(self.queue)
+        else:
+            h = h + 0.1 * torch.randn(h.shape, dtype=h.dtype, generator=self.draw)
+        return self.head(torch.tanh(h))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "generator"])
+def test_looking_does_not_train_otherwise(kind: str) -> None:
+    """Regression: a second evaluation at the first step moved what the module keeps elsewhere."""
+    reference = made(lambda: Kept(kind))
+    optimizer = torch.optim.SGD(reference.parameters(), 0.1, 0.9)
+    for k in range(STEPS):
+        optimizer.zero_grad()
+        CE(reference(X[k % 3]), Y[k % 3]).backward()
+        optimizer.step()
+    for adjoint in (rd.Reversible(), rd.Backprop()):
+        theta = unrolled(*rd.from_module(made(lambda: Kept(kind)), CE), adjoint)
+        for key, p in theta.items():
+            torch.testing.assert_close(p, reference.get_parameter(key), rtol=1e-4, atol=1e-5)
+
+
+class Reader(nn.BatchNorm1d):
+    """A subclass whose output depends on what BatchNorm itself only writes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(5)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 5] -> [B, 5]."""
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        if self.how == "tracked":
+            return super().forward(x) * (0.2 * self.num_batches_tracked + 0.5).clamp(max=1.0)
+        if self.how == "warm-up":
+            return super().forward(x) if self.num_batches_tracked < 2 else x - self.running_mean
+        x = super().forward(x)
+        read = self.running_mean.tolist() if self.how == "list" else self.running_mean.detach().numpy()
+        return x * (1 + float(sum(read)))
+
+
+@pytest.mark.parametrize("how", ["tracked", "warm-up", "list", "numpy"])
+def test_readers_of_torchs_statistics_are_refused(how: str) -> None:
+    """Regression: what BatchNorm does not read was taken for what no subclass reads; lists and arrays were not seen."""
+    with pytest.raises(rd.UnsupportedError, match=r"buffer '1\.(num_batches_tracked|running_mean)'"):
+        unrolled(*rd.from_module(made(lambda: around(Reader(how))), CE))
+
+
+def test_a_place_of_its_own_is_a_change_too() -> None:
+    """Regression: an assignment to .data is no change that torch counts."""
+
+    def late(net: Any, x: Tensor) -> Tensor:
+        if float(x[0, 0]) == float(X[2, 0, 0]):
+            net.mean.data = net.mean + 1.0
+        return x - net.mean
+
+    with pytest.raises(rd.UnsupportedError, match="'mean' in forward, and begins to at a later step"):
+        unrolled(*rd.from_module(made(lambda: Stateful(late, mean=torch.zeros(4))), CE))
 
 
 class OwnBatchNorm(nn.Module):
@@ -191,9 +304,7 @@ class SubclassedNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         """[B, 5] -> [B, 5]."""
         self.num_batches_tracked.add_(1)
-        return nn.functional.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, True, 1 / float(self.num_batches_tracked)
-        )
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1)
 
 
 def around(norm: nn.Module) -> nn.Module:
@@ -233,20 +344,16 @@ def test_statistics_that_are_only_written_are_no_hindrance(name: str) -> None:
 def test_the_look_is_taken_once_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     from revdistill.engine.loss import buffers
 
-    looks: list[set[str]] = []
-    influence = buffers.BufferCheck._influence
-    monkeypatch.setattr(
-        buffers.BufferCheck,
-        "_influence",
-        lambda self, names, *rest: looks.append(names) or influence(self, names, *rest),
-    )
+    looks: list[Any] = []
+    follow = buffers.Buffers._follow
+    monkeypatch.setattr(buffers.Buffers, "_follow", lambda *args: looks.append(args) or follow(*args))
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
     net[0].calls = 0
     net[0].register_forward_hook(lambda layer, *_: setattr(layer, "calls", layer.calls + 1))
     loss, params = rd.from_module(net, CE)
     for _ in range(2):
         unrolled(loss, params)
-    assert looks == [{"1.running_mean", "1.running_var"}]
+    assert len(looks) == 1
     assert net[0].calls == 2 * STEPS
     loss(params, (X[0], Y[0]))  # outside an unroll nothing is looked at
     assert len(looks) == 1

@@ -4,194 +4,248 @@ An unroll carries the parameters from one step to the next, and nothing else: ev
 from_module's call. For BatchNorm in training mode that is right, because what it writes (running statistics) it does
 not read. For spectral_norm, a running mean that is subtracted, a counter that a schedule reads, it is another training.
 
-Which it is, is found by following the data once: an evaluation under a dispatch mode that marks the memory of what was
-computed from a changed buffer. Where neither the loss nor its gradient is marked, and no marked number was read into
-Python, the buffer cannot matter.
+Which it is, is found by following the data at the first step: under a dispatch mode that marks the memory of what is
+computed from a buffer. Where neither the loss nor its gradient is marked by a changed buffer, and no marked number was
+read into Python, the buffer did not matter there. That it does not matter at a later step is seen by NaNs in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.checkpointing import Watched
 from revdistill.engine.loss.evaluation import evaluating, flags_of
-from revdistill.engine.loss.randomness import generators_of
 from revdistill.engine.loss.tree import leaves
 
-# evaluate(buffers) -> loss
-Evaluate = Callable[[dict[str, Tensor]], Tensor]
+Fresh = dict[str, Tensor]  # copies of the buffers, by name, that a call may write to
+_TORCHS_FORWARDS: list[Any] = [
+    cls.forward for cls in (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+]
+_TORCHS_FORWARDS += [nn.SyncBatchNorm.forward]
 
 
-class BufferCheck:
-    """Refuses a module whose loss depends on buffers that its forward changes, at the first step that changes them.
+class Buffers:
+    """The buffers of a module: a call of it gets copies, and is refused where what it wrote would matter.
 
     Args:
-        nets: the module; and the criterion, where it is one.
+        net: the module.
+        modules: gives it and those in it, and the criterion's.
         buffers: by name, as they are at the beginning of every call.
     """
 
-    def __init__(self, nets: Sequence[nn.Module], buffers: Mapping[str, Tensor]) -> None:
-        self._nets, self.buffers = nets, buffers
-        # Of torch's own layers: it says how far the running statistics move, and they are not read.
-        self._read = {
+    def __init__(self, net: nn.Module, modules: Callable[[], list[nn.Module]], buffers: Mapping[str, Tensor]) -> None:
+        self._modules, self._buffers = modules, dict(buffers)
+        # torch's own layers read it only to know how far their running statistics move, and these are not read.
+        self._not_read = {
             f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked"
-            for prefix, module in nets[0].named_modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for prefix, module in net.named_modules()
+            if type(module).forward in _TORCHS_FORWARDS and not (module._forward_hooks or module._forward_pre_hooks)
         }
-        # Of those layers it is known by their code, whatever else the module counts.
-        self._torchs = {
-            f"{prefix}.{key}" if prefix else key
-            for prefix, module in nets[0].named_modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase)
-            for key in module._buffers
-        }
-        self._harmless: dict[tuple[bool, ...], set[str]] = {}  # by the training modes
+        self._harmless: dict[tuple[bool, ...], set[str]] = {}  # what was written, by the training modes
+        self._nans = {name: torch.full_like(b, torch.nan) for name, b in self._buffers.items() if b.is_floating_point()}
 
-    def look(
-        self, fresh: Mapping[str, Tensor], rebound: set[str], params: Mapping[str, Tensor], evaluate: Evaluate
-    ) -> None:
-        """Check one evaluation of an unroll; others are not looked at.
+    def evaluate(
+        self, loss: Callable[[Fresh], Tensor], params: Mapping[str, Tensor], rebound: Callable[[], set[str]]
+    ) -> Tensor:
+        """The loss.
 
         Args:
-            fresh: the copies of the buffers that the evaluation was made with.
-            rebound: the names in whose places forward left other tensors.
+            loss: called with the copies.
             params: what the gradient is taken of.
-            evaluate: the loss with other copies of the buffers.
+            rebound: the names in whose places the call left other tensors.
+
+        Returns:
+            What `loss` returned.
 
         Raises:
-            UnsupportedError: the loss or its gradient depends on a buffer that forward changed.
+            UnsupportedError: the loss, or its gradient, depends on a buffer that forward changes.
         """
-        unroll = evaluating()
-        if unroll is None or not unroll.first_visit or not self.buffers or torch.compiler.is_compiling():
-            return
-        modules = [module for net in self._nets for module in net.modules()]
-        modes = tuple(flags_of(modules))
-        changed = {name for name, b in fresh.items() if b._version} | (rebound & fresh.keys())
-        if modes not in self._harmless:  # by value, once: torch's kernels do not count what they write
-            changed |= {name for name, b in fresh.items() if not torch.equal(b, self.buffers[name])}
-        harmless = self._harmless.setdefault(modes, set())
-        unknown = changed - harmless - self._read
-        if unknown:
-            with _Undone(modules, next(iter(fresh.values())).device) as undone:
-                if self._influence(unknown, params, evaluate):
-                    guilty = [name for name in fresh if name in unknown and self._influence({name}, params, evaluate)]
-                    raise UnsupportedError(_message(guilty or sorted(unknown)))
-                counted, written = undone.counted(), sorted(unknown - self._torchs)
-                if counted and written:  # a later call may read what this one only wrote
-                    raise UnsupportedError(_message(written, counted))
-        harmless |= unknown
+        if not self._buffers:
+            return loss({})
+        unroll = None if torch.compiler.is_compiling() else evaluating()
+        if unroll is None:
+            return loss(self._copies(frozenset()))
+        modes = tuple(flags_of(self._modules()))
+        harmless = self._harmless.get(modes)
+        if harmless is None:
+            return self._follow(loss, params, rebound, modes) if unroll.first_visit else loss(self._copies(frozenset()))
+        fresh = self._copies(harmless)
+        places = {name: b.data_ptr() for name, b in fresh.items()} if unroll.first_visit else {}
+        value = loss(fresh)
+        if unroll.first_visit:
+            later = self._changed(fresh, places, rebound()) - harmless - self._not_read
+            if later:
+                raise UnsupportedError(
+                    _message(later, "begins to at a later step than the first, where what depends on it is not known")
+                )
+        if harmless and value.device.type == "cpu" and bool(value.isnan()):
+            unspoilt = loss(self._copies(frozenset()))
+            if not bool(unspoilt.isnan()):
+                raise UnsupportedError(
+                    _message(harmless, "the loss of a later step than the first depends on what it finds there")
+                )
+        return value
 
-    def _influence(self, names: set[str], params: Mapping[str, Tensor], evaluate: Evaluate) -> bool:
-        fresh = {name: b.clone() for name, b in self.buffers.items()}
+    def _copies(self, spoilt: set[str] | frozenset[str]) -> Fresh:
+        """Fresh ones each time: what the module writes into them must not reach the next call. spoilt: NaN instead."""
+        nans = self._nans
+        return {
+            name: (nans[name] if name in spoilt and name in nans else b).clone() for name, b in self._buffers.items()
+        }
+
+    def _changed(self, fresh: Fresh, places: Mapping[str, int], rebound: set[str]) -> set[str]:
+        changed = {name for name, b in fresh.items() if b._version or b.data_ptr() != places[name]}
+        return changed | (rebound & fresh.keys())
+
+    def _follow(
+        self,
+        loss: Callable[[Fresh], Tensor],
+        params: Mapping[str, Tensor],
+        rebound: Callable[[], set[str]],
+        modes: tuple[bool, ...],
+    ) -> Tensor:
+        """The loss, at the first step in these modes, with the data followed."""
+        fresh = self._copies(frozenset())
+        places = {name: b.data_ptr() for name, b in fresh.items()}
+        modules = self._modules()
+        numbers = [_numbers(module) for module in modules]
         # Not exact: to compare what a checkpoint computes again is to read it.
-        with Watched(exact=False), _Marking([fresh[name] for name in names]) as marking:
-            value = evaluate(fresh)
+        with Watched(exact=False), _Marking(fresh) as marking, _Reads(marking):
+            value = loss(fresh)
             wanted = [p for p in params.values() if p.requires_grad]
-            found = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad and wanted else ()
-        return marking.was_read or any(marking.marks(t) for t in (value, *found) if t is not None)
+            found: tuple[Tensor | None, ...] = ()
+            if value.requires_grad and wanted:
+                found = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
+        changed = self._changed(fresh, places, rebound()) - self._not_read
+        # By value, too: torch's kernels do not count what they write.
+        changed |= {
+            name for name, b in fresh.items() if name not in self._not_read and not torch.equal(b, self._buffers[name])
+        }
+        influence = set().union(*(marking.of(t) for t in (value, *found) if t is not None))
+        if changed & influence:
+            raise UnsupportedError(_message(changed & influence, "the loss depends on what it finds there"))
+        if changed & marking.was_read:
+            raise UnsupportedError(
+                _message(
+                    changed & marking.was_read,
+                    "reads it into Python (.item(), float(), if ...), where what depends on it cannot be followed: if "
+                    "it is read to be shown, read it outside of forward",
+                )
+            )
+        counts = [
+            name
+            for before, module in zip(numbers, modules, strict=True)
+            for name, n in _numbers(module).items()
+            if before.get(name) != n
+        ]
+        kept = {name for name in changed if name not in self._nans}
+        if counts and kept:  # integers cannot be NaN
+            raise UnsupportedError(
+                _message(
+                    kept,
+                    f"counts its calls in {counts[0]!r}, so that the loss of a later step may depend on what it finds "
+                    "there",
+                )
+            )
+        self._harmless[modes] = changed
+        return value
 
 
-def _message(names: list[str], counted: str | None = None) -> str:
-    named = ", ".join(map(repr, names))
-    depends = "the loss depends on what it finds there"
-    if counted is not None:
-        depends = f"counts its calls in {counted!r}, so that the loss of a later step may depend on what it finds there"
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if isinstance(value, (int, float))}
+
+
+def _message(names: set[str], why: str) -> str:
+    named = ", ".join(map(repr, sorted(names)))
     return (
-        f"the module changes its {'buffers' if len(names) > 1 else 'buffer'} {named} in forward, and {depends}: a step "
+        f"the module changes its {'buffers' if len(names) > 1 else 'buffer'} {named} in forward, and {why}. A step "
         "would depend on the one before beside the parameters, which an unroll does not carry on (every step sees the "
         "buffers as from_module found them); call .eval() on that layer, or write the buffer as a parameter, or pass "
         "it in hyper="
     )
 
 
-class _Undone:
-    """The context of evaluations that leave no trace in the modules' own attributes and in torch's random numbers."""
-
-    def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
-        self._modules, self._generators = modules, generators_of(device)
-
-    def __enter__(self) -> _Undone:
-        self._attributes = [dict(vars(module)) for module in self._modules]
-        self._states = [generator.get_state() for generator in self._generators]
-        return self
-
-    def counted(self) -> str | None:
-        """The name of an attribute that holds another number than before, if there is one."""
-        for module, before in zip(self._modules, self._attributes, strict=True):
-            for key, value in vars(module).items():
-                if isinstance(value, (int, float)) and before.get(key) != value:
-                    return key
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        for module, attributes in zip(self._modules, self._attributes, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
-
-
 class _Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Marks the memory of every tensor that is computed from marked ones.
 
     Args:
-        sources: marked from the beginning.
+        sources: marked from the beginning, each with its name.
 
     Attributes:
-        was_read: whether a number of marked memory became a number of Python's.
+        was_read: the sources of what became a number of Python's.
     """
 
-    def __init__(self, sources: list[Tensor]) -> None:
+    def __init__(self, sources: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._memory: dict[int, Any] = {}  # holds on to it, so that no other memory gets its address
-        self.was_read = False
-        for t in sources:
-            self._mark(t)
+        # holds on to the memory, so that no other gets its address
+        self._memory: dict[int, tuple[Any, frozenset[str]]] = {}
+        self.was_read: set[str] = set()
+        for name, t in sources.items():
+            self._mark(t, frozenset({name}))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here
 
-    def marks(self, t: Tensor) -> bool:
-        """Whether t lies in marked memory."""
-        return _memory(t)[0] in self._memory
+    def of(self, t: Tensor) -> frozenset[str]:
+        """The sources of what lies in t's memory."""
+        found = self._memory.get(_memory(t)[0])
+        return frozenset() if found is None else found[1]
 
-    def _mark(self, t: Tensor) -> None:
+    def _mark(self, t: Tensor, names: frozenset[str]) -> None:
         key, memory = _memory(t)
-        self._memory[key] = memory
+        self._memory[key] = memory, self.of(t) | names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        touched = any(map(self.marks, _tensors(_read_by(given))))
+        names = self._of_all(_read_by(given))
         found = func(*args, **kwargs)
-        if touched:
+        if names:
             for t in _tensors(found):
-                self._mark(t)
-            self.was_read |= isinstance(found, (bool, int, float, complex))
+                self._mark(t, names)
+            if isinstance(found, (bool, int, float, complex)):
+                self.was_read |= names
         for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for t in _tensors(given.get(argument.name)):
-                    self._written(t, touched, func, given)
+                    self._written(t, names, func, given)
         return found
 
-    def _written(self, t: Tensor, touched: bool, func: Any, given: dict[str, Any]) -> None:
-        name = func._schema.name
-        if name in _OVERWRITES:  # what was there before is not read
-            touched = any(map(self.marks, _tensors([v for key, v in given.items() if key != "self"])))
-            if not touched and t.numel() * t.element_size() == t.untyped_storage().nbytes():
+    def _of_all(self, values: Any) -> frozenset[str]:
+        return frozenset().union(*map(self.of, _tensors(values)))
+
+    def _written(self, t: Tensor, names: frozenset[str], func: Any, given: dict[str, Any]) -> None:
+        if func._schema.name in _OVERWRITES:  # what was there before is not read
+            names = self._of_all([v for key, v in given.items() if key != "self"])
+            if not names and t.numel() * t.element_size() == t.untyped_storage().nbytes():
                 self._memory.pop(_memory(t)[0], None)
                 return
-        if touched:
-            self._mark(t)
+        if names:
+            self._mark(t, names)
 
 
+class _Reads(TorchFunctionMode):
+    """Notes what is read into Python past every operator."""
+
+    def __init__(self, marking: _Marking) -> None:
+        super().__init__()
+        self._marking = marking
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS and args and isinstance(args[0], Tensor):
+            self._marking.was_read |= self._marking.of(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr)
 _OVERWRITES = {"aten::copy_", "aten::zero_", "aten::fill_"}
 
 

@@ -23,7 +23,7 @@ class Criterion:
     Attributes:
         params: its parameters that require grad, "criterion." and their name in it -> the very tensor.
         buffers: likewise, in new tensors.
-        modules: itself, where it is a module that holds tensors; otherwise nothing.
+        all_modules: itself and those in it, where it is a module that holds tensors; otherwise nothing.
 
     Raises:
         TypeError: it cannot be called.
@@ -36,7 +36,7 @@ class Criterion:
         self._criterion = criterion
         self.params: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
-        self.modules: list[nn.Module] = []
+        self.all_modules: list[nn.Module] = []
         self._names: dict[str, str] = {}  # the criterion's own -> that of params, buffers, or the network's params
         self._call: Substitution | None = None
         if not isinstance(criterion, nn.Module):
@@ -52,7 +52,7 @@ class Criterion:
             self._names[name] = _PREFIX + name
             self.buffers[_PREFIX + name] = b.detach().clone()
         if self._names:
-            self.modules, self._call = [criterion], Substitution(criterion)
+            self.all_modules, self._call = list(criterion.modules()), Substitution(criterion)
         taken = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
         for name in (*self.params, *self.buffers):
             if name in taken:

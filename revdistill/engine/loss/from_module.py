@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revdistill.engine.loss.buffers import BufferCheck
+from revdistill.engine.loss.buffers import Buffers
 from revdistill.engine.loss.criterion import Criterion
 from revdistill.engine.loss.modules import check_module, check_stackable, name_dtypes
 from revdistill.engine.loss.substitution import Substitution
@@ -48,8 +48,8 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
     if not params:
         raise ValueError("net has no parameter that requires grad, so there is nothing to train")
     buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
-    checks = BufferCheck([net, *judge.modules], buffers | judge.buffers)
     call = Substitution(net)
+    copies = Buffers(net, lambda: call.modules() + judge.all_modules, buffers | judge.buffers)
 
     def evaluate(params: Mapping[str, Tensor], fresh: Mapping[str, Tensor], batch: Any) -> Tensor:
         inputs, keywords, target = _parts(batch)
@@ -62,12 +62,9 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
         return judge(output, target, params, fresh)
 
     def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
-        # Fresh copies each time: what the module writes into them (running statistics) must not reach the next call.
-        fresh = {name: b.clone() for name, b in checks.buffers.items()}
-        value = evaluate(params, fresh, batch)
-        if fresh:
-            checks.look(fresh, call.rebound | judge.rebound, params, lambda fresh: evaluate(params, fresh, batch))
-        return value
+        return copies.evaluate(
+            lambda fresh: evaluate(params, fresh, batch), params, lambda: call.rebound | judge.rebound
+        )
 
     return loss, params
 
@@ -118,8 +115,8 @@ def stack_modules(
     rest = {name: torch.stack([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
     buffer_names = {name for name, _ in first.named_buffers()} | judge.buffers.keys()
     buffers = {name: t for name, t in rest.items() if name in buffer_names}
-    checks = BufferCheck([first, *judge.modules], buffers)
     call = Substitution(first)
+    copies = Buffers(first, lambda: call.modules() + judge.all_modules, buffers)
 
     def one(params: dict[str, Tensor], rest: dict[str, Tensor], batch: Any) -> Tensor:
         inputs, keywords, target = _parts(batch)
@@ -135,19 +132,17 @@ def stack_modules(
     every = torch.func.vmap(one, in_dims=(0, 0, None if shared_batches else 0), randomness="different")
 
     def evaluate(params: dict[str, Tensor], fresh: Mapping[str, Tensor], batch: Any) -> Tensor:
-        copies = {name: fresh[name] if name in fresh else t.clone() for name, t in rest.items()}
+        others = {name: fresh[name] if name in fresh else t.clone() for name, t in rest.items()}
         batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
         if len(nets) == 1:  # a convolution costs more under vmap
-            return one(_first(params), _first(copies), batch if shared_batches else _first_of_each(batch))
-        summed: Tensor = every(params, copies, batch).sum()
+            return one(_first(params), _first(others), batch if shared_batches else _first_of_each(batch))
+        summed: Tensor = every(params, others, batch).sum()
         return summed
 
     def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
-        fresh = {name: b.clone() for name, b in buffers.items()}
-        value = evaluate(params, fresh, batch)
-        if fresh:
-            checks.look(fresh, call.rebound | judge.rebound, params, lambda fresh: evaluate(params, fresh, batch))
-        return value
+        return copies.evaluate(
+            lambda fresh: evaluate(params, fresh, batch), params, lambda: call.rebound | judge.rebound
+        )
 
     loss.networks = len(nets)  # type: ignore[attr-defined]  # rd.unroll clips each by its own norm
     return loss, params

@@ -67,13 +67,13 @@ class Substitution:
             return torch.func.functional_call(self._net, dict(tensors), inputs, dict(keywords))
         places, unroll = self._places(tensors), evaluating()
         if unroll is not None:
-            unroll.calls(self._net, self._modules())
+            unroll.calls(self._net, self.modules())
         if places is None:
             self.rebound = set()
             with Watched(_NotHeld()):
                 return torch.func.functional_call(self._net, dict(tensors), inputs, dict(keywords))
         own = [holder[key] for holder, key, _ in places]
-        with Watched(_Held(self._modules(), places, tensors, buffers or _NONE)):
+        with Watched(_Held(self.modules(), places, tensors, buffers or _NONE)):
             try:
                 for holder, key, name in places:
                     holder[key] = tensors[name]
@@ -84,7 +84,8 @@ class Substitution:
                 for (holder, key, _), tensor in zip(places, own, strict=True):
                     holder[key] = tensor
 
-    def _modules(self) -> list[nn.Module]:
+    def modules(self) -> list[nn.Module]:
+        """The module and those in it."""
         return list(self._net.modules()) if self._found is None else self._found.modules
 
     def _places(self, tensors: Mapping[str, Tensor]) -> list[_Place] | None:

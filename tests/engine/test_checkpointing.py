@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 import revdistill as rd
 from tests.engine.small import CE
@@ -192,6 +193,8 @@ def test_what_cannot_be_computed_again_is_refused() -> None:
 
     refused(checkpointed(), r"under torch\.func\.vmap \(rd\.stack_modules\)", stacked=2)
     refused(checkpointed(preserve_rng_state=False), "preserve_rng_state=True")
+    selective = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    refused(checkpointed(context_fn=selective), "selective activation checkpointing.*checkpoint without context_fn")
     refused(lambda f, x: checkpoint(f, x, use_reentrant=True), "use_reentrant=True.*use_reentrant=False")
 
 

@@ -15,6 +15,7 @@ from revdistill.engine.adjoints.guard import FiniteWatch
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.loss.gradient import check_loss
+from revdistill.engine.loss.untouched import Untouched, is_looked_at
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Differentiable
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
@@ -72,7 +73,11 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
             leaf = start.view_as(start)  # the hook is for the way back, not for this step's gradient
         with problem.determinism.step(k):
             parts, views = layout.parts_and_views(leaf)
+            looks = is_looked_at(k, problem.steps)
+            untouched = Untouched(leaf, views, problem.determinism.modules) if looks else None
             value = loss(views, *data.arguments(batch, data.hypers))
+            if untouched is not None:
+                untouched.check()
             if k == 0:
                 check_loss(value)
             gradient = usage.gradient(k, value, parts, create_graph=keep_graph and k >= problem.first)

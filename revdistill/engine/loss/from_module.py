@@ -13,6 +13,7 @@ from revdistill.engine.loss.buffers import BufferCheck
 from revdistill.engine.loss.criterion import Criterion
 from revdistill.engine.loss.modules import check_module, check_stackable, name_dtypes
 from revdistill.engine.loss.substitution import Substitution
+from revdistill.engine.loss.untouched import check_stacked
 
 PureLoss = Callable[[dict[str, Tensor], Any], Tensor]
 
@@ -121,6 +122,7 @@ def stack_modules(
     rest = {name: torch.stack([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
     buffer_names = {name for name, _ in first.named_buffers()} | judge.buffers.keys()
     buffers = {name: t for name, t in rest.items() if name in buffer_names}
+    frozen = {name: t for name, t in rest.items() if name not in buffer_names}
     checks = BufferCheck([first, *judge.modules], buffers)
     call = Substitution(first)
 
@@ -141,8 +143,12 @@ def stack_modules(
         copies = {name: fresh[name] if name in fresh else t.clone() for name, t in rest.items()}
         batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
         if len(nets) == 1:  # a convolution costs more under vmap
-            return one(_first(params), _first(copies), batch if shared_batches else _first_of_each(batch))
+            parts, firsts = _first(params), _first(copies)
+            value = one(parts, firsts, batch if shared_batches else _first_of_each(batch))
+            check_stacked(params, parts, frozen, firsts)
+            return value
         summed: Tensor = every(params, copies, batch).sum()
+        check_stacked(params, params, frozen, copies)
         return summed
 
     def loss(params: dict[str, Tensor], batch: Any) -> Tensor:

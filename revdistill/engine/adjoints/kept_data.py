@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revdistill.engine.adjoints.repeated import NONDETERMINISTIC
 from revdistill.engine.errors import ReversalError
 from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.fingerprint import fingerprint_of
@@ -65,8 +64,9 @@ class KeptData:
         if any(noted is not None and _noted(noted[0])[1] != noted[1] for noted in (hypers, batch)):
             raise ReversalError(
                 f"the data of step {k + self._taken} are not what they were on the way forward: something that shares "
-                "their memory changed them, so the hypergradient would be wrong and is not returned. "
-                f"{NONDETERMINISTIC}"
+                "their memory changed them, so the hypergradient would be wrong and is not returned. Give each batch "
+                "memory of its own (a function that fills one array again and again does not), and change batches and "
+                "hyper after backward() only"
             )
 
 

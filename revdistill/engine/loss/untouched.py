@@ -55,7 +55,7 @@ class Untouched:
         if torch.equal(self._leaf, self._before):
             return []
         sizes = [view.numel() for view in self._views.values()]
-        parts = zip(self._views, self._leaf.split(sizes), self._before.split(sizes), strict=True)
+        parts = zip(self._views, *(torch.split(t, sizes) for t in (self._leaf, self._before)), strict=True)
         return [name for name, now, before in parts if not torch.equal(now, before)]
 
 

@@ -137,13 +137,29 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         return once()
 
 
+class Scaled(DataLoader[tuple[Tensor, ...]]):
+    """What it gives is not what its data set holds."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((x * 0.1, y) for x, y in super().__iter__())
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "shuffled": (
         lambda: DataLoader(TensorDataset(X, Y), batch_size=5, shuffle=True),
         ValueError,
         r"shuffle=False.*batches=list\(loader\)",
     ),
-    "stream": (lambda: DataLoader(Stream()), ValueError, r"batches=list\(loader\)"),
+    "stream": (
+        lambda: DataLoader(Stream()),
+        ValueError,
+        r"of an IterableDataset, (?!.*shuffle).*batches=list\(loader\)",
+    ),
+    "own iteration": (
+        lambda: Scaled(TensorDataset(X, Y), batch_size=5),
+        ValueError,
+        r"is a Scaled, a DataLoader with an __iter__ of its own.*batches=list\(loader\)",
+    ),
     "iterator": (once, TypeError, r"generator, which gives each batch once.*batches=list"),
     "data set": (lambda: TensorDataset(X, Y), TypeError, r"TensorDataset.*lambda k: batches\[k % len\(batches\)\]"),
     "mixed": (lambda: [X, ROWS[0]], TypeError, "got a list of Tensor and tuple"),

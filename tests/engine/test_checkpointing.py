@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 import revdistill as rd
 from tests.engine.small import CE
@@ -192,6 +193,8 @@ def test_what_cannot_be_computed_again_is_refused() -> None:
 
     refused(checkpointed(), r"under torch\.func\.vmap \(rd\.stack_modules\)", stacked=2)
     refused(checkpointed(preserve_rng_state=False), "preserve_rng_state=True")
+    selective = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    refused(checkpointed(context_fn=selective), "selective activation checkpointing.*checkpoint without context_fn")
     refused(lambda f, x: checkpoint(f, x, use_reentrant=True), "use_reentrant=True.*use_reentrant=False")
 
 
@@ -228,6 +231,7 @@ def test_nothing_is_computed_again_to_see_how_much_memory_a_graph_takes() -> Non
     calls = []
     net.body.register_forward_pre_hook(lambda *_: calls.append(1))
     loss, params = rd.from_module(net, CE)
+    rd.unroll(loss, params, (X, Y), rd.SGD(LR), steps=1)  # the first evaluation of all also follows the buffers
     for graph_bytes in (0, 2**20):
         calls.clear()
         lr = torch.full((STEPS,), LR, requires_grad=True)

@@ -44,11 +44,26 @@ def hooked() -> nn.Module:
     return net
 
 
+def hooked_parameter() -> nn.Module:
+    net = mlp()
+    net[0].weight.register_hook(lambda gradient: gradient * 0)  # type: ignore[index, operator, union-attr]
+    return net
+
+
+def hooked_after_accumulation() -> nn.Module:
+    net = mlp()
+    net[2].bias.register_post_accumulate_grad_hook(print)  # type: ignore[index, operator, union-attr]
+    return net
+
+
+_HOOK = "has a hook .*Write what the hook does into the loss, or remove the hook"
 UNCALLABLE: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "compiled": (lambda: torch.compile(mlp()), rd.UnsupportedError, r"_orig_mod\), and compile=True to rd\.unroll"),
     "a part compiled": (compiled_in_place, rd.UnsupportedError, r"\.1 was made by torch\.compile.*compile=True"),
     "scripted": (scripted, rd.UnsupportedError, r"torch\.jit.*give the module that it was made from"),
     "parallel": (lambda: nn.DataParallel(mlp()), rd.UnsupportedError, r"DataParallel.*\.module\)"),
+    "a parameter's hook": (hooked_parameter, rd.UnsupportedError, rf"parameter '0\.weight' {_HOOK}"),
+    "a parameter's later hook": (hooked_after_accumulation, rd.UnsupportedError, rf"parameter '2\.bias' {_HOOK}"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), ValueError, r"'0\.weight' has no shape yet.*run one batch"),
 }
 
@@ -62,6 +77,107 @@ def test_what_cannot_be_called_with_other_parameters(name: str) -> None:
         rd.stack_modules([mlp(), make()], CE)
     with pytest.raises(error, match=rf"^criterion.*{message}"):
         rd.from_module(mlp(), make())
+
+
+def test_hooks_removed_or_registered_afterwards_are_fine() -> None:
+    """A hook on the very parameters that from_module returned is for the hypergradient."""
+    net = nn.Linear(5, 3)
+    net.weight.register_hook(lambda gradient: gradient * 0).remove()
+    loss, params = rd.from_module(net, CE)
+    theta = rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=3)
+    (expected,) = torch.autograd.grad(total(theta), net.weight, retain_graph=False)
+    net.weight.register_hook(lambda gradient: gradient * 2)
+    total(rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=3)).backward()
+    assert net.weight.grad is not None
+    assert torch.equal(net.weight.grad, 2 * expected)
+
+
+class Own(nn.Module):
+    """What a network may be made of beside layers."""
+
+    def __init__(self, slope: Any = 0.5, mask: float = 1.0, name: str = "extra", activation: Any = None) -> None:
+        super().__init__()
+        self.layer, self.slope, self.mask = nn.Linear(5, 3), slope, torch.full((3,), mask)
+        self.register_buffer(name, torch.ones(2))
+        self.norm = nn.BatchNorm1d(3)
+        self.activation = activation or (lambda x: torch.where(x > 0, x, self.slope * x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 5] -> [B, 3]."""
+        result: Tensor = self.activation(self.norm(self.layer(x)) * self.mask)
+        return result
+
+
+def changed(change: Callable[[Any], object]) -> nn.Module:
+    net = Own()
+    change(net)
+    return net
+
+
+UNLIKE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a number": (lambda: Own(slope=0.1), r"'slope' is 0\.1, in nets\[0\] 0\.5"),
+    "numbers": (
+        lambda: changed(lambda net: setattr(net, "sizes", [1, 2])),
+        r"'sizes' is \[1, 2\], in nets\[0\] absent",
+    ),
+    "a tensor": (lambda: Own(mask=0.5), r"'mask' is another tensor \[3\]"),
+    "a function": (lambda: Own(activation=torch.tanh), "the attribute 'activation' is"),
+    "a layer's setting": (
+        lambda: changed(lambda net: setattr(net.norm, "eps", 0.5)),
+        "'eps' of the module 'norm' is 0.5",
+    ),
+    "a layer": (
+        lambda: changed(lambda net: setattr(net, "norm", nn.Identity())),
+        "'norm' is a Identity, .*BatchNorm1d",
+    ),
+    "a layer more": (lambda: changed(lambda net: setattr(net, "more", nn.Tanh())), "it alone has a module 'more'"),
+    "the mode": (lambda: changed(lambda net: net.norm.eval()), "the training mode of the module 'norm' is False"),
+    "frozen": (lambda: changed(lambda net: net.layer.requires_grad_(False)), "'weight' of the module 'layer' .*=False"),
+    "a buffer": (lambda: Own(name="other"), "the buffer 'extra' is absent"),
+    "a buffer's dtype": (
+        lambda: changed(lambda net: setattr(net, "extra", net.extra.int())),
+        "the buffer 'extra' is torch.int32",
+    ),
+    "a hook": (
+        lambda: changed(lambda net: net.norm.register_forward_hook(lambda layer, x, y: y * 2)),
+        "the hooks of the module 'norm' differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_networks_that_are_not_alike_are_not_stacked(name: str) -> None:
+    """Regression: nets[1] was trained as nets[0]."""
+    make, message = UNLIKE[name]
+    with pytest.raises(ValueError, match=rf"^nets\[1\] is not of nets\[0\]'s architecture: .*{message}.*one by one"):
+        rd.stack_modules([Own(), make()], CE)
+
+
+def test_networks_whose_functions_and_classes_were_made_anew_are_alike() -> None:
+    def make(seed: int) -> nn.Module:
+        class Local(Own):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * 2
+
+        torch.manual_seed(seed)
+        net = Local().double()
+        net.mask = net.mask.double()
+        nn.utils.parametrize.register_parametrization(net.layer, "weight", nn.Tanh())
+        net.norm.register_forward_hook(lambda layer, x, y: y + layer.eps)
+        return net
+
+    x, y = data(5)
+    loss, params = rd.stack_modules([make(1), make(2)], CE)
+    theta = rd.unroll(loss, params, (x.detach().double(), y), rd.SGD(0.1, 0.5), steps=3)
+    for i in range(2):
+        net = make(i + 1)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.5)
+        for k in range(3):
+            optimizer.zero_grad()
+            CE(net(x[k].detach().double()), y[k]).backward()
+            optimizer.step()
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(theta[name][i], p.detach(), rtol=1e-9, atol=1e-11)
 
 
 UNSTACKABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
 from revdistill.engine.adjoints.guard import FiniteWatch
+from revdistill.engine.adjoints.kept_data import KeptData
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.loss.gradient import check_loss
+from revdistill.engine.loss.untouched import Untouched, looked_at
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Differentiable
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
@@ -50,6 +52,8 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
     keep_graph = torch.is_grad_enabled()
     saved: dict[int, Tensor] = {}
     usage, taken = problem.gradient.usage, problem.start.taken
+    looks = looked_at(problem.steps)
+    kept = KeptData(data, problem.determinism.modules, problem.backend, taken)
     watch = FiniteWatch(layout, problem.backend, partial(_not_finite, taken))
     for k in range(problem.steps):
         if k and k == problem.first:
@@ -72,10 +76,16 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
             leaf = start.view_as(start)  # the hook is for the way back, not for this step's gradient
         with problem.determinism.step(k):
             parts, views = layout.parts_and_views(leaf)
+            untouched = Untouched(leaf, views, problem.determinism.modules) if k in looks else None
             value = loss(views, *data.arguments(batch, data.hypers))
+            if untouched is not None:
+                untouched.check()
             if k == 0:
                 check_loss(value)
             gradient = usage.gradient(k, value, parts, create_graph=keep_graph and k >= problem.first)
+        if gradient.requires_grad:
+            kept.note(k, batch)
+            gradient.register_hook(partial(_check_kept, kept, k))  # type: ignore[no-untyped-call]
         watch.look(k, gradient.detach(), value.detach())
         if problem.on_step is not None:
             with problem.determinism.watching():
@@ -98,6 +108,11 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
         None if problem.average is None else average.to(theta.dtype),
         {slot: values[slot] for slot in update.slots} if problem.returns_state else {},
     )
+
+
+def _check_kept(kept: KeptData, k: int, _: Tensor) -> None:
+    """The way back comes to step k's graph."""
+    kept.check(k)
 
 
 def _not_finite(taken: int, k: int, name: str | None) -> NoReturn:

@@ -1,62 +1,83 @@
-"""Data behind kept graphs: whether they are on the way back what they were on the way forward.
+"""What kept graphs refer to: whether it is on the way back what it was on the way forward.
 
-A graph holds its batch by reference. torch notices when it is changed in place, but not what another library changes
-that shares its memory (numpy's arrays do), and without a second evaluation nothing else would tell.
+A graph holds its batch, and the frozen parameters of the loss's modules, by reference. torch notices when they are
+changed in place, but not what is changed through `.data`, or by another library that shares the memory (numpy's arrays
+do), and without a second evaluation nothing else would tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from revdistill.engine.adjoints.repeated import NONDETERMINISTIC
 from revdistill.engine.errors import ReversalError
 from revdistill.engine.integers.backend import Backend
+from revdistill.engine.integers.fingerprint import fingerprint_of
 from revdistill.engine.loss.data import Data
+from revdistill.engine.loss.evaluation import Modules
+from revdistill.engine.loss.tree import leaves
+
+_Noted = tuple[list[Tensor], list[int]]
 
 
 class KeptData:
-    """Fingerprints of the rows of a table, and of hyper; on the CPU, where memory is shared."""
+    """Fingerprints of batches and hyper, on the CPU, where memory is shared; and of frozen parameters, everywhere."""
 
-    def __init__(self, data: Data, backend: Backend, taken: int) -> None:
-        self._data, self._backend, self._taken = data, backend, taken
-        self._rows: dict[int, list[int]] = {}
-        self._hypers: list[int] | None = None
+    def __init__(self, data: Data, modules: Modules, backend: Backend, taken: int) -> None:
+        self._data, self._modules, self._backend, self._taken = data, modules, backend, taken
+        self._rows: dict[int, _Noted] = {}  # of a table by its rows, of a function by the steps
+        self._hypers: _Noted | None = None
+        self._frozen: dict[int, tuple[str, Tensor, int]] = {}
 
-    def note(self, k: int) -> None:
-        """Step k's graph is kept."""
+    def note(self, k: int, batch: Any) -> None:
+        """Step k's graph is kept. batch: what it refers to, where a function gave it."""
+        for name, p in self._modules.frozen:
+            if id(p) not in self._frozen:
+                self._frozen[id(p)] = name, p, fingerprint_of(p)
         if self._backend.interval > 1:
             return
         if self._hypers is None:
-            self._hypers = self._fingerprints(self._data.hypers)
-        if self._data.tensors and self._data.row(k) not in self._rows:
-            self._rows[self._data.row(k)] = self._fingerprints(self._data.rows(k))
+            self._hypers = _noted(self._data.hypers)
+        if self._data.function is not None:
+            self._rows[k] = _noted(list(_tensors(batch)))
+        elif self._data.tensors and self._data.row(k) not in self._rows:
+            self._rows[self._data.row(k)] = _noted(self._data.rows(k))
 
     def check(self, k: int) -> None:
-        """Step k's graph is used. Raises ReversalError where its data have changed; each row is looked at once."""
-        if self._backend.interval > 1:
-            return
-        same = self._hypers is None or self._hypers == self._fingerprints(self._data.hypers)
-        self._hypers = None
-        before = self._rows.pop(self._data.row(k), None) if self._data.tensors else None
-        if not same or (before is not None and before != self._fingerprints(self._data.rows(k))):
+        """Step k's graph is used. Raises ReversalError where what it refers to has changed; all is looked at once."""
+        frozen, self._frozen = self._frozen, {}
+        for name, p, before in frozen.values():
+            if fingerprint_of(p) != before:
+                raise ReversalError(
+                    f"the module's frozen parameter {name!r} is not what it was on the way forward: the loss changed "
+                    "it, or something did between the forward and the backward pass, so the hypergradient would be "
+                    "wrong and is not returned. Change it after backward() only; what changes from step to step goes "
+                    "into params or hyper="
+                )
+        hypers, self._hypers = self._hypers, None
+        row = k if self._data.function is not None else self._data.row(k) if self._data.tensors else None
+        batch = None if row is None else self._rows.pop(row, None)
+        if any(noted is not None and _noted(noted[0])[1] != noted[1] for noted in (hypers, batch)):
             raise ReversalError(
                 f"the data of step {k + self._taken} are not what they were on the way forward: something that shares "
-                "their memory changed them, so the hypergradient would be wrong and is not returned. "
-                f"{NONDETERMINISTIC}"
+                "their memory changed them, so the hypergradient would be wrong and is not returned. Give each batch "
+                "memory of its own (a function that fills one array again and again does not), and change batches and "
+                "hyper after backward() only"
             )
 
-    def _fingerprints(self, tensors: Sequence[Tensor]) -> list[int]:
-        return [int(self._backend.fingerprint(_as_floats(t.detach()))) for t in tensors]
+
+def _noted(tensors: Sequence[Tensor]) -> _Noted:
+    return list(tensors), [fingerprint_of(t) for t in tensors]
 
 
-def _as_floats(t: Tensor) -> Tensor:
-    """[numel], of the same bits where there are as many, else of the same values."""
-    flat = t.contiguous().reshape(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).reshape(-1)
-    if flat.dtype == torch.int64:
-        return flat.view(torch.float64)
-    return flat if flat.dtype in (torch.float32, torch.float64) else flat.double()
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """A batch's tensors, and its arrays as tensors over their memory."""
+    for _, leaf in leaves(batch, ""):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            yield leaf
+        elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
+            yield torch.as_tensor(leaf)

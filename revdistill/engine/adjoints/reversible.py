@@ -78,7 +78,7 @@ class _Reversal(Recording):
             self._graph_bytes = min(GRAPH_BYTES, free_bytes(theta0.device) // _SHARE)
         self._first_kept = problem.steps
         self._kept: dict[int, Linearization] = {}
-        self._data = KeptData(problem.data, problem.backend, problem.start.taken)
+        self._data = KeptData(problem.data, problem.determinism.modules, problem.backend, problem.start.taken)
         # Before the window nothing is kept: its steps are not gone back over.
         self._trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory() if problem.first else self.history)
 
@@ -99,7 +99,7 @@ class _Reversal(Recording):
             self._kept.clear()
         if k >= self._first_kept:
             self._kept[k] = linear
-            self._data.note(k)
+            self._data.note(k, linear.batch)
             self._trajectory.give_buffer_away()  # the graph refers to it
 
     def backward(self, sweep: Sweep) -> Hypergradients:

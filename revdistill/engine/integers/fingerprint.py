@@ -33,3 +33,15 @@ class Fingerprints:
         """Whether x is what was recorded for step k; a 0-dim bool tensor where to look at it costs a wait."""
         found = self._kept[k] == self._fingerprint(x)
         return found if isinstance(found, Tensor) else bool(found)
+
+
+def fingerprint_of(t: Tensor) -> int:
+    """Of a tensor of any dtype and shape: of its bits, or of its values where its dtype is a narrower one."""
+    flat = t.detach().contiguous().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    if flat.dtype == torch.int64:
+        flat = flat.view(torch.float64)
+    elif flat.dtype not in (torch.float32, torch.float64):
+        flat = flat.double()
+    return int(backend_for(flat.device).fingerprint(flat))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 _EACH = "give batches as a function of k"
 
@@ -38,7 +38,8 @@ def function_of(batches: Any) -> Callable[[int], Any]:
 
     Raises:
         TypeError: they are none of these.
-        ValueError: a DataLoader that shuffles, or a list without batches.
+        ValueError: a DataLoader that shuffles, whose data set is a stream, or with an __iter__ of its own; or one
+            without batches.
     """
     if callable(batches):
         function: Callable[[int], Any] = batches
@@ -73,6 +74,16 @@ def _described(batches: Any) -> str:
 
 
 def _of_loader(loader: DataLoader[Any]) -> Callable[[int], Any]:
+    if type(loader).__iter__ is not DataLoader.__iter__ or type(loader)._get_iterator is not DataLoader._get_iterator:
+        raise ValueError(
+            f"batches is a {type(loader).__name__}, a DataLoader with an __iter__ of its own, which an unroll would go "
+            "past: it asks for the batch of any step, in any order; list its batches once: batches=list(loader)"
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            "batches is a DataLoader of an IterableDataset, which gives its data one after another, but the way back "
+            "needs them again; list its batches once: batches=list(loader)"
+        )
     plain = type(loader.batch_sampler) is BatchSampler or loader.batch_sampler is None
     if not plain or type(loader.sampler) is not SequentialSampler:
         raise ValueError(

@@ -38,6 +38,9 @@ class Buffers:
         net: the module.
         modules: gives it and those in it, and the criterion's.
         buffers: by name, as they are at the beginning of every call.
+
+    Attributes:
+        sources: by name, what the copies of the last call were made of.
     """
 
     def __init__(self, net: nn.Module, modules: Callable[[], list[nn.Module]], buffers: Mapping[str, Tensor]) -> None:
@@ -48,6 +51,7 @@ class Buffers:
             for prefix, module in net.named_modules()
             if type(module).forward in _TORCHS_FORWARDS and not (module._forward_hooks or module._forward_pre_hooks)
         }
+        self.sources = self._buffers
         self._harmless: dict[tuple[bool, ...], set[str]] = {}  # what was written, by the training modes
         self._nans = {name: torch.full_like(b, torch.nan) for name, b in self._buffers.items() if b.is_floating_point()}
 
@@ -96,9 +100,8 @@ class Buffers:
     def _copies(self, spoilt: set[str] | frozenset[str]) -> Fresh:
         """Fresh ones each time: what the module writes into them must not reach the next call. spoilt: NaN instead."""
         nans = self._nans
-        return {
-            name: (nans[name] if name in spoilt and name in nans else b).clone() for name, b in self._buffers.items()
-        }
+        self.sources = {n: nans[n] if n in spoilt and n in nans else b for n, b in self._buffers.items()}
+        return {name: b.clone() for name, b in self.sources.items()}
 
     def _changed(self, fresh: Fresh, places: Mapping[str, int], rebound: set[str]) -> set[str]:
         changed = {name for name, b in fresh.items() if b._version or b.data_ptr() != places[name]}

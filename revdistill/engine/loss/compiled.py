@@ -195,6 +195,11 @@ class CompiledLinearization:
         return self._gradient_and_loss[0]
 
     @property
+    def batch(self) -> Any:
+        """See `Linearization.batch`."""
+        return self._batch if self._owner.data.function is not None else None
+
+    @property
     def nbytes(self) -> int:
         """0: no graph is held."""
         return 0

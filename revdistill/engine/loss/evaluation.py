@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revdistill.engine.integers.fingerprint import fingerprint_of
 from revdistill.engine.loss.checkpointing import Watched
 from revdistill.engine.loss.operators import name_error
 
@@ -53,18 +54,37 @@ class Modules:
     def __init__(self) -> None:
         self._records: dict[int, _Record] = {}
         self._last = -1  # the last step that was evaluated
-        self.first_visit = False
+        self.first_visit = self.watching = False
+        self._noted: dict[int, dict[str, int]] = {}
 
-    def calls(self, net: nn.Module, modules: list[nn.Module]) -> None:
-        """The loss is about to call `net`. modules: it and those in it."""
+    def calls(self, net: nn.Module, modules: list[nn.Module], replaced: Collection[str]) -> None:
+        """The loss is about to call `net`. modules: it and those in it; replaced: the names of what is replaced."""
         if not self.first_visit:
             return
-        if id(net) not in self._records:
-            self._records[id(net)] = _Record(net, modules)
+        record = self._records.get(id(net))
+        if record is None:
+            record = self._records[id(net)] = _Record(net, modules, replaced)
+        if self.watching and id(net) not in self._noted:
+            self._noted[id(net)] = record.fingerprints()
+
+    def watch(self) -> None:
+        """The evaluation that has begun is compared: see `changed_frozen`."""
+        self.watching, self._noted = True, {}
+
+    def changed_frozen(self) -> list[str]:
+        """The frozen parameters that are no longer what they were when the loss began to call their modules."""
+        self.watching, noted = False, self._noted
+        now = {key: self._records[key].fingerprints() for key in noted}
+        return [name for key, before in noted.items() for name in before if before[name] != now[key].get(name)]
+
+    @property
+    def frozen(self) -> list[tuple[str, Tensor]]:
+        """The parameters of the modules that no call replaced, as they were at the first calls."""
+        return [named for record in self._records.values() for named in record.frozen]
 
     def begin(self, k: int) -> None:
         """Step k is evaluated: for the first time, or again and in the same modes."""
-        self.first_visit = k > self._last
+        self.first_visit, self.watching = k > self._last, False
         for record in self._records.values():
             record.begin(None if self.first_visit else k)
 
@@ -119,8 +139,9 @@ class Evaluation(Watched):
 class _Record:
     """One module of an unroll: its modes at the steps, and what it was made of at its first call."""
 
-    def __init__(self, net: nn.Module, modules: list[nn.Module]) -> None:
+    def __init__(self, net: nn.Module, modules: list[nn.Module], replaced: Collection[str]) -> None:
         self.net, self.modules = net, modules
+        self.frozen = [(name, p) for name, p in net.named_parameters() if name not in replaced]
         self._parts = dict(_parts(net))
         self._from: list[int] = []  # the steps from which on the modes were ...
         self._flags: list[Flags] = []  # ... these
@@ -145,6 +166,13 @@ class _Record:
             if not self._flags or self._flags[-1] != flags:
                 self._from.append(k)
                 self._flags.append(flags)
+
+    def fingerprints(self) -> dict[str, int]:
+        """Of the frozen parameters, as they are now."""
+        if not self.frozen:
+            return {}
+        now = dict(self.net.named_parameters())
+        return {name: fingerprint_of(now[name]) for name, _ in self.frozen if name in now}
 
     def what_changed(self) -> Iterator[str]:
         now = dict(_parts(self.net))

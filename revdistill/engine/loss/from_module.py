@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revdistill.engine.loss.alike import check_alike
 from revdistill.engine.loss.buffers import Buffers
 from revdistill.engine.loss.criterion import Criterion
 from revdistill.engine.loss.modules import check_module, check_stackable, name_dtypes
 from revdistill.engine.loss.substitution import Substitution
+from revdistill.engine.loss.untouched import check_stacked
 
 PureLoss = Callable[[dict[str, Tensor], Any], Tensor]
 
@@ -40,7 +42,8 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
         TypeError: `net` is no module, or `criterion` not callable.
         ValueError: no parameter requires grad, a lazy parameter has no shape yet, or a name of the criterion's is one
             of the network's.
-        UnsupportedError: torch.compile or torch.jit made the module, or it is a DataParallel.
+        UnsupportedError: torch.compile or torch.jit made the module, it is a DataParallel, or a parameter that requires
+            grad has a hook.
     """
     check_module(net)
     judge = Criterion(criterion, net)
@@ -55,7 +58,7 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
         inputs, keywords, target = _parts(batch)
         tensors = judge.without_own({**params, **fresh} if fresh else params)
         try:
-            output = call(tensors, inputs, keywords, buffers=buffers)
+            output = call(tensors, inputs, keywords, buffers=copies.sources)
         except RuntimeError as error:
             name_dtypes(error, net, tensors, (*inputs, *keywords.values()))
             raise
@@ -77,10 +80,11 @@ def stack_modules(
     The networks do not interact, so each one's training and hypergradient is what it would be alone. lr may then have
     shape [T, E]: a rate per step and network. Random numbers (dropout) differ between networks. An evaluation is one
     batched call (torch.func.vmap; none of it where E is 1). What `from_module` says of buffers and training modes
-    holds here too; the mode is that of nets[0].
+    holds here too.
 
     Args:
-        nets: the E networks.
+        nets: the E networks. They differ in the values of parameters and buffers only: layers, settings, modes and
+            hooks are those of nets[0].
         criterion: criterion(output, target) -> scalar tensor. If it is a module with parameters that require grad, each
             network trains a copy of them of its own, named "criterion." and their name in it.
         shared_batches: all networks see the same batch; otherwise each entry of a batch has a leading dimension E, one
@@ -92,8 +96,8 @@ def stack_modules(
 
     Raises:
         TypeError: a net is no module, or `criterion` not callable.
-        ValueError: `nets` is empty, no parameter requires grad, or the networks' parameters differ in name or shape; or
-            as in `from_module`.
+        ValueError: `nets` is empty, no parameter requires grad, or the networks differ in more than the values of
+            parameters and buffers; or as in `from_module`.
         UnsupportedError: a module that cannot be called for several networks at once (LSTM and GRU, backward hooks), or
             as in `from_module`.
     """
@@ -104,7 +108,7 @@ def stack_modules(
         if len(nets) > 1:
             check_stackable(net, f"nets[{i}]")
     first = nets[0]
-    _check_alike(nets)
+    check_alike(nets)
     judge = Criterion(criterion, first)
     trained = [name for name, p in first.named_parameters() if p.requires_grad] + list(judge.params)
     if not trained:
@@ -115,6 +119,7 @@ def stack_modules(
     rest = {name: torch.stack([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
     buffer_names = {name for name, _ in first.named_buffers()} | judge.buffers.keys()
     buffers = {name: t for name, t in rest.items() if name in buffer_names}
+    frozen = {name: t for name, t in rest.items() if name not in buffer_names}
     call = Substitution(first)
     copies = Buffers(first, lambda: call.modules() + judge.all_modules, buffers)
 
@@ -135,8 +140,12 @@ def stack_modules(
         others = {name: fresh[name] if name in fresh else t.clone() for name, t in rest.items()}
         batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
         if len(nets) == 1:  # a convolution costs more under vmap
-            return one(_first(params), _first(others), batch if shared_batches else _first_of_each(batch))
+            parts, firsts = _first(params), _first(others)
+            value = one(parts, firsts, batch if shared_batches else _first_of_each(batch))
+            check_stacked(params, parts, frozen, firsts)
+            return value
         summed: Tensor = every(params, others, batch).sum()
+        check_stacked(params, params, frozen, others)
         return summed
 
     def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
@@ -169,12 +178,3 @@ def _first(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _first_of_each(batch: Any) -> Any:
     return _first(batch) if isinstance(batch, dict) else tuple(t.squeeze(0) for t in batch)
-
-
-def _check_alike(nets: Sequence[nn.Module]) -> None:
-    shapes = [{name: tuple(t.shape) for name, t in net.named_parameters()} for net in nets]
-    for i, shape in enumerate(shapes):
-        if shape != shapes[0]:
-            raise ValueError(
-                f"nets[{i}] has other parameters than nets[0]; stacked networks must have one architecture"
-            )

@@ -8,8 +8,9 @@ that is one bit different on the way back ruins the reversal (invariant 1 of the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from revdistill.engine.layout import Layout
 from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.graph import graph_nodes, is_once_differentiable, saved_tensors
+from revdistill.engine.loss.untouched import Untouched, looked_at
 from revdistill.engine.loss.usage import Usage
 
 # What a node of autograd takes with the tensors that it refers to, without their numbers: measured with 54 nodes, on 30
@@ -53,6 +55,10 @@ class Linearization(Protocol):
     @property
     def gradient(self) -> Tensor:
         """[numel], detached; bit-identical in both directions."""
+
+    @property
+    def batch(self) -> Any:
+        """The step's batch, where a function gave it; otherwise None."""
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +104,7 @@ class Gradient:
         self.fingerprints = Fingerprints(steps, layout.device)
         self._batch_wanted = tuple(t.requires_grad for t in data.tensors)
         self._hyper_wanted = tuple(t.requires_grad for t in data.hypers)
+        self._looks, self._next_look = looked_at(steps), 0
         self._unchecked = 2  # what a loss keeps from its first evaluation shows in the second
         self._first_leaf: Tensor | None = None
 
@@ -115,7 +122,7 @@ class Gradient:
             TypeError, ValueError: on the first call, where the loss is not a scalar that depends on params, or uses a
                 tensor that requires grad and was not passed to the unroll.
             UnsupportedError: the loss uses an operator that has no second derivatives or does not repeat itself, or
-                a parameter at some steps only.
+                a parameter at some steps only, or changes its parameters or a module's frozen ones.
             UnusedParametersError: on the first call, see `Usage`.
         """
         return self._linearize(k, theta, self._batch(k))
@@ -133,18 +140,37 @@ class Gradient:
     def _linearize(self, k: int, theta: Tensor, batch: Any) -> EagerLinearization:
         leaf = theta.detach().requires_grad_()
         batch_leaves: tuple[Tensor, ...] = ()
+        given = None if self.data.function is None else batch
         if self.data.function is None:
             batch = batch_leaves = _leaves(batch, self._batch_wanted)
         hyper_leaves = _leaves(self.data.hypers, self._hyper_wanted)
         with self.determinism.step(k):
             parts, views = self.layout.parts_and_views(leaf)
+            untouched = self._look(k, leaf, views)
             value = self.loss(views, *self.data.arguments(batch, hyper_leaves))
+            if untouched is not None:
+                untouched.check()
             if self._unchecked:
-                self._check(value, leaf, (*batch_leaves, *hyper_leaves))
+                again = partial(self._again, k, leaf, batch, hyper_leaves)
+                self._check(value, leaf, (*batch_leaves, *hyper_leaves), again)
             gradient = self.usage.gradient(k, value, parts)
-        return EagerLinearization(value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k)
+        return EagerLinearization(
+            value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k, given
+        )
 
-    def _check(self, value: object, leaf: Tensor, leaves: tuple[Tensor, ...]) -> None:
+    def _look(self, k: int, leaf: Tensor, views: dict[str, Tensor]) -> Untouched | None:
+        """At the first evaluation of some steps."""
+        if k < self._next_look or k not in self._looks:
+            return None
+        self._next_look = k + 1
+        return Untouched(leaf, views, self.determinism.modules)
+
+    def _again(self, k: int, leaf: Tensor, batch: Any, hyper_leaves: tuple[Tensor, ...]) -> Tensor:
+        """The loss once more, with the same random numbers."""
+        with self.determinism.step(k):
+            return self.loss(self.layout.views(leaf), *self.data.arguments(batch, hyper_leaves))
+
+    def _check(self, value: object, leaf: Tensor, leaves: tuple[Tensor, ...], again: Callable[[], Tensor]) -> None:
         check_loss(value)
         assert isinstance(value, Tensor)
         nodes = graph_nodes(value)
@@ -153,13 +179,15 @@ class Gradient:
                 "the loss uses an operator marked once_differentiable, which has no second derivatives, and a "
                 "hypergradient needs them; replace it by one built of differentiable operations"
             )
-        leaves_reached = [node.variable for node in nodes if hasattr(node, "variable")]
-        strangers = [t for t in leaves_reached if t is not leaf and not any(t is known for known in leaves)]
+        strangers = [t for t in _leaves_of(value) if t is not leaf and not any(t is known for known in leaves)]
         if any(t is self._first_leaf for t in strangers):
             raise UnsupportedError(
                 "the loss keeps a tensor computed from params from one call to the next (in an attribute of a module, "
                 "say), and so a step depends on the one before beside the parameters; detach() what is kept"
             )
+        # A leaf that the loss made itself (for a gradient penalty) is another at each call.
+        reached = _leaves_of(again()) if strangers else []
+        strangers = [t for t in strangers if any(t is other for other in reached)]
         if strangers:
             raise ValueError(
                 f"the loss uses a tensor of shape {list(strangers[0].shape)} that requires grad but was not passed "
@@ -181,6 +209,7 @@ class EagerLinearization:
     graph: Tensor
     determinism: Determinism
     k: int
+    batch: Any = None
 
     @property
     def gradient(self) -> Tensor:
@@ -246,6 +275,11 @@ def check_arity(loss: Loss, has_hyper: bool) -> None:
         raise TypeError(f"loss must be callable as {wanted}; its signature is {inspect.signature(loss)}") from None
     except ValueError:
         return  # a builtin without a signature: the call itself will tell
+
+
+def _leaves_of(value: Tensor) -> list[Tensor]:
+    """The leaves of the graph behind a value."""
+    return [node.variable for node in graph_nodes(value) if hasattr(node, "variable")]
 
 
 def _leaves(tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:

@@ -24,7 +24,8 @@ def check_module(net: object, label: str = "net") -> None:
     Raises:
         TypeError: it is no module.
         ValueError: one of its parameters or buffers has no shape yet.
-        UnsupportedError: torch.compile or torch.jit made it or a part of it, or it is parallel.
+        UnsupportedError: torch.compile or torch.jit made it or a part of it, it is parallel, or a parameter that
+            requires grad has a hook.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"{label} must be a torch.nn.Module, got {type(net).__name__}")
@@ -51,6 +52,14 @@ def check_module(net: object, label: str = "net") -> None:
             raise ValueError(
                 f"{label}'s {name!r} has no shape yet (a lazy module makes its parameters in its first call); run one "
                 f"batch through it first: {label}(x)"
+            )
+    for name, p in net.named_parameters():
+        if p.requires_grad and (p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)):
+            raise UnsupportedError(
+                f"{label}'s parameter {name!r} has a hook (register_hook or register_post_accumulate_grad_hook), which "
+                "training here would go past: the loss is called with other tensors in the place of the parameters. "
+                "Write what the hook does into the loss, or remove the hook; one for the hypergradient is to be "
+                "registered afterwards, on the params that rd.from_module returned"
             )
 
 

@@ -22,7 +22,8 @@ def name_error(error: RuntimeError) -> None:
 
     Raises:
         UnsupportedError: an operator has no second derivatives, does not repeat itself to the bit, has a sparse
-            gradient, or an argument was changed in place, or activation checkpointing computed other values again.
+            gradient, or an argument was changed in place, or activation checkpointing computed other values again or
+            cannot.
     """
     reason = _reason(str(error))
     if reason is not None:
@@ -47,6 +48,18 @@ def _reason(text: str) -> str | None:
             "the loss uses an operator without second derivatives, which a hypergradient needs; replace it by one "
             "built of differentiable operations (for cuDNN recurrent layers: torch.backends.cudnn.flags(enabled=False))"
         )
+    if "modified by an inplace operation" in text:
+        return (
+            "a tensor that the gradient is computed from was changed in place after the loss had used it: by the loss "
+            "itself (compute new tensors instead), or between the forward and the backward pass, as load_state_dict, "
+            "an optimizer's step and .copy_() do (change it after backward())"
+        )
+    if "backward an extra time" in text:
+        return (
+            "the loss uses selective activation checkpointing (create_selective_checkpoint_contexts), through which "
+            "torch goes back once only, and a hypergradient goes back twice; checkpoint without context_fn, or not at "
+            "all"
+        )
     if text.startswith("torch.utils.checkpoint: "):
         return NOT_THE_SAME
     if "setup_context staticmethod" in text:
@@ -58,6 +71,11 @@ def _reason(text: str) -> str | None:
         return (
             "the loss uses an operator that torch.func.vmap cannot call for several networks at once "
             "(rd.stack_modules); train each network by rd.from_module (spectral_norm: or put it in .eval())"
+        )
+    if "accessing `data` under vmap" in text:
+        return (
+            "the loss takes a tensor's .data under torch.func.vmap (rd.stack_modules), which does not allow it; take "
+            "detach() to read it, or train each network by rd.from_module"
         )
     if "not implemented for sparse tensors" in text:
         return (

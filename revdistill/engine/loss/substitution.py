@@ -67,7 +67,7 @@ class Substitution:
             return torch.func.functional_call(self._net, dict(tensors), inputs, dict(keywords))
         places, unroll = self._places(tensors), evaluating()
         if unroll is not None:
-            unroll.calls(self._net, self.modules())
+            unroll.calls(self._net, self.modules(), tensors.keys())
         if places is None:
             self.rebound = set()
             with Watched(_NotHeld()):

@@ -154,6 +154,8 @@ def test_networks_that_are_not_alike_are_not_stacked(name: str) -> None:
 
 
 def test_networks_whose_functions_and_classes_were_made_anew_are_alike() -> None:
+    x, y = data(5)
+
     def make(seed: int) -> nn.Module:
         class Local(Own):
             def forward(self, x: Tensor) -> Tensor:
@@ -163,10 +165,10 @@ def test_networks_whose_functions_and_classes_were_made_anew_are_alike() -> None
         net = Local().double()
         net.mask = net.mask.double()
         nn.utils.parametrize.register_parametrization(net.layer, "weight", nn.Tanh())
-        net.norm.register_forward_hook(lambda layer, x, y: y + layer.eps)
+        net.handle = net.norm.register_forward_hook(lambda layer, x, y: y + layer.eps)
+        net.last = net(x[0].detach().double())
         return net
 
-    x, y = data(5)
     loss, params = rd.stack_modules([make(1), make(2)], CE)
     theta = rd.unroll(loss, params, (x.detach().double(), y), rd.SGD(0.1, 0.5), steps=3)
     for i in range(2):

@@ -141,7 +141,8 @@ class _Record:
 
     def __init__(self, net: nn.Module, modules: list[nn.Module], replaced: Collection[str]) -> None:
         self.net, self.modules = net, modules
-        self.frozen = [(name, p) for name, p in net.named_parameters() if name not in replaced]
+        frozen = [(name, p) for name, p in net.named_parameters() if name not in replaced]
+        self.frozen = [(name, p) for name, p in frozen if p.layout == torch.strided and not p.is_meta]
         self._parts = dict(_parts(net))
         self._from: list[int] = []  # the steps from which on the modes were ...
         self._flags: list[Flags] = []  # ... these

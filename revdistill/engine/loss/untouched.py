@@ -77,8 +77,8 @@ def check_stacked(
     Raises:
         UnsupportedError: the module changed one of them.
     """
-    unroll = evaluating()
-    if unroll is None or not unroll.watching or torch.compiler.is_compiling():
+    unroll = None if torch.compiler.is_compiling() else evaluating()
+    if unroll is None or not unroll.watching:
         return
     for name, part in parts.items():
         if part is not params[name] and part.data_ptr() != params[name].data_ptr():

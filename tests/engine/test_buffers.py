@@ -363,3 +363,15 @@ def test_random_numbers_after_the_look_are_those_of_every_evaluation() -> None:
     base, params = rd.from_module(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).double(), CE)
     theta = unrolled(lambda p, batch: base(p, batch) * (1 + torch.rand(())), params, rd.Reversible(graph_bytes=0))
     torch.stack([p.sum() for p in theta.values()]).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "kind", "message"),
+    [
+        (lambda output, target: 1.0, TypeError, "loss must return a scalar tensor, got float"),
+        (lambda output, target: output.sum(1), ValueError, r"scalar floating-point tensor, got shape \[8\]"),
+    ],
+)
+def test_a_loss_that_is_none_is_still_named(criterion: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        unrolled(*rd.from_module(made(HARMLESS["batchnorm"]), criterion))

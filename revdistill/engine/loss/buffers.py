@@ -83,6 +83,8 @@ class Buffers:
         fresh = self._copies(harmless)
         places = {name: b.data_ptr() for name, b in fresh.items()} if unroll.first_visit else {}
         value = loss(fresh)
+        if not _is_loss(value):
+            return value
         if unroll.first_visit:
             later = self._changed(fresh, places, rebound()) - harmless - self._not_read
             if later:
@@ -122,6 +124,8 @@ class Buffers:
         # Not exact: to compare what a checkpoint computes again is to read it.
         with Watched(exact=False), _Marking(fresh) as marking, _Reads(marking):
             value = loss(fresh)
+            if not _is_loss(value):
+                return value
             wanted = [p for p in params.values() if p.requires_grad]
             found: tuple[Tensor | None, ...] = ()
             if value.requires_grad and wanted:
@@ -159,6 +163,11 @@ class Buffers:
             )
         self._harmless[modes] = changed
         return value
+
+
+def _is_loss(value: object) -> bool:
+    """Whether it is a scalar; what is none is refused by whoever asked for it."""
+    return isinstance(value, Tensor) and not value.ndim
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

@@ -337,3 +337,16 @@ def test_pieces_have_the_cpus_bits(counts: standin.Counts, make: Callable[[], An
     theta = rd.unroll(case.loss, start, case.batches, make(), steps=35, state=moved)
     for n, p in here[0].items():
         torch.testing.assert_close(theta[n].detach(), p.detach(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("adjoint", [AGAIN, rd.Backprop()], ids=repr)
+def test_what_is_written_behind_torchs_back_is_refused_at_the_end(counts: standin.Counts, adjoint: Any) -> None:
+    """Where to look at once would be to wait for the device."""
+    case = least_quartics(torch.float64, True)
+
+    def loss(p: dict[str, Tensor], batch: Any) -> Tensor:
+        p["w"].data.mul_(0.5)
+        return case.loss(p, batch)
+
+    with pytest.raises(rd.UnsupportedError, match=r"changes params\['w'\] in place"):
+        rd.unroll(loss, case.params, case.batches, rd.SGD(0.01), steps=3, adjoint=adjoint)

@@ -16,7 +16,7 @@ from revdistill.engine.adjoints.kept_data import KeptData
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.loss.gradient import check_loss
-from revdistill.engine.loss.untouched import Untouched, looked_at
+from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Differentiable
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
@@ -52,7 +52,7 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
     keep_graph = torch.is_grad_enabled()
     saved: dict[int, Tensor] = {}
     usage, taken = problem.gradient.usage, problem.start.taken
-    looks = looked_at(problem.steps)
+    looks, open_looks = looked_at(problem.steps), OpenLooks()
     kept = KeptData(data, problem.determinism.modules, problem.backend, taken)
     watch = FiniteWatch(layout, problem.backend, partial(_not_finite, taken))
     for k in range(problem.steps):
@@ -79,7 +79,7 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
             untouched = Untouched(leaf, views, problem.determinism.modules) if k in looks else None
             value = loss(views, *data.arguments(batch, data.hypers))
             if untouched is not None:
-                untouched.check()
+                untouched.check(open_looks)
             if k == 0:
                 check_loss(value)
             gradient = usage.gradient(k, value, parts, create_graph=keep_graph and k >= problem.first)
@@ -98,6 +98,7 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
             values[move.target] = move.value(values, step)
         bar.step(value.detach)
     watch.flush()
+    settle(open_looks)
     theta = saved[problem.steps] = values[THETA]
     if problem.save_at is not None:
         theta = torch.stack([saved[k] for k in problem.save_at])

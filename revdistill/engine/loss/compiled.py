@@ -132,6 +132,7 @@ class CompiledGradient(Gradient):
 
     def flush(self) -> None:
         """See `Gradient.flush`."""
+        super().flush()
         self._zeros.flush()
 
     def _choose(self, k: int, theta: Tensor, batch: Any) -> None:

@@ -16,6 +16,9 @@ from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.evaluation import Modules, evaluating
 from revdistill.engine.loss.operators import CHANGED_IN_PLACE
 
+# Of each look the parameters' names, and on the device whether each was written to.
+OpenLooks = list[tuple[list[str], Tensor]]
+
 
 def looked_at(steps: int) -> frozenset[int]:
     """The steps of an unroll of so many steps that are compared."""
@@ -38,8 +41,11 @@ class Untouched:
         self._pointers = [view.data_ptr() for view in views.values()]
         modules.watch()
 
-    def check(self) -> None:
+    def check(self, open_looks: OpenLooks) -> None:
         """The loss has been evaluated.
+
+        Args:
+            open_looks: takes what is to be read later, where to read it now would be to wait for a device.
 
         Raises:
             UnsupportedError: it changed its parameters, or a module's frozen ones.
@@ -47,17 +53,32 @@ class Untouched:
         moved = [
             n for (n, view), old in zip(self._views.items(), self._pointers, strict=True) if view.data_ptr() != old
         ]
-        moved += self._written() if not moved else []
         if moved:
             raise UnsupportedError(CHANGED_IN_PLACE.format(f"params[{moved[0]!r}]"))
+        sizes = [view.numel() for view in self._views.values()]
+        written = torch.stack([part.any() for part in torch.split(self._leaf != self._before, sizes)])
+        open_looks.append((list(self._views), written))
+        if written.device.type == "cpu":
+            settle(open_looks)
         _refuse(self._modules.changed_frozen())
 
-    def _written(self) -> list[str]:
-        if torch.equal(self._leaf, self._before):
-            return []
-        sizes = [view.numel() for view in self._views.values()]
-        parts = zip(self._views, *(torch.split(t, sizes) for t in (self._leaf, self._before)), strict=True)
-        return [name for name, now, before in parts if not torch.equal(now, before)]
+
+def settle(open_looks: OpenLooks) -> None:
+    """Read what was left open, in one wait for the device.
+
+    Args:
+        open_looks: is empty afterwards.
+
+    Raises:
+        UnsupportedError: a loss changed its parameters.
+    """
+    looks = list(open_looks)
+    open_looks.clear()
+    found = torch.cat([written for _, written in looks]).tolist() if looks else []
+    names = [name for names, _ in looks for name in names]
+    changed = [name for name, written in zip(names, found, strict=True) if written]
+    if changed:
+        raise UnsupportedError(CHANGED_IN_PLACE.format(f"params[{changed[0]!r}]"))
 
 
 def check_stacked(

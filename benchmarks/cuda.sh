@@ -52,7 +52,7 @@ part() {
 }
 
 measure() { part "$1" "$2" "$python" -m "gpu.$1" --device "$device" $quick; }
-tests() { part "$1" "$2" "$python" -m pytest -p no:cacheprovider -o faulthandler_timeout=90 "tests/cuda/test_$1.py"; }
+tests() { part "$1" "$2" "$python" -m pytest -o addopts=-q -p no:cacheprovider -o faulthandler_timeout=90 "tests/cuda/test_$1.py"; }
 
 measure machine 60
 tests primitives 90

@@ -84,7 +84,10 @@ class Usage:
         found: Sequence[Tensor | None] = [None] * len(parts)
         if loss.requires_grad:
             found = torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)
-        missing = [name for name, g in zip(self._names, found, strict=True) if g is None]
+        lacks = [g is None for g in found]
+        if self._first is not None and not self.unused and True not in lacks:  # as nearly always
+            return torch.cat(found)  # type: ignore[arg-type]
+        missing = [name for name, lack in zip(self._names, lacks, strict=True) if lack]
         if self._first is None:
             self._begin(k, frozenset(missing))
         elif (missing or self.unused) and not self._indifferent and self.unused.symmetric_difference(missing):

@@ -208,12 +208,12 @@ def test_without_an_unroll_torchs_checkpointing_is_as_it_was() -> None:
 
 
 def test_compiled_or_not_it_is_right() -> None:
-    """torch's compiler cannot compile this gradient (torch 2.13): what it leaves switched off is on again."""
+    """torch 2.13's compiler cannot compile this gradient: what it leaves switched off is on again."""
     loss, params = rd.from_module(make(checkpointed()), CE)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         found = hypergradient(loss, params, rd.Reversible(), compile=True)
-    assert any(issubclass(warning.category, rd.CompileWarning) for warning in said)
+    assert torch._C._autograd._saved_tensors_hooks_is_enabled()
     close(found, by_loop())
 
 

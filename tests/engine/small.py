@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import revdistill as rd
+
 CE = nn.functional.cross_entropy
+EVERY = [  # adjoint; with graphs and without
+    rd.Reversible(graph_bytes=0),
+    rd.Reversible(graph_bytes=2**20),
+    rd.Checkpoint(every=2),
+    rd.StoreAll(),
+    rd.Backprop(),
+]
 
 
 def data(*shape: int, batches: int = 4, size: int = 6) -> tuple[Tensor, Tensor]:

@@ -15,15 +15,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 import revdistill as rd
-from tests.engine.small import CE
+from tests.engine.small import CE, EVERY
 
-EVERY = [
-    rd.Reversible(graph_bytes=0),
-    rd.Reversible(graph_bytes=2**20),
-    rd.Checkpoint(every=2),
-    rd.StoreAll(),
-    rd.Backprop(),
-]
 STEPS, LR, MOMENTUM = 5, 0.2, 0.9
 X = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(12).reshape(2, 6) % 3

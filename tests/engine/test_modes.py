@@ -10,15 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from tests.engine.small import CE, total
+from tests.engine.small import CE, EVERY, total
 
-EVERY = [
-    rd.Reversible(graph_bytes=0),
-    rd.Reversible(graph_bytes=2**20),
-    rd.Checkpoint(every=2),
-    rd.StoreAll(),
-    rd.Backprop(),
-]
 AGAIN = [EVERY[0], EVERY[2], EVERY[3]]  # every gradient is evaluated a second time
 STEPS = 5
 X = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -22,8 +22,7 @@ from revdistill.engine.progress import Bar
 @dataclass(frozen=True)
 class Hypergradients:
     """theta: float [numel], None where the way back ends before theta_0, and so slots; tables: float64 by name;
-    batches,
-    hypers: like the tensors, None where not wanted.
+    batches, hypers: like the tensors, None where not wanted.
     """
 
     theta: Tensor | None

@@ -41,7 +41,7 @@ class Trajectory:
         self._buffer = torch.empty_like(theta0)
         self._forward = problem.update.moves
         self._blind, self._seeing = problem.update.blind[::-1], problem.update.seeing[::-1]
-        self._clips = problem.update.clipping is not None
+        self._clipping = problem.update.clipping
         self._reset(problem.backend.interval)
 
     def _reset(self, interval: int) -> None:
@@ -149,8 +149,8 @@ class Trajectory:
         gradient = linear.gradient
         if not again:
             self.problem.gradient.fingerprints.record(k, gradient)
-        if self._clips:
-            gradient = self.problem.update.seen(k, gradient)
+        if self._clipping is not None:
+            gradient = self._clipping.clipped(k, gradient)
         proved = again or self.guard.before_step(k, linear.loss, gradient, state)
         for move in self._forward:
             if not proved:
@@ -167,8 +167,8 @@ class Trajectory:
 
     def undo_rest(self, k: int, gradient: Tensor) -> None:
         """The slots go back to those of before step k. gradient: bit-identical to the one of the way forward."""
-        if self._clips:
-            gradient = self.problem.update.seen(k, gradient)
+        if self._clipping is not None:
+            gradient = self._clipping.clipped(k, gradient)
         for move in self._seeing:
             move.inverse(k, self.state, gradient)
         self.problem.backend.settle()

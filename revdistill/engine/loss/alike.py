@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-_PLAIN = frozenset(vars(nn.Module()))
-_HOOKS = sorted(key for key in _PLAIN if key.endswith(("_hooks", "_pre_hooks")))
+from revdistill.engine.loss.modules import HOOKS, OWN
+
 _OF_CLASSES = ("__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__", "_abc_impl")
 
 
@@ -54,12 +54,12 @@ def _differences(first: nn.Module, net: nn.Module) -> Iterator[str]:
         yield from _tensors_that_differ("buffer", a._buffers, b._buffers, of)
         if a.training != b.training:
             yield f"the training mode{of} is {b.training}, in nets[0] {a.training}"
-        for key in _HOOKS:
+        for key in HOOKS:
             hooks = [list((getattr(module, key, None) or {}).values()) for module in (a, b)]
             if not same(*hooks):
                 yield f"the hooks{of} differ"
         for key in {**vars(a), **vars(b)}:
-            if key in _PLAIN:
+            if key in OWN:
                 continue
             values = [vars(module).get(key, _Absent) for module in (a, b)]
             if a._forward_pre_hooks and all(isinstance(value, Tensor) for value in values):

@@ -22,6 +22,7 @@ import torch.utils.checkpoint as torchs
 from torch import Tensor
 
 from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.integers.fingerprint import fingerprint_of
 
 _REMEDY = "switch checkpointing off: the engine keeps the graphs of few steps, or of none (graph_bytes=0)"
 NOT_THE_SAME = (
@@ -38,7 +39,6 @@ STACKED = (
     "the loss uses activation checkpointing under torch.func.vmap (rd.stack_modules), where torch cannot compute a "
     f"part again; train each network by rd.from_module, or {_REMEDY}"
 )
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Again = Callable[[], AbstractContextManager[None]]
 if not hasattr(torchs, "_CheckpointFrame"):
     raise ImportError(
@@ -184,9 +184,4 @@ def _bits(x: Tensor) -> int | None:
     """A number that tells one tensor's bits from another's; None of what may hold bits that nobody wrote."""
     if x.dtype == torch.uint8 or x.layout != torch.strided:  # cuDNN's scratch space
         return None
-    x = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
-    if x.is_floating_point():
-        x = x.contiguous().view(_INTEGERS[x.element_size()])
-    flat = x.reshape(-1).to(torch.int64)
-    # Odd factors: whatever changes in one element changes the sum, which wraps around.
-    return int((flat * torch.arange(1, 2 * flat.numel() + 1, 2, device=flat.device)).sum())
+    return fingerprint_of(x)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from revdistill.engine.integers.fingerprint import fingerprint_of
 from revdistill.engine.loss.checkpointing import Watched
+from revdistill.engine.loss.modules import HOOKS, OWN
 from revdistill.engine.loss.operators import name_error
 
 Flags = list[bool]
@@ -184,8 +185,6 @@ class _Record:
 
 
 _ABSENT = ("absent",)
-_PLAIN = frozenset(vars(nn.Module()))
-_HOOKS = [key for key in _PLAIN if key.endswith(("_hooks", "_pre_hooks"))]
 
 
 def _parts(net: nn.Module) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -194,15 +193,15 @@ def _parts(net: nn.Module) -> Iterator[tuple[str, tuple[Any, ...]]]:
         of = f" of {prefix}" if prefix else ""
         yield f"the module {prefix or 'itself'}", (type(module).__name__, id(module))
         for key, value in vars(module).items():
-            if key not in _PLAIN:
+            if key not in OWN:
                 yield f"the attribute {key!r}{of}", _summary(value)
         for kind, holder in (("parameter", module._parameters), ("buffer", module._buffers)):
             for key, tensor in holder.items():
                 if tensor is not None:
                     described = f"{tensor.dtype} on {tensor.device}, requires_grad={tensor.requires_grad}"
                     yield f"the {kind} {key!r}{of}", (described, tuple(tensor.shape))
-        if any(getattr(module, key, None) for key in _HOOKS):
-            yield f"the hooks{of}", (sum(len(getattr(module, key, ()) or ()) for key in _HOOKS),)
+        if any(getattr(module, key, None) for key in HOOKS):
+            yield f"the hooks{of}", (sum(len(getattr(module, key, ()) or ()) for key in HOOKS),)
 
 
 def _summary(value: Any) -> tuple[Any, ...]:

@@ -11,6 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from revdistill.engine.errors import UnsupportedError
 
+# What every module has in its __dict__, and the hooks among it.
+OWN = frozenset(vars(nn.Module()))
+HOOKS = sorted(key for key in OWN if key.endswith(("_hooks", "_pre_hooks")))
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 

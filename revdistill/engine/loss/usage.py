@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.integers.passes import INTERVAL
 from revdistill.engine.layout import Layout
-
-_INTERVAL = 32  # steps between two looks at a device
 
 
 class UnusedParametersError(Exception):
@@ -176,7 +175,7 @@ class Zeros:
         self._notes.append((k, torch.stack(torch._foreach_norm(parts, float("inf"))) != 0))
         if wait:
             return any(self._read().values())
-        if len(self._notes) >= _INTERVAL:
+        if len(self._notes) >= INTERVAL:
             self.flush()
         return False
 

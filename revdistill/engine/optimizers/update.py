@@ -47,10 +47,6 @@ class Update:
             if THETA in move.reads and any(m.target == THETA for m in self.moves[:i]):
                 raise ValueError("a move reads theta after an earlier one has changed it")
 
-    def seen(self, k: int, gradient: Tensor) -> Tensor:
-        """The gradient as the moves of step k see it."""
-        return gradient if self.clipping is None else self.clipping.clipped(k, gradient)
-
     @cached_property
     def slots(self) -> tuple[str, ...]:
         """The running averages."""

@@ -194,8 +194,10 @@ class Zeros:
         notes, self._notes = self._notes, []
         names = [name for name, size in zip(self._layout.names, self._layout.sizes, strict=True) if size]
         found: dict[int, list[str]] = {}
-        for k, nonzero in notes:
-            has = dict(zip(names, nonzero.tolist(), strict=True))
+        # One transfer for all steps: on a device each is a wait.
+        table = torch.stack([nonzero for _, nonzero in notes]).tolist() if notes else []
+        for (k, _), nonzero in zip(notes, table, strict=True):
+            has = dict(zip(names, nonzero, strict=True))
             gained = [name for name in names if has[name] and name in self._usage.unused]
             if gained:
                 self._usage.refuse(k, gained)

@@ -168,6 +168,34 @@ def test_closure_tensors_are_refused(adjoint: Any) -> None:
     run(lambda p, b: quadratic(p, b) * scale.detach().mean(), adjoint=adjoint)
 
 
+@pytest.mark.parametrize("adjoint", FIXED, ids=repr)
+def test_closure_tensors_are_refused_at_whichever_step_they_come(adjoint: Any) -> None:
+    """Regression: only the first two steps were looked at; a learned penalty that sets in late got no gradient."""
+    scale = torch.ones(7, 3, dtype=torch.float64, requires_grad=True)
+
+    def loss(p: dict[str, Tensor], rows: Tensor, k: int) -> Tensor:
+        return quadratic(p, (rows,)) * (scale if k == 5 else scale.detach()).mean()
+
+    def batches(k: int) -> tuple[Tensor, int]:
+        return torch.full((3,), float(k), dtype=torch.float64), k
+
+    with pytest.raises(ValueError, match=r"shape \[7, 3\] at step 5 .*hyper="):
+        run(lambda p, b: loss(p, *b), adjoint=adjoint, batches=batches, steps=8)
+
+
+def test_a_loss_with_leaves_of_its_own_is_asked_about_them_once() -> None:
+    calls = [0]
+
+    def penalised(p: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        calls[0] += 1
+        probe = batch[0].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(quadratic(p, (probe,)), probe, create_graph=True)
+        return quadratic(p, batch) + slope.square().sum() + 0 * probe.sum()
+
+    run(penalised, steps=8)
+    assert calls[0] == 8 + 1
+
+
 def test_a_loss_that_ignores_params_is_refused() -> None:
     with pytest.raises(ValueError, match="does not depend on params"):
         run(lambda p, b: torch.ones(()))
@@ -228,6 +256,13 @@ def test_operators_without_second_derivatives_are_named() -> None:
 
     with pytest.raises(rd.UnsupportedError, match="second derivatives"):
         run(lambda p, b: Once.apply(p["a"]).sum() + p["b"].sum()).backward()
+    rows = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(rd.UnsupportedError, match="second derivatives"):  # and where it is used late
+        run(
+            lambda p, b: quadratic(p, b) + (Once.apply(p["a"]).sum() if b[1] == 5 else 0.0),
+            batches=lambda k: (rows, k),
+            steps=8,
+        )
 
 
 @pytest.mark.parametrize("adjoint", FIXED, ids=repr)

@@ -8,7 +8,7 @@ that is one bit different on the way back ruins the reversal (invariant 1 of the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.integers.fingerprint import Fingerprints
 from revdistill.engine.layout import Layout
 from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
-from revdistill.engine.loss.graph import graph_nodes, is_once_differentiable, saved_tensors
+from revdistill.engine.loss.graph import graph_nodes, saved_tensors
+from revdistill.engine.loss.strangers import Strangers
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
 from revdistill.engine.loss.usage import Usage
 
@@ -106,8 +106,7 @@ class Gradient:
         self._hyper_wanted = tuple(t.requires_grad for t in data.hypers)
         self._looks, self._next_look = looked_at(steps), 0
         self._open_looks: OpenLooks = []
-        self._unchecked = 2  # what a loss keeps from its first evaluation shows in the second
-        self._first_leaf: Tensor | None = None
+        self._strangers, self._unseen = Strangers(self.usage.taken), 0
 
     def linearize(self, k: int, theta: Tensor) -> EagerLinearization:
         """Evaluate the loss and its gradient.
@@ -120,8 +119,8 @@ class Gradient:
             Both, with the graph of this one evaluation.
 
         Raises:
-            TypeError, ValueError: on the first call, where the loss is not a scalar that depends on params, or uses a
-                tensor that requires grad and was not passed to the unroll.
+            TypeError, ValueError: at a step's first evaluation, where the loss is not a scalar that depends on params,
+                or uses a tensor that requires grad and was not passed to the unroll.
             UnsupportedError: the loss uses an operator that has no second derivatives or does not repeat itself, or
                 a parameter at some steps only, or changes its parameters or a module's frozen ones.
             UnusedParametersError: on the first call, see `Usage`.
@@ -152,9 +151,11 @@ class Gradient:
             value = self.loss(views, *self.data.arguments(batch, hyper_leaves))
             if untouched is not None:
                 untouched.check(self._open_looks)
-            if self._unchecked:
+            if k >= self._unseen:
+                self._unseen = k + 1
+                check_loss(value)
                 again = partial(self._again, k, leaf, batch, hyper_leaves)
-                self._check(value, leaf, (*batch_leaves, *hyper_leaves), again)
+                self._strangers.check(k, value, leaf, (*batch_leaves, *hyper_leaves), again)
             gradient = self.usage.gradient(k, value, parts)
         return EagerLinearization(
             value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k, given
@@ -171,33 +172,6 @@ class Gradient:
         """The loss once more, with the same random numbers."""
         with self.determinism.step(k):
             return self.loss(self.layout.views(leaf), *self.data.arguments(batch, hyper_leaves))
-
-    def _check(self, value: object, leaf: Tensor, leaves: tuple[Tensor, ...], again: Callable[[], Tensor]) -> None:
-        check_loss(value)
-        assert isinstance(value, Tensor)
-        nodes = graph_nodes(value)
-        if any(map(is_once_differentiable, nodes)):
-            raise UnsupportedError(
-                "the loss uses an operator marked once_differentiable, which has no second derivatives, and a "
-                "hypergradient needs them; replace it by one built of differentiable operations"
-            )
-        strangers = [t for t in _leaves_of(value) if t is not leaf and not any(t is known for known in leaves)]
-        if any(t is self._first_leaf for t in strangers):
-            raise UnsupportedError(
-                "the loss keeps a tensor computed from params from one call to the next (in an attribute of a module, "
-                "say), and so a step depends on the one before beside the parameters; detach() what is kept"
-            )
-        # A leaf that the loss made itself (for a gradient penalty) is another at each call.
-        reached = _leaves_of(again()) if strangers else []
-        strangers = [t for t in strangers if any(t is other for other in reached)]
-        if strangers:
-            raise ValueError(
-                f"the loss uses a tensor of shape {list(strangers[0].shape)} that requires grad but was not passed "
-                "to unroll, so it would silently get no gradient; pass it in params (what is trained), batches (a "
-                "tuple of tensors [s, ...]) or hyper= (anything else), or detach it"
-            )
-        self._unchecked -= 1
-        self._first_leaf = leaf if self._unchecked else None
 
 
 @dataclass
@@ -277,11 +251,6 @@ def check_arity(loss: Loss, has_hyper: bool) -> None:
         raise TypeError(f"loss must be callable as {wanted}; its signature is {inspect.signature(loss)}") from None
     except ValueError:
         return  # a builtin without a signature: the call itself will tell
-
-
-def _leaves_of(value: Tensor) -> list[Tensor]:
-    """The leaves of the graph behind a value."""
-    return [node.variable for node in graph_nodes(value) if hasattr(node, "variable")]
 
 
 def _leaves(tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:

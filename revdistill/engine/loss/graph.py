@@ -16,17 +16,18 @@ def graph_nodes(value: Tensor) -> list[Any]:
         value: any tensor; without a graph there are no nodes.
 
     Returns:
-        The nodes, each once, in no particular order.
+        The nodes, each once, from the value on.
     """
-    seen: set[Any] = set()
-    queue: list[Any] = [value.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        queue.extend(parent for parent, _ in node.next_functions)
-    return list(seen)
+    if value.grad_fn is None:
+        return []
+    found: list[Any] = [value.grad_fn]
+    seen = set(found)
+    for node in found:  # which grows meanwhile
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                found.append(parent)
+    return found
 
 
 def saved_tensors(value: Tensor) -> Iterator[Tensor]:

@@ -341,7 +341,24 @@ def test_statistics_that_are_only_written_are_no_hindrance(name: str) -> None:
         torch.stack([p.sum() for p in theta.values()]).sum().backward()
 
 
-def test_the_look_is_taken_once_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+@pytest.mark.parametrize("kind", [float, int])
+def test_what_only_a_later_comparison_reads_is_refused(kind: type, adjoint: Any) -> None:
+    """Regression: a comparison with NaN is False, and an integer cannot be NaN."""
+
+    def late(net: Any, x: Tensor) -> Tensor:
+        late = float(x[0, 0]) == float(X[1, 0, 0])  # at the steps 1, 4, 7, ...
+        factor = 2.0 if late and net.seen > 1 else 1.0
+        net.seen.add_(1)
+        return factor * x
+
+    loss, params = rd.from_module(made(lambda: Stateful(late, seen=torch.tensor(kind(0)))), CE)
+    with pytest.raises(rd.UnsupportedError, match="'seen'"):
+        for _ in range(4):
+            unrolled(loss, params, adjoint)
+
+
+def test_looks_become_rare_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     from revdistill.engine.loss import buffers
 
     looks: list[Any] = []
@@ -353,10 +370,10 @@ def test_the_look_is_taken_once_and_leaves_no_trace(monkeypatch: pytest.MonkeyPa
     loss, params = rd.from_module(net, CE)
     for _ in range(2):
         unrolled(loss, params)
-    assert len(looks) == 1
+    assert len(looks) == 4  # at the 1st, 2nd, 4th and 8th of 12 steps
     assert net[0].calls == 2 * STEPS
     loss(params, (X[0], Y[0]))  # outside an unroll nothing is looked at
-    assert len(looks) == 1
+    assert len(looks) == 4
 
 
 def test_random_numbers_after_the_look_are_those_of_every_evaluation() -> None:

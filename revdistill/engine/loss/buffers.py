@@ -4,9 +4,10 @@ An unroll carries the parameters from one step to the next, and nothing else: ev
 from_module's call. For BatchNorm in training mode that is right, because what it writes (running statistics) it does
 not read. For spectral_norm, a running mean that is subtracted, a counter that a schedule reads, it is another training.
 
-Which it is, is found by following the data at the first step: under a dispatch mode that marks the memory of what is
-computed from a buffer. Where neither the loss nor its gradient is marked by a changed buffer, and no marked number was
-read into Python, the buffer did not matter there. That it does not matter at a later step is seen by NaNs in its place.
+Which it is, is found by following the data: under a dispatch mode that marks the memory of what is computed from a
+buffer. Where neither the loss nor its gradient is marked by a changed buffer, and no marked number was read into
+Python, the buffer did not matter there. So it is at the first step, and at the steps whose number (of all that the
+module was ever evaluated at) is a power of two. At the others NaNs stand in its place, which show where they matter.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Buffers:
         }
         self.sources = self._buffers
         self._harmless: dict[tuple[bool, ...], set[str]] = {}  # what was written, by the training modes
+        self._evaluations: dict[tuple[bool, ...], int] = {}  # each step's first ones
         self._nans = {name: torch.full_like(b, torch.nan) for name, b in self._buffers.items() if b.is_floating_point()}
 
     def evaluate(
@@ -77,20 +79,20 @@ class Buffers:
         if unroll is None:
             return loss(self._copies(frozenset()))
         modes = tuple(flags_of(self._modules()))
+        if unroll.first_visit:
+            count = self._evaluations[modes] = self._evaluations.get(modes, 0) + 1
+            if modes not in self._harmless or count & (count - 1) == 0:
+                return self._follow(loss, params, rebound, modes)
         harmless = self._harmless.get(modes)
         if harmless is None:
-            return self._follow(loss, params, rebound, modes) if unroll.first_visit else loss(self._copies(frozenset()))
+            return loss(self._copies(frozenset()))
         fresh = self._copies(harmless)
         places = {name: b.data_ptr() for name, b in fresh.items()} if unroll.first_visit else {}
         value = loss(fresh)
         if not _is_loss(value):
             return value
         if unroll.first_visit:
-            later = self._changed(fresh, places, rebound()) - harmless - self._not_read
-            if later:
-                raise UnsupportedError(
-                    _message(later, "begins to at a later step than the first, where what depends on it is not known")
-                )
+            self._refuse_new(self._changed(fresh, places, rebound()) - self._not_read, modes)
         if harmless and value.device.type == "cpu" and bool(value.isnan()):
             unspoilt = loss(self._copies(frozenset()))
             if not bool(unspoilt.isnan()):
@@ -105,6 +107,14 @@ class Buffers:
         self.sources = {n: nans[n] if n in spoilt and n in nans else b for n, b in self._buffers.items()}
         return {name: b.clone() for name, b in self.sources.items()}
 
+    def _refuse_new(self, changed: set[str], modes: tuple[bool, ...]) -> None:
+        """Raise the UnsupportedError of buffers that were not changed at the first step in these modes."""
+        later = changed - self._harmless.get(modes, changed)
+        if later:
+            raise UnsupportedError(
+                _message(later, "begins to at a later step than the first, where what depends on it is not known")
+            )
+
     def _changed(self, fresh: Fresh, places: Mapping[str, int], rebound: set[str]) -> set[str]:
         changed = {name for name, b in fresh.items() if b._version or b.data_ptr() != places[name]}
         return changed | (rebound & fresh.keys())
@@ -116,7 +126,7 @@ class Buffers:
         rebound: Callable[[], set[str]],
         modes: tuple[bool, ...],
     ) -> Tensor:
-        """The loss, at the first step in these modes, with the data followed."""
+        """The loss, with the data followed."""
         fresh = self._copies(frozenset())
         places = {name: b.data_ptr() for name, b in fresh.items()}
         modules = self._modules()
@@ -161,7 +171,8 @@ class Buffers:
                     "there",
                 )
             )
-        self._harmless[modes] = changed
+        self._refuse_new(changed, modes)
+        self._harmless[modes] = changed | self._harmless.get(modes, set())
         return value
 
 

@@ -213,7 +213,7 @@ def unroll(
     determinism = Determinism.capture(layout.device, seed, start.taken)
     weights = None if average is None else check_average(average, steps)
 
-    def run(unused: frozenset[str]) -> tuple[Result, UnrollStats, Usage]:
+    def run(unused: frozenset[str], evaluation: Any = None) -> tuple[Result, UnrollStats, Usage]:
         chosen = optimizer.sparing(unused, layout) if unused else optimizer
         update = chosen.resolve(layout, steps, start)
         check_slots(start, update.slots, optimizer)
@@ -225,8 +225,12 @@ def unroll(
             taken=start.taken,
             indifferent=update.ignores_zeros(steps),
         )
+        gradient = (CompiledGradient if compile else Gradient)(loss, layout, data, determinism, steps, usage)
+        if unused:
+            usage.begin(0, unused)
+            gradient.first = evaluation
         problem = Problem(
-            gradient=(CompiledGradient if compile else Gradient)(loss, layout, data, determinism, steps, usage),
+            gradient=gradient,
             update=update,
             data=data,
             determinism=determinism,
@@ -248,7 +252,7 @@ def unroll(
     try:
         result, stats, usage = run(frozenset())
     except UnusedParametersError as found:
-        result, stats, usage = run(found.names)
+        result, stats, usage = run(found.names, found.evaluation)
 
     theta = layout.owned(result.theta)
     extras: list[Any] = [] if result.average is None else [layout.owned(result.average)]

@@ -183,17 +183,46 @@ def test_closure_tensors_are_refused_at_whichever_step_they_come(adjoint: Any) -
         run(lambda p, b: loss(p, *b), adjoint=adjoint, batches=batches, steps=8)
 
 
-def test_a_loss_with_leaves_of_its_own_is_asked_about_them_once() -> None:
-    calls = [0]
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_loss_with_leaves_of_its_own_is_called_once_per_step(keeps: bool) -> None:
+    """Regression: it was called again at the first steps, and what counts its calls counted two. Only where it keeps
+    one, as a closure does, is it: once.
+    """
+    calls, kept = [0], {}
 
     def penalised(p: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
         calls[0] += 1
         probe = batch[0].detach().requires_grad_()
+        if keeps:
+            kept["probe"] = probe
         (slope,) = torch.autograd.grad(quadratic(p, (probe,)), probe, create_graph=True)
         return quadratic(p, batch) + slope.square().sum() + 0 * probe.sum()
 
     run(penalised, steps=8)
-    assert calls[0] == 8 + 1
+    assert calls[0] == 8 + keeps
+
+
+def test_a_kept_leaf_of_a_loss_that_does_not_repeat_itself_is_refused() -> None:
+    calls, kept = itertools.count(), {}
+
+    def loss(p: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        kept["probe"] = torch.full((2,), float(next(calls)), requires_grad=True)
+        return quadratic(p, batch) + kept["probe"].sum()
+
+    with pytest.raises(rd.UnsupportedError, match=r"keeps a tensor of shape \[2\] at step 0.*two values"):
+        run(loss)
+
+
+def test_tensors_kept_from_steps_long_ago_are_refused() -> None:
+    queue: list[Tensor] = []
+
+    def loss(p: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        value = quadratic(p, batch)
+        queue.append(value)
+        return value + (queue[-4] * p["a"].sum() if len(queue) > 6 else 0.0)
+
+    with pytest.raises(rd.UnsupportedError, match="keeps a tensor computed from params"):
+        run(loss)
 
 
 def test_a_loss_that_ignores_params_is_refused() -> None:

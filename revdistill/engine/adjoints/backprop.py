@@ -17,6 +17,7 @@ from revdistill.engine.adjoints.result import Result
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.loss.gradient import check_loss
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
+from revdistill.engine.loss.usage import UnusedParametersError
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Differentiable
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
@@ -44,16 +45,12 @@ class Backprop(Adjoint):
 
 def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
     """The results with the graph of every step: differentiable any number of times."""
-    update, data, layout, loss = problem.update, problem.data, problem.update.layout, problem.gradient.loss
-    # unbind once: its backward is one stack, where indexing step by step would fill a zero tensor per step.
-    rows: Sequence[Sequence[Tensor]] = [t.unbind(0) for t in data.tensors]
+    update, layout = problem.update, problem.update.layout
     values = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in update.slots} | dict(problem.start.slots)
     average = torch.zeros_like(theta, dtype=torch.float64)
-    keep_graph = torch.is_grad_enabled()
     saved: dict[int, Tensor] = {}
-    usage, taken = problem.gradient.usage, problem.start.taken
-    looks, open_looks = looked_at(problem.steps), OpenLooks()
-    kept = KeptData(data, problem.determinism.modules, problem.backend, taken)
+    evaluations, taken = _Evaluations(problem), problem.start.taken
+    kept = KeptData(problem.data, problem.determinism.modules, problem.backend, taken)
     watch = FiniteWatch(layout, problem.backend, partial(_not_finite, taken))
     for k in range(problem.steps):
         if k and k == problem.first:
@@ -63,42 +60,24 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
         if problem.average is not None:
             seen = values[THETA] if k >= problem.first else values[THETA].detach()
             average = average + problem.average[k] * seen
-        if data.function is None:
-            batch: Any = tuple(r[data.row(k)] for r in rows)
-        else:
-            with problem.determinism.outside():
-                batch = data.from_function(k)
-        start = values[THETA]
-        leaf = start if start.requires_grad else start.detach().requires_grad_()
-        if problem.looks_back and keep_graph and k >= problem.first:
-            start = leaf
-            start.register_hook(partial(problem.look_back, k))  # type: ignore[no-untyped-call]
-            leaf = start.view_as(start)  # the hook is for the way back, not for this step's gradient
-        with problem.determinism.step(k):
-            parts, views = layout.parts_and_views(leaf)
-            untouched = Untouched(leaf, views, problem.determinism.modules) if k in looks else None
-            value = loss(views, *data.arguments(batch, data.hypers))
-            if untouched is not None:
-                untouched.check(open_looks)
-            if k == 0:
-                check_loss(value)
-            gradient = usage.gradient(k, value, parts, create_graph=keep_graph and k >= problem.first)
+        found = evaluations.at(k, values[THETA])
+        gradient = found.gradient
         if gradient.requires_grad:
-            kept.note(k, batch)
+            kept.note(k, found.batch)
             gradient.register_hook(partial(_check_kept, kept, k))  # type: ignore[no-untyped-call]
-        watch.look(k, gradient.detach(), value.detach())
+        watch.look(k, gradient.detach(), found.loss)
         if problem.on_step is not None:
             with problem.determinism.watching():
-                problem.on_step(problem.number(k), layout.views(start.detach()), value.detach())
+                problem.on_step(problem.number(k), layout.views(found.theta.detach()), found.loss)
         if update.clipping is not None:
             gradient = update.clipping.differentiable(k, gradient)
-        values |= {THETA: start, GRADIENT: gradient}
+        values |= {THETA: found.theta, GRADIENT: gradient}
         step = Differentiable(k, theta.dtype)
         for move in update.moves:
             values[move.target] = move.value(values, step)
-        bar.step(value.detach)
+        bar.step(lambda found=found: found.loss)  # type: ignore[misc]
     watch.flush()
-    settle(open_looks)
+    evaluations.flush()
     theta = saved[problem.steps] = values[THETA]
     if problem.save_at is not None:
         theta = torch.stack([saved[k] for k in problem.save_at])
@@ -109,6 +88,62 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
         None if problem.average is None else average.to(theta.dtype),
         {slot: values[slot] for slot in update.slots} if problem.returns_state else {},
     )
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Of one step: theta as the moves take it; the batch; the loss, detached; the gradient with its graph."""
+
+    theta: Tensor
+    batch: Any
+    loss: Tensor
+    gradient: Tensor
+
+
+class _Evaluations:
+    """The loss and its gradient, step by step, with the graphs that lead on."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        # unbind once: its backward is one stack, where indexing step by step would fill a zero tensor per step.
+        self._rows: Sequence[Sequence[Tensor]] = [t.unbind(0) for t in problem.data.tensors]
+        self._keep_graph = torch.is_grad_enabled()
+        self._looks, self._open_looks = looked_at(problem.steps), OpenLooks()
+
+    def at(self, k: int, theta: Tensor) -> _Evaluation:
+        """Step k's."""
+        problem, gradient = self._problem, self._problem.gradient
+        first, gradient.first = gradient.first, None
+        if first is not None:
+            return first  # type: ignore[no-any-return]
+        data, layout, usage = problem.data, problem.update.layout, gradient.usage
+        if data.function is None:
+            batch: Any = tuple(r[data.row(k)] for r in self._rows)
+        else:
+            with problem.determinism.outside():
+                batch = data.from_function(k)
+        leaf = theta if theta.requires_grad else theta.detach().requires_grad_()
+        carries_on = self._keep_graph and k >= problem.first
+        if problem.looks_back and carries_on:
+            theta = leaf
+            theta.register_hook(partial(problem.look_back, k))  # type: ignore[no-untyped-call]
+            leaf = theta.view_as(theta)  # the hook is for the way back, not for this step's gradient
+        with problem.determinism.step(k):
+            parts, views = layout.parts_and_views(leaf)
+            untouched = Untouched(leaf, views, problem.determinism.modules) if k in self._looks else None
+            value = gradient.loss(views, *data.arguments(batch, data.hypers))
+            if untouched is not None:
+                untouched.check(self._open_looks)
+            if k == 0:
+                check_loss(value)
+            found = _Evaluation(theta, batch, value.detach(), usage.gradient(k, value, parts, create_graph=carries_on))
+        if usage.to_spare:
+            raise UnusedParametersError(usage.unused, found)
+        return found
+
+    def flush(self) -> None:
+        """All steps have been evaluated: the checks that are still open."""
+        settle(self._open_looks)
 
 
 def _check_kept(kept: KeptData, k: int, _: Tensor) -> None:

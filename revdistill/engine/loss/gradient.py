@@ -23,7 +23,7 @@ from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.graph import graph_nodes, saved_tensors
 from revdistill.engine.loss.strangers import Strangers
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
-from revdistill.engine.loss.usage import Usage
+from revdistill.engine.loss.usage import UnusedParametersError, Usage
 
 # What a node of autograd takes with the tensors that it refers to, without their numbers: measured with 54 nodes, on 30
 # tiny networks, where it is a third of a graph.
@@ -88,6 +88,7 @@ class Gradient:
 
     Attributes:
         fingerprints: of each step's gradient, as it was evaluated first.
+        first: the first step's evaluation, where it was made before (see `UnusedParametersError`).
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Gradient:
         self.loss, self.layout, self.data, self.determinism = loss, layout, data, determinism
         self.usage = usage or Usage(layout.names)
         self.fingerprints = Fingerprints(steps, layout.device)
+        self.first: Any = None
         self._batch_wanted = tuple(t.requires_grad for t in data.tensors)
         self._hyper_wanted = tuple(t.requires_grad for t in data.hypers)
         self._looks, self._next_look = looked_at(steps), 0
@@ -125,6 +127,9 @@ class Gradient:
                 a parameter at some steps only, or changes its parameters or a module's frozen ones.
             UnusedParametersError: on the first call, see `Usage`.
         """
+        first, self.first = self.first, None
+        if first is not None and torch.equal(first.leaf, theta):
+            return first  # type: ignore[no-any-return]
         return self._linearize(k, theta, self._batch(k))
 
     def flush(self) -> None:
@@ -157,9 +162,12 @@ class Gradient:
                 again = partial(self._again, k, leaf, batch, hyper_leaves)
                 self._strangers.check(k, value, leaf, (*batch_leaves, *hyper_leaves), again)
             gradient = self.usage.gradient(k, value, parts)
-        return EagerLinearization(
+        found = EagerLinearization(
             value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k, given
         )
+        if self.usage.to_spare:
+            raise UnusedParametersError(self.usage.unused, found)
+        return found
 
     def _look(self, k: int, leaf: Tensor, views: dict[str, Tensor]) -> Untouched | None:
         """At the first evaluation of some steps."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ class Strangers:
         self._taken = taken
         self._known_types: set[type] = {_Leaf}
         self._own: set[_Shapes] = set()
-        self._theta: Callable[[], Tensor | None] = lambda: None
+        self._thetas: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def check(self, k: int, value: Tensor, leaf: Tensor, leaves: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
         """Check the graph of a loss.
@@ -51,31 +53,59 @@ class Strangers:
                         "hypergradient needs them; replace it by one built of differentiable operations"
                     )
                 self._known_types.add(type(node))
-        found = [node.variable for node in nodes if type(node) is _Leaf]
-        if len(found) > 1 or (found and found[0] is not leaf):
-            known = {id(leaf), *map(id, leaves)}
-            strangers = [t for t in found if id(t) not in known]
-            if strangers:
-                self._judge(k, strangers, again)
-        self._theta = weakref.ref(leaf)
+        passed = {id(leaf), *map(id, leaves)}
+        strangers = [node for node in nodes if type(node) is _Leaf and id(node.variable) not in passed]
+        if strangers:
+            self._judge(k, value, strangers, again)
+        self._thetas[id(leaf)] = leaf
 
-    def _judge(self, k: int, strangers: list[Tensor], again: Callable[[], Tensor]) -> None:
-        theta = self._theta()
-        if any(t is theta for t in strangers):
+    def _judge(self, k: int, value: Tensor, nodes: list[Any], again: Callable[[], Tensor]) -> None:
+        if any(self._thetas.get(id(node.variable)) is node.variable for node in nodes):
             raise UnsupportedError(
                 "the loss keeps a tensor computed from params from one call to the next (in an attribute of a module, "
                 "say), and so a step depends on the one before beside the parameters; detach() what is kept"
             )
-        # A leaf that the loss made itself (for a gradient penalty) is another at each call, of the same shape mostly.
+        strangers = _held(nodes)
+        # A leaf that the loss makes itself and keeps is another at each call, of the same shape mostly.
         shapes = tuple(sorted(tuple(t.shape) for t in strangers))
-        if shapes in self._own:
+        if not strangers or shapes in self._own:
             return
-        reached = [node.variable for node in graph_nodes(again()) if type(node) is _Leaf]
-        passed_by = [t for t in strangers if any(t is other for other in reached)]
-        if passed_by:
+        repeated = again()
+        reached = {id(node.variable) for node in graph_nodes(repeated) if type(node) is _Leaf}
+        where = f"a tensor of shape {list(strangers[0].shape)} at step {k + self._taken} that requires grad"
+        if any(id(t) in reached for t in strangers):
             raise ValueError(
-                f"the loss uses a tensor of shape {list(passed_by[0].shape)} at step {k + self._taken} that requires "
-                "grad but was not passed to unroll, so it would silently get no gradient; pass it in params (what is trained), batches (a "
-                "tuple of tensors [s, ...]) or hyper= (anything else), or detach it"
+                f"the loss uses {where} but was not passed to unroll, so it would silently get no gradient; pass it in "
+                "params (what is trained), batches (a tuple of tensors [s, ...]) or hyper= (anything else), or detach "
+                "it"
+            )
+        if not torch.equal(repeated, value):
+            raise UnsupportedError(
+                f"the loss keeps {where}, and evaluated twice it had two values, so that it cannot be told whether a "
+                "gradient would be missing; detach() what is kept, and draw random numbers from torch's generator only"
             )
         self._own.add(shapes)
+
+
+def _held(nodes: list[Any]) -> list[Tensor]:
+    """The leaves that Python code holds, beside their graphs: not what a loss made on its way and let go.
+
+    To tell by evaluating the loss once more would move whatever counts its calls.
+
+    Args:
+        nodes: of leaves.
+    """
+    kept: list[Tensor] = []
+    free, held = _graph_of_a_leaf(None), _graph_of_a_leaf(kept)
+    leaves = [node.variable for node in (*nodes, *(node for graph in (free, held) for node, _ in graph.next_functions))]
+    *counts, count_free, count_held = map(sys.getrefcount, leaves)
+    if count_free >= count_held:  # a Python that counts otherwise
+        return leaves[:-2]
+    return [t for t, count in zip(leaves, counts, strict=False) if count > count_free]
+
+
+def _graph_of_a_leaf(kept: list[Tensor] | None) -> Any:
+    leaf = torch.zeros((), requires_grad=True)
+    if kept is not None:
+        kept.append(leaf)
+    return leaf.exp().grad_fn

@@ -9,7 +9,7 @@ steps only is refused.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,16 +20,18 @@ from revdistill.engine.layout import Layout
 
 
 class UnusedParametersError(Exception):
-    """These parameters have no gradient at the first step, and the update has a penalty for them: caught, and the
-    unroll begins again.
+    """Parameters have no gradient at the first step, and the update has a penalty for them: caught, and the unroll
+    begins again, with the same evaluation of the first step. To call the loss twice would move whatever counts its
+    calls.
 
     Args:
         names: of the parameters.
+        evaluation: of the first step, as the adjoint that made it knows to take it up again.
     """
 
-    def __init__(self, names: frozenset[str]) -> None:
+    def __init__(self, names: frozenset[str], evaluation: Any) -> None:
         super().__init__(f"unused: {sorted(names)}")
-        self.names = names
+        self.names, self.evaluation = names, evaluation
 
 
 class Usage:
@@ -45,6 +47,7 @@ class Usage:
 
     Attributes:
         unused: the parameters without a gradient at the first step.
+        to_spare: whether the update would change some of them: then an UnusedParametersError is to be raised.
         taken: as given.
     """
 
@@ -62,6 +65,7 @@ class Usage:
         self.taken, self._indifferent = taken, indifferent
         self._first: int | None = None
         self.unused: frozenset[str] = frozenset()
+        self.to_spare = False
 
     def gradient(self, k: int, loss: Tensor, parts: Sequence[Tensor], *, create_graph: bool = True) -> Tensor:
         """The loss's gradient, 0 where it is missing.
@@ -77,7 +81,6 @@ class Usage:
 
         Raises:
             ValueError: at the first step, where no parameter has a gradient.
-            UnusedParametersError: at the first step, where a penalised parameter has no gradient.
             UnsupportedError: a parameter has a gradient at some steps only.
         """
         found: Sequence[Tensor | None] = [None] * len(parts)
@@ -88,7 +91,7 @@ class Usage:
             return torch.cat(found)  # type: ignore[arg-type]
         missing = [name for name, lack in zip(self._names, lacks, strict=True) if lack]
         if self._first is None:
-            self._begin(k, frozenset(missing))
+            self.begin(k, frozenset(missing))
         elif (missing or self.unused) and not self._indifferent and self.unused.symmetric_difference(missing):
             self.refuse(k, self.unused.symmetric_difference(missing))
         return torch.cat([torch.zeros_like(part) if g is None else g for g, part in zip(found, parts, strict=True)])
@@ -98,7 +101,8 @@ class Usage:
         """Whether it makes a difference that a gradient is missing and not 0."""
         return not self._indifferent
 
-    def _begin(self, k: int, unused: frozenset[str]) -> None:
+    def begin(self, k: int, unused: frozenset[str]) -> None:
+        """The first step is k, and these parameters have no gradient there. Raises: as `gradient`."""
         if len(unused) == len(self._names):
             raise ValueError(
                 "the loss does not depend on params: loss(params, batch) must be computed from its first argument"
@@ -119,8 +123,7 @@ class Usage:
                 f"it is; here the average would move it. Add 0 * params[{name!r}].sum() to the loss if that is what "
                 "you want, or set its averages to 0"
             )
-        if unused & self._penalised:
-            raise UnusedParametersError(unused)
+        self.to_spare = bool(unused & self._penalised)
         self._first, self.unused = k, unused
 
     def refuse(self, k: int, changed: Collection[str]) -> NoReturn:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import types
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from revdistill.engine.loss.modules import HOOKS, OWN
 
+_LOCKS = type(threading.Lock()), type(threading.RLock())
 _OF_CLASSES = ("__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__", "_abc_impl")
 
 
@@ -58,14 +61,25 @@ def _differences(first: nn.Module, net: nn.Module) -> Iterator[str]:
             hooks = [list((getattr(module, key, None) or {}).values()) for module in (a, b)]
             if not same(*hooks):
                 yield f"the hooks{of} differ"
+        computed = _computed(a) & _computed(b)
         for key in {**vars(a), **vars(b)}:
             if key in OWN:
                 continue
             values = [vars(module).get(key, _Absent) for module in (a, b)]
-            if a._forward_pre_hooks and all(isinstance(value, Tensor) for value in values):
-                continue  # such a hook computes it (torch.nn.utils.weight_norm, pruning)
+            if key in computed and all(isinstance(value, Tensor) for value in values):
+                continue
             if not same(*values):
                 yield f"the attribute {key!r}{of} is {_words(values[1])}, in nets[0] {_words(values[0])}"
+
+
+def _computed(module: nn.Module) -> set[str]:
+    """The attributes that torch's hooks set before each call, from parameters: of torch.nn.utils.weight_norm,
+    spectral_norm and pruning.
+    """
+    hooks = module._forward_pre_hooks.values()
+    names = {getattr(hook, key, None) for hook in hooks for key in ("name", "_tensor_name")}
+    made_of = module._parameters
+    return {name for name in names if isinstance(name, str) and {f"{name}_orig", f"{name}_v"} & made_of.keys()}
 
 
 def _tensors_that_differ(
@@ -127,7 +141,7 @@ class _Same:
             return _described(a) == _described(b) and (a.is_meta or torch.equal(a, b))
         if isinstance(a, Mapping):
             return list(a) == list(b) and all(self(a[key], b[key]) for key in a)
-        if isinstance(a, (tuple, list)):
+        if isinstance(a, (tuple, list, deque)):
             return len(a) == len(b) and all(map(self, a, b))
         if isinstance(a, types.FunctionType):
             return a.__code__ == b.__code__ and self(_held_by(a), _held_by(b))
@@ -141,7 +155,25 @@ class _Same:
             return self((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
         if hasattr(a, "__array__"):
             return self(torch.as_tensor(a), torch.as_tensor(b)) if _is_numeric(a) else bool((a == b).all())
-        return self(getattr(a, "__dict__", None), getattr(b, "__dict__", None))
+        if not self(getattr(a, "__dict__", None), getattr(b, "__dict__", None)) or not self(_slots(a), _slots(b)):
+            return False
+        return self._values(a, b)
+
+    def _values(self, a: Any, b: Any) -> bool:
+        """Of what is no Python object through and through: a built-in function, a slice, a date, a generator."""
+        equal: Any = type(a).__eq__
+        own = hasattr(a, "__dict__") or bool(_slots(a))
+        if type(a).__reduce__ is not object.__reduce__ or (equal is object.__eq__ and not own):
+            try:  # what it would be made of again
+                return self(*(_reduced(value) for value in (a, b)))
+            except TypeError:
+                return own or isinstance(a, _LOCKS)
+        if own and (equal is object.__eq__ or isinstance(equal, types.FunctionType)):
+            return True  # its attributes are all that there is
+        try:
+            return bool(a == b)
+        except Exception:  # whatever a comparison raises, they are not known to be the same
+            return False
 
     def _classes(self, a: type, b: type) -> bool:
         return self(a.__bases__, b.__bases__) and self(*(_members(c) for c in (a, b)))
@@ -167,6 +199,23 @@ def _contents(cell: Any) -> Any:
 
 def _members(c: type) -> dict[str, Any]:
     return {key: value for key, value in vars(c).items() if key not in _OF_CLASSES}
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for c in type(value).__mro__:
+        slots = vars(c).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            name = f"_{c.__name__.lstrip('_')}{name}" if private else name
+            if name not in _OF_CLASSES:
+                found[name] = getattr(value, name, _Absent)
+    return found
+
+
+def _reduced(value: Any) -> Any:
+    found = value.__reduce_ex__(4)
+    return found if isinstance(found, str) else (*found[:3], *(list(rest or ()) for rest in found[3:5]))
 
 
 def _is_numeric(array: Any) -> bool:

@@ -210,7 +210,7 @@ def unroll(
     data = Data(batches, hyper, start.taken)
     if seed is None:
         seed = draw_seed() if state is None or state.seed is None else state.seed
-    determinism = Determinism.capture(layout.device, seed, start.taken)
+    determinism = Determinism.capture(layout.device, seed, start.taken, steps)
     weights = None if average is None else check_average(average, steps)
 
     def run(unused: frozenset[str], evaluation: Any = None) -> tuple[Result, UnrollStats, Usage]:

@@ -268,6 +268,84 @@ def test_readers_of_torchs_statistics_are_refused(how: str) -> None:
         unrolled(*rd.from_module(made(lambda: around(Reader(how))), CE))
 
 
+class Around(nn.Module):
+    """Reads, outside of a BatchNorm, how many batches that has seen."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.norm, self.how = nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=None), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 4] -> [B, 3]."""
+        x, count = self.norm(self.layer(x)), self.norm.num_batches_tracked
+        assert count is not None
+        if self.how == "branch":
+            return 2 * x if count > 2 else x
+        return x / (1 + (count.item() if self.how == "number" else count))
+
+
+@pytest.mark.parametrize("how", ["branch", "arithmetic", "number"])
+def test_what_batchnorm_counts_is_for_itself_only(how: str) -> None:
+    """Regression: num_batches_tracked was taken for what nobody reads."""
+    with pytest.raises(rd.UnsupportedError, match=r"buffer 'norm\.num_batches_tracked'"):
+        unrolled(*rd.from_module(made(lambda: Around(how)), CE))
+
+
+@pytest.mark.parametrize("where", ["net", "criterion"])
+def test_buffers_are_those_of_the_beginning_of_the_unroll(where: str) -> None:
+    """Regression: they were from_module's, and the parameters were not, so that a checkpoint loaded afterwards was
+    taken by halves. The way back is in those of the way forward.
+    """
+
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(3))
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return CE(output, target, weight=self.weight)
+
+    def make() -> tuple[nn.Module, nn.Module]:
+        net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().eval()
+        return net, Weighted().double()
+
+    (net, criterion), (other, other_criterion) = make(), make()
+    loss, params = rd.from_module(net, criterion)
+    with torch.no_grad():
+        other[1].running_var.fill_(0.3)
+        other_criterion.weight.copy_(torch.tensor([0.2, 0.3, 0.5]))
+    if where == "net":
+        net.load_state_dict(other.state_dict())
+    else:
+        net.load_state_dict({**net.state_dict(), **dict(other.named_parameters())})
+        criterion.load_state_dict(other_criterion.state_dict())
+    expected = rd.unroll(*rd.from_module(net, criterion), (X, Y), rd.SGD(0.1), steps=STEPS)
+    for adjoint in ADJOINTS:
+        theta = unrolled(loss, params, adjoint)
+        for name, p in theta.items():
+            torch.testing.assert_close(p, expected[name], rtol=1e-9, atol=1e-11)
+        with torch.no_grad():
+            net[1].running_mean.add_(1)  # type: ignore[union-attr, operator]
+        torch.stack([p.sum() for p in theta.values()]).sum().backward()
+        with torch.no_grad():
+            net[1].running_mean.sub_(1)  # type: ignore[union-attr, operator]
+
+
+def test_buffers_that_require_grad_are_refused() -> None:
+    """Regression: they got no gradient in silence."""
+    net = nn.BatchNorm1d(4)
+    net.register_buffer("scale", torch.ones(3, requires_grad=True))
+    with pytest.raises(ValueError, match=r"^the module's buffer 'scale' requires grad.*nn\.Parameter.*hyper="):
+        rd.from_module(net, CE)
+    with pytest.raises(ValueError, match=r"^nets\[0\]'s buffer 'scale' requires grad"):
+        rd.stack_modules([net, net], CE)
+    net.scale = net.scale.detach()
+    loss, params = rd.from_module(net, CE)
+    net.scale.requires_grad_()
+    with pytest.raises(ValueError, match="buffer 'scale' requires grad"):
+        unrolled(loss, params)
+
+
 def test_a_place_of_its_own_is_a_change_too() -> None:
     """Regression: an assignment to .data is no change that torch counts."""
 
@@ -369,10 +447,10 @@ def test_looks_become_rare_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -
     loss, params = rd.from_module(net, CE)
     for _ in range(2):
         unrolled(loss, params)
-    assert len(looks) == 4  # at the 1st, 2nd, 4th and 8th of 12 steps
+    assert len(looks) == 6  # at the 1st, 2nd, 4th and 8th of 12 steps, and at the last of each unroll
     assert net[0].calls == 2 * STEPS
     loss(params, (X[0], Y[0]))  # outside an unroll nothing is looked at
-    assert len(looks) == 4
+    assert len(looks) == 6
 
 
 def test_random_numbers_after_the_look_are_those_of_every_evaluation() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 import revdistill as rd
@@ -369,3 +370,69 @@ def test_batches_of_any_dtype_are_watched(dtype: torch.dtype) -> None:
     x.data[0, 0] = 0  # .data: torch does not count it
     with pytest.raises(rd.ReversalError, match="data of step"):
         theta.backward()
+
+
+@pytest.mark.parametrize("adjoint", [*FIXED, rd.Backprop()], ids=repr)
+def test_a_loss_that_calls_backward_is_refused(adjoint: Any) -> None:
+    """Regression: what it added to the gradients was dropped."""
+    params, batches = problem()
+
+    def loss(p: Params, b: tuple[Tensor, ...]) -> Tensor:
+        value = quartic(p, b)
+        value.backward(retain_graph=True)
+        return value
+
+    with pytest.raises(rd.UnsupportedError, match=r"calls \.backward\(\) itself.*sum of all terms"):
+        unrolled(loss, params, batches, adjoint)
+    assert all(p.grad is None for p in params.values())
+
+    def penalised(p: Params, b: tuple[Tensor, ...]) -> Tensor:
+        value = quartic(p, b)
+        slopes = torch.autograd.grad(value, list(p.values()), create_graph=True)
+        return value + 1e-3 * torch.cat([s.flatten() for s in slopes]).square().sum()
+
+    unrolled(penalised, params, batches, adjoint).backward()
+
+
+def jvp(p: Params, b: tuple[Tensor, ...]) -> Tensor:
+    _, slope = torch.func.jvp(lambda z: (z * p["a"]).tanh(), (b[0],), (torch.ones_like(b[0]),))
+    return quartic(p, b) + slope.square().sum()
+
+
+def hessian(p: Params, b: tuple[Tensor, ...]) -> Tensor:
+    return quartic(p, b) + torch.func.hessian(lambda z: (z * p["a"]).tanh().sum())(b[0]).square().mean()
+
+
+def sparse(p: Params, b: tuple[Tensor, ...]) -> Tensor:
+    return quartic(p, b) + torch.sparse.mm(ADJACENCY, (p["a"] * b[0]).unsqueeze(1)).square().sum()
+
+
+def dual(p: Params, b: tuple[Tensor, ...]) -> Tensor:
+    with forward_ad.dual_level():
+        made = forward_ad.make_dual(b[0], torch.ones_like(b[0]))
+        tangent = forward_ad.unpack_dual((made * p["a"]).tanh()).tangent
+    assert tangent is not None
+    return quartic(p, b) + tangent.square().sum()
+
+
+ADJACENCY = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=torch.float64).to_sparse()
+
+
+@pytest.mark.parametrize("adjoint", [rd.Reversible(), rd.Reversible(graph_bytes=0)], ids=repr)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("loss", [jvp, hessian, sparse, dual])
+def test_derivatives_and_sparse_tensors_within_a_loss_are_right(loss: Callable[..., Tensor], adjoint: Any) -> None:
+    """Regression: to count a kept graph's bytes failed in torch's words; forward-mode derivatives were None."""
+    params, (rows, *_) = problem()
+    rows = rows.detach().requires_grad_()
+    found = torch.autograd.grad(
+        unrolled(loss, params, (rows,), adjoint, optimizer=rd.SGD(0.02, 0.5)), [rows, params["a"]]
+    )
+    theta, v = dict(params), {n: torch.zeros_like(p) for n, p in params.items()}
+    for k in range(STEPS):
+        slopes = torch.autograd.grad(loss(theta, (rows[k % len(rows)],)), list(theta.values()), create_graph=True)
+        v = {n: 0.5 * v[n] + slope for n, slope in zip(theta, slopes, strict=True)}
+        theta = {n: p - 0.02 * v[n] for n, p in theta.items()}
+    value = outer(theta)
+    for mine, theirs in zip(found, torch.autograd.grad(value, [rows, params["a"]]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-11)

@@ -14,8 +14,8 @@ from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
 from revdistill.engine.adjoints.guard import FiniteWatch
 from revdistill.engine.adjoints.kept_data import KeptData
 from revdistill.engine.adjoints.result import Result
-from revdistill.engine.errors import NonFiniteError
-from revdistill.engine.loss.gradient import check_loss
+from revdistill.engine.errors import NonFiniteError, UnsupportedError
+from revdistill.engine.loss.gradient import BACKWARD_INSIDE, check_loss
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
 from revdistill.engine.loss.usage import UnusedParametersError
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Differentiable
@@ -131,7 +131,8 @@ class _Evaluations:
         with problem.determinism.step(k):
             parts, views = layout.parts_and_views(leaf)
             untouched = Untouched(leaf, views, problem.determinism.modules) if k in self._looks else None
-            value = gradient.loss(views, *data.arguments(batch, data.hypers))
+            with _Backwards(leaf):
+                value = gradient.loss(views, *data.arguments(batch, data.hypers))
             if untouched is not None:
                 untouched.check(self._open_looks)
             if k == 0:
@@ -144,6 +145,22 @@ class _Evaluations:
     def flush(self) -> None:
         """All steps have been evaluated: the checks that are still open."""
         settle(self._open_looks)
+
+
+class _Backwards:
+    """The context of a call of the loss, which must not call backward() through its parameters."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        self._leaf = leaf
+
+    def __enter__(self) -> None:
+        self._hook = self._leaf.register_hook(self._refuse)  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _refuse(self, _: Tensor) -> None:
+        raise UnsupportedError(BACKWARD_INSIDE)
 
 
 def _check_kept(kept: KeptData, k: int, _: Tensor) -> None:

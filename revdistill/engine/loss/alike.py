@@ -163,7 +163,8 @@ class _Same:
         """Of what is no Python object through and through: a built-in function, a slice, a date, a generator."""
         equal: Any = type(a).__eq__
         own = hasattr(a, "__dict__") or bool(_slots(a))
-        if type(a).__reduce__ is not object.__reduce__ or (equal is object.__eq__ and not own):
+        reduce: Any = type(a).__reduce__
+        if reduce is not object.__reduce__ or (equal is object.__eq__ and not own):
             try:  # what it would be made of again
                 return self(*(_reduced(value) for value in (a, b)))
             except TypeError:

@@ -22,7 +22,6 @@ class Criterion:
 
     Attributes:
         params: its parameters that require grad, "criterion." and their name in it -> the very tensor.
-        buffers: likewise, in new tensors.
         all_modules: itself and those in it, where it is a module that holds tensors; otherwise nothing.
 
     Raises:
@@ -35,8 +34,8 @@ class Criterion:
             raise TypeError(f"criterion must be callable as criterion(output, target), got {type(criterion).__name__}")
         self._criterion = criterion
         self.params: dict[str, Tensor] = {}
-        self.buffers: dict[str, Tensor] = {}
         self.all_modules: list[nn.Module] = []
+        self._buffer_names: set[str] = set()
         self._names: dict[str, str] = {}  # the criterion's own -> that of params, buffers, or the network's params
         self._call: Substitution | None = None
         if not isinstance(criterion, nn.Module):
@@ -48,18 +47,24 @@ class Criterion:
                 self._names[name] = of_net.get(id(p), _PREFIX + name)
                 if id(p) not in of_net:
                     self.params[_PREFIX + name] = p
-        for name, b in criterion.named_buffers():
+        for name, _ in criterion.named_buffers():
             self._names[name] = _PREFIX + name
-            self.buffers[_PREFIX + name] = b.detach().clone()
+            self._buffer_names.add(_PREFIX + name)
         if self._names:
             self.all_modules, self._call = list(criterion.modules()), Substitution(criterion)
         taken = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
-        for name in (*self.params, *self.buffers):
+        for name in (*self.params, *self.buffers()):
             if name in taken:
                 raise ValueError(
                     f"net has an entry {name!r}, which the criterion's of that name would hide; rename net's module "
                     "'criterion'"
                 )
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The criterion's, as they are now: "criterion." and their name in it -> the very tensor."""
+        if self._call is None or not isinstance(self._criterion, nn.Module):
+            return {}
+        return {_PREFIX + name: b for name, b in self._criterion.named_buffers()}
 
     @property
     def rebound(self) -> set[str]:
@@ -68,9 +73,9 @@ class Criterion:
 
     def without_own(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`tensors` but for the criterion's own."""
-        if not self.params and not self.buffers:
+        if not self.params and not self._buffer_names:
             return tensors
-        return {name: t for name, t in tensors.items() if name not in self.params and name not in self.buffers}
+        return {name: t for name, t in tensors.items() if name not in self.params and name not in self._buffer_names}
 
     def __call__(self, output: Any, target: Any, params: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Tensor:
         """The loss.
@@ -85,6 +90,6 @@ class Criterion:
             return self._criterion(output, target)
         given = {**params, **fresh}
         tensors = {own: given[name] for own, name in self._names.items() if name in given}
-        buffers = {own: fresh[name] for own, name in self._names.items() if name in self.buffers}
+        buffers = {own: fresh[name] for own, name in self._names.items() if name in self._buffer_names}
         value: Tensor = self._call(tensors, (output, target), buffers=buffers)
         return value

@@ -86,17 +86,18 @@ class Determinism:
     _caller: _CallerState = field(default_factory=_CallerState, compare=False, repr=False)
 
     @classmethod
-    def capture(cls, device: torch.device, seed: int, taken: int = 0) -> Determinism:
+    def capture(cls, device: torch.device, seed: int, taken: int = 0, steps: int = 0) -> Determinism:
         """The settings as they are now.
 
         Args:
             device: of the parameters.
             seed: of the random numbers inside the loss.
             taken: steps that the training has behind it.
+            steps: of the unroll.
         """
         kind = device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        return cls(device, seed, torch.get_num_threads(), *autocast, torch.is_grad_enabled(), taken)
+        return cls(device, seed, torch.get_num_threads(), *autocast, torch.is_grad_enabled(), taken, Modules(steps))
 
     @contextmanager
     def passage(self) -> Iterator[None]:

@@ -50,13 +50,25 @@ def set_flags(modules: list[nn.Module], flags: Flags) -> None:
 
 
 class Modules:
-    """The modules that one unroll's loss calls."""
+    """The modules that one unroll's loss calls.
 
-    def __init__(self) -> None:
+    Args:
+        steps: of the unroll.
+
+    Attributes:
+        first_visit: whether the step is evaluated for the first time.
+        at_last_step: whether it is the last one.
+        watching: whether the evaluation is compared: see `watch`.
+        buffers: of modules, as they were when the unroll began; by who asks for them.
+    """
+
+    def __init__(self, steps: int = 0) -> None:
         self._records: dict[int, _Record] = {}
+        self._steps = steps
         self._last = -1  # the last step that was evaluated
-        self.first_visit = self.watching = False
+        self.first_visit = self.watching = self.at_last_step = False
         self._noted: dict[int, dict[str, int]] = {}
+        self.buffers: dict[Any, dict[str, Tensor]] = {}
 
     def calls(self, net: nn.Module, modules: list[nn.Module], replaced: Collection[str]) -> None:
         """The loss is about to call `net`. modules: it and those in it; replaced: the names of what is replaced."""
@@ -86,6 +98,7 @@ class Modules:
     def begin(self, k: int) -> None:
         """Step k is evaluated: for the first time, or again and in the same modes."""
         self.first_visit, self.watching = k > self._last, False
+        self.at_last_step = k == self._steps - 1
         for record in self._records.values():
             record.begin(None if self.first_visit else k)
 
@@ -122,6 +135,9 @@ class Evaluation(Watched):
     def __enter__(self) -> None:
         super().__enter__()
         self._grad.__enter__()
+        # torch switches it off within the forward of an autograd.Function, in which the way forward is made.
+        self._dual = torch._C._is_fwd_grad_enabled()
+        torch._C._set_fwd_grad_enabled(True)
         self._outermost = _LOCAL.unroll is None
         if self._outermost:
             _LOCAL.unroll = self._modules
@@ -131,6 +147,7 @@ class Evaluation(Watched):
         if self._outermost:
             _LOCAL.unroll = None
             self._modules.end(self._k)
+        torch._C._set_fwd_grad_enabled(self._dual)
         self._grad.__exit__(kind, error, traceback)
         super().__exit__()
         if isinstance(error, RuntimeError):

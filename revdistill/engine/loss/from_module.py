@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revdistill.engine.loss.alike import check_alike
-from revdistill.engine.loss.buffers import Buffers
+from revdistill.engine.loss.buffers import Buffers, check_buffers
 from revdistill.engine.loss.criterion import Criterion
 from revdistill.engine.loss.modules import check_module, check_stackable, name_dtypes
 from revdistill.engine.loss.substitution import Substitution
@@ -21,11 +21,12 @@ PureLoss = Callable[[dict[str, Tensor], Any], Tensor]
 def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureLoss, dict[str, Tensor]]:
     """A module and a criterion as the loss and params that rd.unroll takes.
 
-    Frozen parameters stay as they are, and parameters shared between layers are one. Buffers are those of this moment
-    and are left untouched: BatchNorm in training mode uses batch statistics, and a module whose loss depends on buffers
-    that its forward changes (spectral_norm in training mode) is refused. An unroll goes back in the training mode in
-    which it went forward, whatever mode the module is in by then. A module that checkpoints its activations
-    (torch.utils.checkpoint, use_reentrant=False) computes them again with the unroll's parameters.
+    Frozen parameters stay as they are, and parameters shared between layers are one. Buffers are those that the module
+    has when an unroll begins, and are left untouched: BatchNorm in training mode uses batch statistics, and a module
+    whose loss depends on buffers that its forward changes (spectral_norm in training mode) is refused. An unroll goes
+    back in the training mode in which it went forward, whatever mode the module is in by then. A module that
+    checkpoints its activations (torch.utils.checkpoint, use_reentrant=False) computes them again with the unroll's
+    parameters.
 
     Args:
         net: the network. A call of the loss leaves it as it was.
@@ -40,8 +41,8 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
 
     Raises:
         TypeError: `net` is no module, or `criterion` not callable.
-        ValueError: no parameter requires grad, a lazy parameter has no shape yet, or a name of the criterion's is one
-            of the network's.
+        ValueError: no parameter requires grad, a buffer does, a lazy parameter has no shape yet, or a name of the
+            criterion's is one of the network's.
         UnsupportedError: torch.compile or torch.jit made the module, it is a DataParallel, or a parameter that requires
             grad has a hook.
     """
@@ -50,9 +51,10 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
     params: dict[str, Tensor] = {name: p for name, p in net.named_parameters() if p.requires_grad} | judge.params
     if not params:
         raise ValueError("net has no parameter that requires grad, so there is nothing to train")
-    buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
     call = Substitution(net)
-    copies = Buffers(net, lambda: call.modules() + judge.all_modules, buffers | judge.buffers)
+    copies = Buffers(
+        net, lambda: call.modules() + judge.all_modules, lambda: dict(net.named_buffers()) | judge.buffers()
+    )
 
     def evaluate(params: Mapping[str, Tensor], fresh: Mapping[str, Tensor], batch: Any) -> Tensor:
         inputs, keywords, target = _parts(batch)
@@ -113,15 +115,17 @@ def stack_modules(
     trained = [name for name, p in first.named_parameters() if p.requires_grad] + list(judge.params)
     if not trained:
         raise ValueError("nets have no parameter that requires grad, so there is nothing to train")
-    own = judge.params | judge.buffers
+    own = judge.params | judge.buffers()
     tensors = [dict(net.named_parameters()) | dict(net.named_buffers()) | own for net in nets]
     params = {name: torch.stack([t[name].detach() for t in tensors]).requires_grad_() for name in trained}
     rest = {name: torch.stack([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
-    buffer_names = {name for name, _ in first.named_buffers()} | judge.buffers.keys()
+    buffer_names = {name for name, _ in first.named_buffers()} | judge.buffers().keys()
+    for i, net in enumerate(nets):
+        check_buffers(dict(net.named_buffers()) | judge.buffers(), f"nets[{i}]")
     buffers = {name: t for name, t in rest.items() if name in buffer_names}
     frozen = {name: t for name, t in rest.items() if name not in buffer_names}
     call = Substitution(first)
-    copies = Buffers(first, lambda: call.modules() + judge.all_modules, buffers)
+    copies = Buffers(first, lambda: call.modules() + judge.all_modules, lambda: buffers)
 
     def one(params: dict[str, Tensor], rest: dict[str, Tensor], batch: Any) -> Tensor:
         inputs, keywords, target = _parts(batch)

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.integers.fingerprint import Fingerprints
 from revdistill.engine.layout import Layout
 from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
-from revdistill.engine.loss.graph import graph_nodes, saved_tensors
+from revdistill.engine.loss.graph import graph_nodes, memory_of, saved_tensors
 from revdistill.engine.loss.strangers import Strangers
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
 from revdistill.engine.loss.usage import UnusedParametersError, Usage
@@ -28,6 +29,13 @@ from revdistill.engine.loss.usage import UnusedParametersError, Usage
 # What a node of autograd takes with the tensors that it refers to, without their numbers: measured with 54 nodes, on 30
 # tiny networks, where it is a third of a graph.
 _NODE_BYTES = 1024
+
+
+BACKWARD_INSIDE = (
+    "the loss calls .backward() itself, and what that adds to the gradients of params would be dropped; return the sum "
+    "of all terms, of which the unroll takes the gradient, or call torch.autograd.grad(..., create_graph=True) for a "
+    "gradient that the loss is computed from"
+)
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,8 @@ class Gradient:
             parts, views = self.layout.parts_and_views(leaf)
             untouched = self._look(k, leaf, views)
             value = self.loss(views, *self.data.arguments(batch, hyper_leaves))
+            if leaf.grad is not None:
+                raise UnsupportedError(BACKWARD_INSIDE)
             if untouched is not None:
                 untouched.check(self._open_looks)
             if k >= self._unseen:
@@ -203,9 +213,9 @@ class EagerLinearization:
     @property
     def nbytes(self) -> int:
         """The memory of theta, of the graph's nodes, and of what they hold beside the batch and hyper, in bytes."""
-        data = {t.untyped_storage().data_ptr() for t in (*self.batch_leaves, *self.hyper_leaves)}
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved_tensors(self.graph)}
-        held = sum(size for pointer, size in storages.items() if pointer not in data)
+        data: set[int] = {memory_of(t)[0] for t in (*self.batch_leaves, *self.hyper_leaves)}
+        storages: dict[int, int] = dict(map(memory_of, saved_tensors(self.graph)))
+        held = sum(size for memory, size in storages.items() if memory not in data)
         return self.leaf.nbytes + held + _NODE_BYTES * len(graph_nodes(self.graph))
 
     def product(self, vector: Tensor) -> Products:

@@ -50,6 +50,30 @@ def saved_tensors(value: Tensor) -> Iterator[Tensor]:
             yield from (t for t in _entries(entry) if isinstance(t, Tensor))
 
 
+def memory_of(t: Tensor) -> tuple[int, int]:
+    """The memory that a tensor lies in.
+
+    Args:
+        t: any tensor; those of torch.func and sparse ones have no memory that could be asked for.
+
+    Returns:
+        What tells it from other memory, and its size in bytes.
+    """
+    try:
+        storage = t.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (NotImplementedError, RuntimeError):
+        return id(t), t.numel() * t.element_size() if t.layout == torch.strided else _sparse_bytes(t)
+
+
+def _sparse_bytes(t: Tensor) -> int:
+    if t.layout == torch.sparse_coo:
+        return t._indices().nbytes + t._values().nbytes
+    rows = t.layout in (torch.sparse_csr, torch.sparse_bsr)
+    indices = (t.crow_indices(), t.col_indices()) if rows else (t.ccol_indices(), t.row_indices())
+    return sum(part.nbytes for part in (*indices, t.values()))
+
+
 def _behind_hooks(node: Any, name: str) -> bool:
     return any(getattr(saved, "unpack_hook", None) is not None for saved in _entries(getattr(node, name, None)))
 

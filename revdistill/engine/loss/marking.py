@@ -1,0 +1,126 @@
+"""Following what is computed from some tensors: a dispatch mode marks the memory of all that depends on them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revdistill.engine.loss.tree import leaves
+
+TORCHS_FORWARDS: list[Any] = [
+    cls.forward for cls in (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+]
+TORCHS_FORWARDS += [nn.SyncBatchNorm.forward]
+_TORCHS_CODES = {forward.__code__ for forward in TORCHS_FORWARDS}
+
+
+class Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Marks the memory of every tensor that is computed from marked ones.
+
+    Args:
+        sources: marked from the beginning, each with its name.
+
+    Attributes:
+        was_read: the sources of what became a number of Python's.
+    """
+
+    def __init__(self, sources: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # holds on to the memory, so that no other gets its address
+        self._memory: dict[int, tuple[Any, frozenset[str]]] = {}
+        self.was_read: set[str] = set()
+        for name, t in sources.items():
+            self._mark(t, frozenset({name}))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here
+
+    def of(self, t: Tensor) -> frozenset[str]:
+        """The sources of what lies in t's memory."""
+        found = self._memory.get(_memory(t)[0])
+        return frozenset() if found is None else found[1]
+
+    def read(self, names: frozenset[str]) -> None:
+        """What is computed from these is read into Python. torch's own normalization does so for momentum=None, to know
+        how far its running statistics move.
+        """
+        frame = sys._getframe(1) if names else None
+        while frame is not None:
+            if frame.f_code in _TORCHS_CODES:
+                return
+            frame = frame.f_back
+        self.was_read |= names
+
+    def _mark(self, t: Tensor, names: frozenset[str]) -> None:
+        key, memory = _memory(t)
+        self._memory[key] = memory, self.of(t) | names
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        names = self._of_all(_read_by(given))
+        found = func(*args, **kwargs)
+        if names:
+            for t in _tensors(found):
+                self._mark(t, names)
+            if isinstance(found, (bool, int, float, complex)):
+                self.read(names)
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for t in _tensors(given.get(argument.name)):
+                    self._written(t, names, func, given)
+        return found
+
+    def _of_all(self, values: Any) -> frozenset[str]:
+        return frozenset().union(*map(self.of, _tensors(values)))
+
+    def _written(self, t: Tensor, names: frozenset[str], func: Any, given: dict[str, Any]) -> None:
+        if func._schema.name in _OVERWRITES:  # what was there before is not read
+            names = self._of_all([v for key, v in given.items() if key != "self"])
+            if not names and t.numel() * t.element_size() == t.untyped_storage().nbytes():
+                self._memory.pop(_memory(t)[0], None)
+                return
+        if names:
+            self._mark(t, names)
+
+
+class Reads(TorchFunctionMode):
+    """Notes what is read into Python past every operator."""
+
+    def __init__(self, marking: Marking) -> None:
+        super().__init__()
+        self._marking = marking
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS and args and isinstance(args[0], Tensor):
+            self._marking.read(self._marking.of(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr)
+_OVERWRITES = {"aten::copy_", "aten::zero_", "aten::fill_"}
+
+
+def _read_by(given: dict[str, Any]) -> list[Any]:
+    """What an operator's result depends on: batch normalization in training mode writes its running statistics only."""
+    if "running_mean" in given and given.get("training", given.get("train", True)):
+        return [value for key, value in given.items() if key not in ("running_mean", "running_var")]
+    return list(given.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (t for _, t in leaves(value, "") if isinstance(t, Tensor))
+
+
+def _memory(t: Tensor) -> tuple[int, Any]:
+    try:
+        storage = t.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a tensor without memory of its own
+        return id(t), t
+    return storage._cdata, storage

@@ -49,6 +49,17 @@ class OptimizerState:
         slots = {slot: {name: t.detach() for name, t in of.items()} for slot, of in self.slots.items()}
         return replace(self, slots=slots)
 
+    def passed_on(self, end: OptimizerState) -> OptimizerState:
+        """`end`, which an unroll came to from here, with what it did not touch as it was.
+
+        Args:
+            end: its `_unused` are the parameters without a gradient in these steps.
+        """
+        if end.step == self.step:  # without a step no average has begun: SGD's first, for one, is still to come
+            return replace(end, slots=end.slots if self.slots else {}, _unused=self._unused)
+        kept = {slot: {name: of[name].clone() for name in end._unused} for slot, of in self.slots.items()}
+        return replace(end, slots={slot: {**of, **kept.get(slot, {})} for slot, of in end.slots.items()})
+
     @classmethod
     def from_torch(
         cls, optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], *, step: int | None = None
@@ -120,8 +131,12 @@ def check_state(state: Any, layout: Layout) -> None:
                 raise ValueError(f"{label} is a mean of squares and must be at least 0")
 
 
-def start_of(state: OptimizerState | None, optimizer: Optimizer, layout: Layout) -> Start:
-    """Where the optimizer begins, its slots flat and by the engine's names, differentiable."""
+def start_of(
+    state: OptimizerState | None, optimizer: Optimizer, layout: Layout, unused: frozenset[str] = frozenset()
+) -> Start:
+    """Where the optimizer begins, its slots flat and by the engine's names, differentiable but for those of `unused`
+    parameters.
+    """
     if state is None:
         return Start()
     own = {theirs: ours for ours, theirs in optimizer.slot_names.items()}
@@ -130,7 +145,11 @@ def start_of(state: OptimizerState | None, optimizer: Optimizer, layout: Layout)
         raise ValueError(
             f"state.slots has {unknown}, but {type(optimizer).__name__} keeps {sorted(own)}: it is another optimizer's"
         )
-    return Start(state.step, {own[slot]: layout.flatten(of) for slot, of in state.slots.items()})
+    slots = {
+        own[slot]: layout.flatten({name: t.detach() if name in unused else t for name, t in of.items()})
+        for slot, of in state.slots.items()
+    }
+    return Start(state.step, slots)
 
 
 def check_slots(start: Start, slots: tuple[str, ...], optimizer: Optimizer) -> None:

@@ -60,6 +60,11 @@ class SGD(Optimizer):
     max_norm: Value | None = None
     slot_names: ClassVar[Mapping[str, str]] = {"v": "momentum_buffer"}
 
+    @property
+    def counts_steps(self) -> bool:
+        """The first one is without dampening."""
+        return bool(self.dampening)
+
     def resolve(self, layout: Layout, steps: int, start: Start = AT_REST) -> Update:
         numbers = partial(resolve, layout=layout, steps=steps, taken=start.taken)
         check_cycled(self.lr, self.momentum, "momentum=scheduler")

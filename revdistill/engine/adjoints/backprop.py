@@ -58,6 +58,11 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
     for k in range(problem.steps):
         if k and k == problem.first:
             values = {name: value.detach() for name, value in values.items()}
+        looks_back = problem.looks_back and keep_graph and k >= problem.first
+        if looks_back:
+            if not values[THETA].requires_grad:
+                values[THETA] = values[THETA].detach().requires_grad_()
+            values[THETA].register_hook(partial(problem.look_back, k))  # type: ignore[no-untyped-call]
         if k in problem.saved_steps:
             saved[k] = values[THETA] if k >= problem.first else values[THETA].detach()
         if problem.average is not None:
@@ -70,9 +75,7 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
                 batch = data.from_function(k)
         start = values[THETA]
         leaf = start if start.requires_grad else start.detach().requires_grad_()
-        if problem.looks_back and keep_graph and k >= problem.first:
-            start = leaf
-            start.register_hook(partial(problem.look_back, k))  # type: ignore[no-untyped-call]
+        if looks_back:
             leaf = start.view_as(start)  # the hook is for the way back, not for this step's gradient
         with problem.determinism.step(k):
             parts, views = layout.parts_and_views(leaf)
@@ -89,7 +92,7 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
         watch.look(k, gradient.detach(), value.detach())
         if problem.on_step is not None:
             with problem.determinism.watching():
-                problem.on_step(problem.number(k), layout.views(start.detach()), value.detach())
+                problem.on_step(problem.number(k), layout.views(start.detach().clone()), value.detach().clone())
         if update.clipping is not None:
             gradient = update.clipping.differentiable(k, gradient)
         values |= {THETA: start, GRADIENT: gradient}

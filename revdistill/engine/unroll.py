@@ -202,6 +202,8 @@ def unroll(
     Source: Maclaurin, Duvenaud & Adams 2015, algorithms 1 to 3.
     """
     check_arguments(locals())
+    steps, window, seed = int(steps), *(None if n is None else int(n) for n in (window, seed))
+    save_at = None if save_at is None else [int(k) for k in save_at]
     layout = Layout.of(params, getattr(loss, "networks", 1))
     if state is not None:
         check_state(state, layout)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -17,6 +18,7 @@ from revdistill.engine.loss.batches import function_of, is_table
 from revdistill.engine.loss.gradient import check_arity
 from revdistill.engine.loss.tree import leaves
 from revdistill.engine.optimizers.optimizer import Optimizer
+from revdistill.engine.scalars import as_float, is_integer, is_real
 
 # What holds its numbers itself; a subclass (DTensor, FakeTensor) may hold them elsewhere.
 PLAIN: set[type] = {Tensor, nn.Parameter}
@@ -47,7 +49,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for label, value in vars(given["optimizer"]).items():
         for path, t in leaves(value, label):
             if isinstance(t, Tensor):
-                _check_plain(path, t)
+                check_plain(path, t)
     adjoint = given["adjoint"]
     if adjoint is not None and not isinstance(adjoint, Adjoint):
         raise TypeError(
@@ -72,11 +74,15 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 def check_average(average: Any, steps: int) -> list[float]:
     """The weights of theta_0 to theta_T in the average. Raises: TypeError, ValueError."""
-    if isinstance(average, Tensor) and average.ndim:
+    if isinstance(average, Tensor):
         if average.requires_grad:
             raise ValueError(
-                "average requires grad, but its weights are not differentiated; use save_at and sum up the iterates"
+                "average requires grad, but neither a decay nor weights are differentiated; use save_at and sum up the "
+                "iterates"
             )
+        if average.is_complex():
+            raise TypeError(f"average must be real, got a tensor of {average.dtype}")
+    if isinstance(average, Tensor) and average.ndim:
         if average.shape != (steps + 1,):
             raise ValueError(
                 f"average has shape {list(average.shape)}; with steps={steps} the weights of theta_0 to theta_T have "
@@ -86,8 +92,10 @@ def check_average(average: Any, steps: int) -> list[float]:
         if not all(map(math.isfinite, weights)):
             raise ValueError("average has weights that are not finite")
         return weights
-    if isinstance(average, bool) or not isinstance(average, (int, float)):
+    average = average.item() if isinstance(average, Tensor) else average
+    if not is_real(average):
         raise TypeError(f"average must be a float, a tensor [steps + 1] or None, got {_kind(average)}")
+    average = as_float(average)
     if not 0 <= average <= 1:
         raise ValueError(f"average must be a decay from 0 to 1, got {average}")
     return [average**steps] + [(1 - average) * average ** (steps - k) for k in range(1, steps + 1)]
@@ -96,9 +104,9 @@ def check_average(average: Any, steps: int) -> list[float]:
 def _check_clip(clip_back: Any) -> None:
     if clip_back is None:
         return
-    if isinstance(clip_back, bool) or not isinstance(clip_back, (int, float)):
+    if not is_real(clip_back):
         raise TypeError(f"clip_back must be a float or None, got {_kind(clip_back)}")
-    if not 0 < clip_back < math.inf:
+    if not 0 < as_float(clip_back) < math.inf:
         raise ValueError(f"clip_back must be above 0 and finite, got {clip_back}")
 
 
@@ -178,7 +186,7 @@ def _check_tensor(label: str, t: Any) -> None:
         raise TypeError(f"{label} must be a tensor, got {_kind(t)}")
     if is_lazy(t):
         raise ValueError(f"{label} has no shape yet (a lazy module makes it); run one batch through the module first")
-    _check_plain(label, t)
+    check_plain(label, t)
     if t.layout != torch.strided:
         raise ValueError(f"{label} has layout {t.layout}; accepted are dense tensors: call .to_dense()")
     if t.is_meta:
@@ -189,7 +197,8 @@ def _check_tensor(label: str, t: Any) -> None:
         )
 
 
-def _check_plain(label: str, t: Tensor) -> None:
+def check_plain(label: str, t: Tensor) -> None:
+    """Raise TypeError where t is a subclass of torch.Tensor."""
     if type(t) not in PLAIN:
         raise TypeError(
             f"{label} is a {_kind(t)}, a subclass of torch.Tensor whose numbers the engine cannot read; give a plain "
@@ -203,6 +212,8 @@ def _check_device(label: str, t: Tensor, device: torch.device) -> None:
 
 
 def _check_save_at(save_at: Any, first: int, steps: int) -> None:
+    if isinstance(save_at, (Tensor, np.ndarray)) and save_at.ndim == 1:
+        save_at = save_at.tolist()
     if not isinstance(save_at, (tuple, list, range)):
         raise TypeError(f"save_at must be a list of steps, got {_kind(save_at)}")
     if not save_at:
@@ -214,7 +225,7 @@ def _check_save_at(save_at: Any, first: int, steps: int) -> None:
 
 
 def _check_int(label: str, value: Any, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise TypeError(f"{label} must be an int, got {_kind(value)}")
     if value < least:
         raise ValueError(f"{label} must be at least {least}, got {value}")

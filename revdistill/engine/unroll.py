@@ -202,6 +202,8 @@ def unroll(
     Source: Maclaurin, Duvenaud & Adams 2015, algorithms 1 to 3.
     """
     check_arguments(locals())
+    steps, window, seed = int(steps), *(None if n is None else int(n) for n in (window, seed))
+    save_at = None if save_at is None else [int(k) for k in save_at]
     layout = Layout.of(params, getattr(loss, "networks", 1))
     if state is not None:
         check_state(state, layout)
@@ -215,15 +217,20 @@ def unroll(
 
     def run(unused: frozenset[str], evaluation: Any = None) -> tuple[Result, UnrollStats, Usage]:
         chosen = optimizer.sparing(unused, layout) if unused else optimizer
-        update = chosen.resolve(layout, steps, start)
-        check_slots(start, update.slots, optimizer)
+        begin = start_of(state, optimizer, layout, unused) if unused else start
+        update = chosen.resolve(layout, steps, begin)
+        check_slots(begin, update.slots, optimizer)
+        indifferent = update.ignores_zeros(steps)
+        # A slot of a parameter without a gradient is passed on, and has nothing to do with theta: as torch has it.
+        tells = update.penalises or any(flat.requires_grad for flat in begin.slots.values())
+        moving = {name for flat in begin.slots.values() for name in layout.nonzero(flat.detach())}
         usage = Usage(
             layout.names,
-            penalised=frozenset(layout.names) - unused if update.penalises else frozenset(),
-            moving=frozenset(name for flat in start.slots.values() for name in layout.nonzero(flat.detach())),
-            rested=frozenset() if state is None else state._unused,
+            penalised=frozenset(layout.names) - unused if tells else frozenset(),
+            moving=frozenset() if indifferent else frozenset(moving),
+            rested=state._unused if state is not None and optimizer.counts_steps else frozenset(),
             taken=start.taken,
-            indifferent=update.ignores_zeros(steps),
+            indifferent=indifferent,
         )
         gradient = (CompiledGradient if compile else Gradient)(loss, layout, data, determinism, steps, usage)
         if unused:
@@ -241,7 +248,7 @@ def unroll(
             save_at=None if save_at is None else tuple(k - start.taken for k in save_at),
             clip_back=clip_back,
             on_step_back=on_step_back,
-            start=start,
+            start=begin,
             resumed=None if state is None else state._integers,
             returns_state=return_state,
             average=weights,
@@ -260,8 +267,8 @@ def unroll(
         extras.append(stats)
     if return_state:
         slots = {optimizer.slot_names[name]: layout.owned(flat) for name, flat in result.slots.items()}
-        unused = usage.unused if state is None else usage.unused & state._unused if steps else state._unused
-        extras.append(OptimizerState(start.taken + steps, slots, seed, result.integers, unused))
+        own = OptimizerState(start.taken + steps, slots, seed, result.integers, usage.unused)
+        extras.append(own if state is None else state.passed_on(own))
     return (theta, *extras) if extras else theta
 
 

@@ -217,6 +217,21 @@ def state_with(**changes: Any) -> rd.OptimizerState:
             r"state.slots has \['exp_avg'\], but Adam as it is set keeps \['exp_avg', 'exp_avg_sq'\]",
         ),
         (state_with(slots={"momentum_buffer": {}}), rd.SGD(0.1), ValueError, "must be those of params"),
+        (state_with(step=10**30), rd.Adam(0.1), ValueError, "state.step must be below 2.53, got 1000"),
+        (state_with(seed="x"), rd.SGD(0.1), ValueError, "state.seed must be an int of at least 0 or None, got 'x'"),
+        (state_with(slots=None), rd.SGD(0.1), TypeError, "state.slots must be a dict, got NoneType"),
+        (
+            state_with(slots={"momentum_buffer": torch.zeros(2)}),
+            rd.SGD(0.1),
+            TypeError,
+            r"state.slots\['momentum_buffer'\] must be a dict from name to tensor, got Tensor",
+        ),
+        (
+            state_with(slots={"momentum_buffer": {"w": torch.zeros(2).to_sparse()}}),
+            rd.SGD(0.1),
+            ValueError,
+            r"state.slots\['momentum_buffer'\]\['w'\] has layout torch.sparse_coo",
+        ),
         (
             state_with(slots={"momentum_buffer": {"w": torch.zeros(3)}}),
             rd.SGD(0.1),
@@ -276,6 +291,41 @@ def test_bad_optimizers_of_torchs_are_named() -> None:
         adam.step()
     with pytest.raises(ValueError, match="were trained for different numbers of steps"):
         rd.OptimizerState.from_torch(adam, params)
+    with pytest.raises(TypeError, match="params must be a dict from name to tensor, got list"):
+        rd.OptimizerState.from_torch(adam, list(params.values()))  # type: ignore[arg-type]
+    for step in (-1, 1.0, True):
+        with pytest.raises(ValueError, match=f"step must be an int of at least 0, got {step}"):
+            rd.OptimizerState.from_torch(optimizer, params, step=step)  # type: ignore[arg-type]
+    adam = torch.optim.Adam(net.parameters())
+    adam.step()
+    with pytest.raises(
+        ValueError, match="step is 7, but Adam counts 1, on which its next steps depend: leave step out"
+    ):
+        rd.OptimizerState.from_torch(adam, params, step=7)
+
+
+@pytest.mark.parametrize("make", [torch.optim.RAdam, torch.optim.NAdam, lambda p: rd.Adam(0.1), lambda p: "Adam"])
+def test_other_optimizers_are_refused(make: Any) -> None:
+    """Regression: RAdam's averages have Adam's names, and were taken for them."""
+    net = network()
+    with pytest.raises(TypeError, match=r"optimizer must be torch.optim's SGD, Adam, AdamW or RMSprop itself, got"):
+        rd.OptimizerState.from_torch(make(net.parameters()), dict(net.named_parameters()), step=0)
+
+
+def test_a_group_without_momentum_was_trained_too() -> None:
+    """Regression: beside a group with momentum it was taken for never trained, and refused."""
+    net = network(dropout=0.0)
+    groups = [{"params": [p], "momentum": 0.5 * (p.ndim - 1)} for p in net.parameters()]
+    optimizer = torch.optim.SGD(groups, lr=0.1, dampening=0.25)
+    trained(net, optimizer, 3)
+    loss, params = rd.from_module(net, CE)
+    state = rd.OptimizerState.from_torch(optimizer, params, step=3)
+    x, y = (t.detach() for t in data())
+    momenta = {n: 0.5 * (p.ndim - 1) for n, p in params.items()}
+    theta = rd.unroll(loss, params, (x[:3], y[:3]), rd.SGD(0.1, momenta, dampening=0.25), steps=3, state=state)
+    trained(net, optimizer, 3)
+    for n, p in net.named_parameters():
+        torch.testing.assert_close(theta[n], p.detach(), rtol=1e-9, atol=1e-9)
 
 
 def trained(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:

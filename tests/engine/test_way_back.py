@@ -82,6 +82,66 @@ def test_an_explosion_is_found_where_it_starts() -> None:
     assert len(found) == 6
 
 
+def test_a_shorter_way_back_replaces_a_longer_one() -> None:
+    """Regression: the last steps of the longer one stayed among its norms."""
+    norms = rd.BackwardNorms()
+    for steps in (6, 3):
+        loss, params = rd.from_module(mlp(), CE)
+        total(rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=steps, on_step_back=norms)).backward()
+        assert list(norms.norms) == list(reversed(range(steps)))
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_norm_is_of_all_that_depends_on_theta(window: int | None) -> None:
+    """Of what is saved at its very step too. Regression: Backprop left that out where theta_k required no grad."""
+
+    def norms(adjoint: Any) -> dict[int, float]:
+        seen: dict[int, float] = {}
+        params = {"w": torch.ones(2, dtype=torch.float64)}
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        theta = rd.unroll(
+            lambda p, b: p["w"].square().sum(),
+            params,
+            lambda k: (),
+            rd.SGD(lr, 0.5),
+            steps=3,
+            window=window,
+            save_at=range(4),
+            adjoint=adjoint,
+            on_step_back=seen.__setitem__,
+        )
+        theta["w"].sum().backward()
+        return seen
+
+    # theta_{k+1} = 0.8 theta_k + 0.5 (theta_k - theta_{k-1})
+    first = 0 if window is None else 1
+    bar_theta, bar_v, expected = 1.0, 0.0, {}
+    for k in reversed(range(first, 3)):
+        bar_v -= 0.1 * bar_theta
+        bar_theta += 2 * bar_v + 1
+        bar_v *= 0.5
+        expected[k] = 2**0.5 * bar_theta
+    for adjoint in (rd.Reversible(), rd.Backprop()):
+        assert norms(adjoint) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_what_a_step_is_shown_is_a_copy(adjoint: Any) -> None:
+    """Regression: Backprop showed its own tensors, and what was changed in them was an error of autograd's."""
+
+    def change(k: int, theta: dict[str, Tensor], value: Tensor) -> None:
+        for p in theta.values():
+            p.zero_()
+        value.zero_()
+
+    def found(**options: Any) -> list[Tensor]:
+        loss, params = rd.from_module(mlp(), CE)
+        theta = rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=4, adjoint=adjoint, seed=0, **options)
+        return list(torch.autograd.grad(total(theta), list(params.values())))
+
+    assert all(map(torch.equal, found(), found(on_step=change)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

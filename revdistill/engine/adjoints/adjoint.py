@@ -46,8 +46,9 @@ class UnrollStats:
         """|dL/dtheta_0| / |dL/dtheta_T| once the way back is over: what training makes of a small change of its start.
 
         Rounding errors grow as much. Far above 1 training is chaotic, and a float32 hypergradient has few right digits,
-        or none, whatever computed it: compare in float64. None before, for Backprop, and where nothing depends on the
-        result. (theta_T stands for all that the unroll returns; with a `window`, theta_0 for its first step.)
+        or none, whatever computed it: compare in float64. None before, for Backprop, where nothing depends on the
+        result, and where clip_back shortened dL/dtheta_k. (theta_T stands for all that the unroll returns; with a
+        `window`, theta_0 for its first step.)
         """
         return self._amplification.value
 

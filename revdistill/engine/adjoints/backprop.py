@@ -45,7 +45,10 @@ class Backprop(Adjoint):
 
 def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
     """The results with the graph of every step: differentiable any number of times."""
-    update, layout = problem.update, problem.update.layout
+    update, layout, keep_graph = problem.update, problem.update.layout, torch.is_grad_enabled()
+    begun = problem.gradient.first
+    if begun is not None:
+        theta = begun.theta  # with its hook
     values = {THETA: theta} | {slot: torch.zeros_like(theta) for slot in update.slots} | dict(problem.start.slots)
     average = torch.zeros_like(theta, dtype=torch.float64)
     saved: dict[int, Tensor] = {}
@@ -55,6 +58,11 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
     for k in range(problem.steps):
         if k and k == problem.first:
             values = {name: value.detach() for name, value in values.items()}
+        looks_back = problem.looks_back and keep_graph and k >= problem.first
+        if looks_back and (k or begun is None):
+            if not values[THETA].requires_grad:
+                values[THETA] = values[THETA].detach().requires_grad_()
+            values[THETA].register_hook(partial(problem.look_back, k))  # type: ignore[no-untyped-call]
         if k in problem.saved_steps:
             saved[k] = values[THETA] if k >= problem.first else values[THETA].detach()
         if problem.average is not None:
@@ -68,10 +76,10 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
         watch.look(k, gradient.detach(), found.loss)
         if problem.on_step is not None:
             with problem.determinism.watching():
-                problem.on_step(problem.number(k), layout.views(found.theta.detach()), found.loss)
+                problem.on_step(problem.number(k), layout.views(values[THETA].detach().clone()), found.loss.clone())
         if update.clipping is not None:
             gradient = update.clipping.differentiable(k, gradient)
-        values |= {THETA: found.theta, GRADIENT: gradient}
+        values[GRADIENT] = gradient
         step = Differentiable(k, theta.dtype)
         for move in update.moves:
             values[move.target] = move.value(values, step)
@@ -92,7 +100,7 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """Of one step: theta as the moves take it; the batch; the loss, detached; the gradient with its graph."""
+    """Of one step: theta; the batch; the loss, detached; the gradient with its graph."""
 
     theta: Tensor
     batch: Any
@@ -107,7 +115,6 @@ class _Evaluations:
         self._problem = problem
         # unbind once: its backward is one stack, where indexing step by step would fill a zero tensor per step.
         self._rows: Sequence[Sequence[Tensor]] = [t.unbind(0) for t in problem.data.tensors]
-        self._keep_graph = torch.is_grad_enabled()
         self._looks, self._open_looks = looked_at(problem.steps), OpenLooks()
 
     def at(self, k: int, theta: Tensor) -> _Evaluation:
@@ -123,11 +130,9 @@ class _Evaluations:
             with problem.determinism.outside():
                 batch = data.from_function(k)
         leaf = theta if theta.requires_grad else theta.detach().requires_grad_()
-        carries_on = self._keep_graph and k >= problem.first
+        carries_on = torch.is_grad_enabled() and k >= problem.first
         if problem.looks_back and carries_on:
-            theta = leaf
-            theta.register_hook(partial(problem.look_back, k))  # type: ignore[no-untyped-call]
-            leaf = theta.view_as(theta)  # the hook is for the way back, not for this step's gradient
+            leaf = theta.view_as(theta)  # its hook is for the way back, not for this step's gradient
         with problem.determinism.step(k):
             parts, views = layout.parts_and_views(leaf)
             untouched = Untouched(leaf, views, problem.determinism.modules) if k in self._looks else None

@@ -20,6 +20,7 @@ from revdistill.engine.integers.history import NoHistory
 from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.optimizers.sources import THETA
 from revdistill.engine.problem import Problem
+from revdistill.engine.scalars import is_integer
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Checkpoint(FixedPointAdjoint):
     fractional_bits: int = 44
 
     def __post_init__(self) -> None:
-        if self.every is not None and (isinstance(self.every, bool) or not isinstance(self.every, int)):
+        if self.every is not None and not is_integer(self.every):
             raise TypeError(f"every must be an int or None, got {type(self.every).__name__}")
         if self.every is not None and self.every < 1:
             raise ValueError(f"every must be at least 1, got {self.every}")

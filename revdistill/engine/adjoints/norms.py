@@ -11,11 +11,12 @@ class BackwardNorms:
 
     def __init__(self) -> None:
         self.norms: dict[int, float] = {}
+        self._last = 0
 
     def __call__(self, k: int, norm: float) -> None:
-        if k >= max(self.norms, default=-1):  # another way back begins at its last step
+        if k >= self._last:  # another way back begins: each goes down
             self.norms = {}
-        self.norms[k] = norm
+        self.norms[k], self._last = norm, k
 
     def explosion(self, factor: float = 1_000.0) -> int | None:
         """The step k, met first on the way back, where the norm passes `factor` times the smallest met before it; None

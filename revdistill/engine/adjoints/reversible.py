@@ -19,6 +19,7 @@ from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory, check_place, open_history
 from revdistill.engine.loss.gradient import Linearization
 from revdistill.engine.problem import Problem
+from revdistill.engine.scalars import is_integer
 
 GRAPH_BYTES = 256 * 2**20
 _SHARE = 16  # of the free memory, at most 1 / _SHARE goes to graphs that nobody asked for
@@ -52,7 +53,7 @@ class Reversible(FixedPointAdjoint):
     def __post_init__(self) -> None:
         check_place(self.history)
         if self.graph_bytes is not None:
-            if isinstance(self.graph_bytes, bool) or not isinstance(self.graph_bytes, int):
+            if not is_integer(self.graph_bytes):
                 raise TypeError(f"graph_bytes must be an int or None, got {type(self.graph_bytes).__name__}")
             if self.graph_bytes < 0:
                 raise ValueError(f"graph_bytes must be at least 0, got {self.graph_bytes}")

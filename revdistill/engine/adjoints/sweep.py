@@ -68,6 +68,7 @@ class Sweep:
         self._moves = [move for move in reversed(update.moves) if move not in late]
         self._late = late[::-1]
         self._clipping = update.clipping
+        self._clipped = False
         self._bar = Bar(problem.progress, problem.steps - problem.first, "back", "|dL/dtheta|")
 
     def to_theta(self, k: int, theta: Tensor, linear: Linearization, slots: dict[str, Tensor]) -> None:
@@ -99,7 +100,9 @@ class Sweep:
         self._watch.look(k, bars.flat[THETA])
         if self.problem.looks_back:
             with self.problem.determinism.watching():
-                bars.flat[THETA] = self.problem.look_back(k, bars.flat[THETA])
+                whole = bars.flat[THETA]
+                bars.flat[THETA] = self.problem.look_back(k, whole)
+                self._clipped = self._clipped or bars.flat[THETA] is not whole
 
     def to_start_of_step(self, k: int, slots: dict[str, Tensor]) -> None:
         """On to before step k: through the decays of the slots. slots: before step k."""
@@ -112,7 +115,8 @@ class Sweep:
         """What was found, once the first step is behind."""
         self._watch.flush()
         flat = self.bars.flat
-        self._amplification.end(flat[THETA])
+        if not self._clipped:  # what is left says nothing of training
+            self._amplification.end(flat[THETA])
         if self.problem.first:
             return Hypergradients(None, None, self.bars.tables, self._batches, self._hypers)
         slots = {name: flat[name] for name in self.problem.update.slots}

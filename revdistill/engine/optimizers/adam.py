@@ -91,6 +91,11 @@ class Adam(Optimizer):
     decoupled: ClassVar[bool] = False
     slot_names: ClassVar[Mapping[str, str]] = {"m": "exp_avg", "s": "exp_avg_sq", "s_max": "max_exp_avg_sq"}
 
+    @property
+    def counts_steps(self) -> bool:
+        """Its bias corrections do."""
+        return True
+
     def resolve(self, layout: Layout, steps: int, start: Start = AT_REST) -> Update:
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise TypeError(f"betas must be a pair (beta1, beta2), got {self.betas!r}")

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from revdistill.engine.integers.radix import FINE, Radix
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.schedules import is_schedule, numbers
+from revdistill.engine.scalars import as_float, is_real
 
 Value = float | Tensor | Callable[[int], float] | LRScheduler
 Hyperparameter = Value | Mapping[str, Value]
@@ -125,7 +127,7 @@ class _StraightThrough(torch.autograd.Function):
 def is_zero(given: Hyperparameter) -> bool:
     """Whether the user gave just 0. (A schedule that is 0 in this piece of a training may not be in the next.)"""
     values = given.values() if isinstance(given, Mapping) else [given]
-    return all(isinstance(value, (int, float)) and not value for value in values)
+    return all(is_real(value) and not value for value in values)
 
 
 def above_zero(name: str, table: Table) -> Table:
@@ -173,7 +175,7 @@ def resolve(
     blocks: dict[tuple[str, object], Tensor] = {}
     index: list[Tensor] = []
     for value, label, shape in zip(per_parameter, labels, layout.shapes, strict=True):
-        key = ("float", value) if isinstance(value, (int, float)) else ("object", id(value))
+        key = ("float", as_float(value)) if is_real(value) else ("object", id(value))
         if key not in blocks or key[0] == "float":  # a schedule is run through once, whatever it is given for
             blocks[key] = _block(label, value, layout, steps, stackable=stackable, taken=taken)
         block = blocks[key]
@@ -213,11 +215,15 @@ def _block(label: str, value: object, layout: Layout, steps: int, *, stackable: 
         rows = numbers(label, value, steps, taken)
         return torch.tensor(rows, dtype=torch.float64, device=layout.device)[:, None]
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{label} must be a float, a tensor or a schedule, got {type(value).__name__}")
-        return torch.full((1, 1), float(value), dtype=torch.float64, device=layout.device)
+        if not is_real(value):
+            raise TypeError(
+                f"{label} must be a float, a tensor or a schedule, got {type(value).__name__}{_remedy(label, value)}"
+            )
+        return torch.full((1, 1), as_float(value), dtype=torch.float64, device=layout.device)
     if value.is_meta:
         raise ValueError(f"{label} is on device meta and holds no numbers; make it on {layout.device}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{label} has layout {value.layout}; accepted are dense tensors: call .to_dense()")
     if not value.is_floating_point():
         raise TypeError(f"{label} must be a floating-point tensor, got {value.dtype}")
     accepted = f"[], [{steps}]" + (f" or [{steps}, networks]" if stackable else "")
@@ -225,3 +231,9 @@ def _block(label: str, value: object, layout: Layout, steps: int, *, stackable: 
         raise ValueError(f"{label} has shape {list(value.shape)}; with steps={steps} it must be {accepted}")
     moved = value.to(device=layout.device, dtype=torch.float64)
     return moved.reshape(1, 1) if value.ndim == 0 else moved[:, None] if value.ndim == 1 else moved
+
+
+def _remedy(label: str, value: object) -> str:
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return f"; give torch.as_tensor({label})"
+    return f"; give dict({label}.items())" if isinstance(value, nn.ParameterDict) else ""

@@ -22,6 +22,11 @@ class Optimizer(ABC):
     slot_names: ClassVar[Mapping[str, str]]
     weight_decay: Hyperparameter
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the steps of a parameter that has had none before are other ones."""
+        return False
+
     @abstractmethod
     def resolve(self, layout: Layout, steps: int, start: Start = AT_REST) -> Update:
         """The moves for `steps` steps, from `start`, of parameters laid out like `layout`."""

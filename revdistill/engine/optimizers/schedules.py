@@ -8,16 +8,21 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from revdistill.engine.scalars import as_float, is_real
 
 _PAIR = "betas"
 
 
 def is_schedule(value: object) -> bool:
     """Whether it gives a number for each step."""
-    return isinstance(value, (LRScheduler, ReduceLROnPlateau)) or (callable(value) and not isinstance(value, Tensor))
+    if isinstance(value, (Tensor, nn.Module, type)):  # callable, but no function of the step
+        return False
+    return isinstance(value, (LRScheduler, ReduceLROnPlateau)) or callable(value)
 
 
 def numbers(label: str, schedule: Any, steps: int, taken: int) -> list[float]:
@@ -52,9 +57,11 @@ def _number(label: str, k: int, value: object) -> float:
         )
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if not is_real(value):
         raise TypeError(f"{label}({k}) returned {type(value).__name__}; a schedule must return a float for each step")
-    if not math.isfinite(value):
+    if not math.isfinite(as_float(value)):
         raise ValueError(f"{label}({k}) returned {value}; it must be finite")
     return float(value)
 

@@ -23,6 +23,7 @@ from revdistill.engine.optimizers.schedules import check_cycled
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Read
 from revdistill.engine.optimizers.start import AT_REST, Start
 from revdistill.engine.optimizers.update import Update
+from revdistill.engine.scalars import as_float, is_real
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class SGD(Optimizer):
     max_norm: Value | None = None
     slot_names: ClassVar[Mapping[str, str]] = {"v": "momentum_buffer"}
 
+    @property
+    def counts_steps(self) -> bool:
+        """The first one is without dampening."""
+        return bool(self.dampening)
+
     def resolve(self, layout: Layout, steps: int, start: Start = AT_REST) -> Update:
         numbers = partial(resolve, layout=layout, steps=steps, taken=start.taken)
         check_cycled(self.lr, self.momentum, "momentum=scheduler")
@@ -93,12 +99,13 @@ class SGD(Optimizer):
         return Update(layout, tables, tuple(moves), clipping=clipping)
 
     def _kick_factor(self, momentum: Table) -> float | Tensor:
-        if isinstance(self.dampening, bool) or not isinstance(self.dampening, (int, float)):
+        if not is_real(self.dampening):
             raise TypeError(f"dampening must be a float, got {type(self.dampening).__name__}")
-        if not 0 <= self.dampening <= 1:
+        dampening = as_float(self.dampening)
+        if not 0 <= dampening <= 1:
             raise ValueError(f"dampening must be between 0 and 1, got {self.dampening}")
         # Like torch, dampening means nothing to a parameter group that has no momentum at all.
-        factors = [1.0 - self.dampening if any(column) else 1.0 for column in zip(*momentum.host, strict=True)]
+        factors = [1.0 - dampening if any(column) else 1.0 for column in zip(*momentum.host, strict=True)]
         if momentum.index is None or len(set(factors)) <= 1:
             return factors[0] if factors else 1.0  # no steps, no factor
         return torch.tensor(factors, dtype=torch.float64, device=momentum.index.device)[momentum.index]

@@ -18,6 +18,7 @@ from revdistill.engine.loss.compiled import CompiledGradient
 from revdistill.engine.loss.data import Batches, Data, Hyper, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient
+from revdistill.engine.loss.originals import Originals
 from revdistill.engine.loss.randomness import draw_seed
 from revdistill.engine.loss.usage import UnusedParametersError, Usage
 from revdistill.engine.optimizer_state import OptimizerState, check_slots, check_state, start_of
@@ -213,6 +214,7 @@ def unroll(
     if seed is None:
         seed = draw_seed() if state is None or state.seed is None else state.seed
     determinism = Determinism.capture(layout.device, seed, start.taken, steps)
+    originals = Originals(loss, params, data.hypers, determinism.modules, steps, start.taken)
     weights = None if average is None else check_average(average, steps)
 
     def run(unused: frozenset[str], evaluation: Any = None) -> tuple[Result, UnrollStats, Usage]:
@@ -232,7 +234,7 @@ def unroll(
             taken=start.taken,
             indifferent=indifferent,
         )
-        gradient = (CompiledGradient if compile else Gradient)(loss, layout, data, determinism, steps, usage)
+        gradient = (CompiledGradient if compile else Gradient)(loss, layout, data, determinism, steps, usage, originals)
         if unused:
             usage.begin(0, unused)
             gradient.first = evaluation

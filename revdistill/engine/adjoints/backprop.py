@@ -136,8 +136,9 @@ class _Evaluations:
         with problem.determinism.step(k):
             parts, views = layout.parts_and_views(leaf)
             untouched = Untouched(leaf, views, problem.determinism.modules) if k in self._looks else None
+            evaluate = partial(gradient.loss, views, *data.arguments(batch, data.hypers))
             with _Backwards(leaf):
-                value = gradient.loss(views, *data.arguments(batch, data.hypers))
+                value = evaluate() if k != gradient.originals.next else gradient.originals.watch(k, evaluate, batch)
             if untouched is not None:
                 untouched.check(self._open_looks)
             if k == 0:

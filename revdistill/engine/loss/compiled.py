@@ -23,6 +23,7 @@ from revdistill.engine.layout import Layout
 from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient, Linearization, Products
+from revdistill.engine.loss.originals import Originals
 from revdistill.engine.loss.timing import best_times
 from revdistill.engine.loss.usage import Usage, Zeros
 
@@ -76,8 +77,9 @@ class CompiledGradient(Gradient):
         determinism: Determinism,
         steps: int,
         usage: Usage | None = None,
+        originals: Originals | None = None,
     ) -> None:
-        super().__init__(loss, layout, data, determinism, steps, usage)
+        super().__init__(loss, layout, data, determinism, steps, usage, originals)
         self.wanted = (*self._batch_wanted, *self._hyper_wanted)
         self._hypers = tuple(t.detach() for t in data.hypers)
         key = (layout, self.wanted, data.hyper_structure, data.batch_names, data.function is None)

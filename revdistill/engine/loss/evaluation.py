@@ -91,6 +91,11 @@ class Modules:
         return [name for key, before in noted.items() for name in before if before[name] != now[key].get(name)]
 
     @property
+    def replaced(self) -> list[tuple[str, Tensor]]:
+        """The parameters of the modules in whose place calls put others."""
+        return [named for record in self._records.values() for named in record.replaced]
+
+    @property
     def frozen(self) -> list[tuple[str, Tensor]]:
         """The parameters of the modules that no call replaced, as they were at the first calls."""
         return [named for record in self._records.values() for named in record.frozen]
@@ -159,7 +164,9 @@ class _Record:
 
     def __init__(self, net: nn.Module, modules: list[nn.Module], replaced: Collection[str]) -> None:
         self.net, self.modules = net, modules
-        frozen = [(name, p) for name, p in net.named_parameters() if name not in replaced]
+        parameters = list(net.named_parameters())
+        self.replaced = [(name, p) for name, p in parameters if name in replaced]
+        frozen = [(name, p) for name, p in parameters if name not in replaced]
         self.frozen = [(name, p) for name, p in frozen if p.layout == torch.strided and not p.is_meta]
         self._parts = dict(_parts(net))
         self._from: list[int] = []  # the steps from which on the modes were ...

@@ -22,6 +22,7 @@ from revdistill.engine.layout import Layout
 from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.graph import graph_nodes, memory_of, saved_tensors
+from revdistill.engine.loss.originals import Originals
 from revdistill.engine.loss.strangers import Strangers
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
 from revdistill.engine.loss.usage import UnusedParametersError, Usage
@@ -93,6 +94,7 @@ class Gradient:
         determinism: what surrounds each evaluation.
         steps: of the unroll.
         usage: which parameters must have a gradient; by default any may lack it, at all steps.
+        originals: watches that the loss does not read the parameters as they were given.
 
     Attributes:
         fingerprints: of each step's gradient, as it was evaluated first.
@@ -107,6 +109,7 @@ class Gradient:
         determinism: Determinism,
         steps: int,
         usage: Usage | None = None,
+        originals: Originals | None = None,
     ) -> None:
         self.loss, self.layout, self.data, self.determinism = loss, layout, data, determinism
         self.usage = usage or Usage(layout.names)
@@ -117,6 +120,7 @@ class Gradient:
         self._looks, self._next_look = looked_at(steps), 0
         self._open_looks: OpenLooks = []
         self._strangers, self._unseen = Strangers(self.usage.taken), 0
+        self.originals = originals or Originals(loss, {}, data.hypers, determinism.modules, steps)
 
     def linearize(self, k: int, theta: Tensor) -> EagerLinearization:
         """Evaluate the loss and its gradient.
@@ -161,7 +165,8 @@ class Gradient:
         with self.determinism.step(k):
             parts, views = self.layout.parts_and_views(leaf)
             untouched = self._look(k, leaf, views)
-            value = self.loss(views, *self.data.arguments(batch, hyper_leaves))
+            evaluate = partial(self.loss, views, *self.data.arguments(batch, hyper_leaves))
+            value = evaluate() if k != self.originals.next else self.originals.watch(k, evaluate, batch)
             if leaf.grad is not None:
                 raise UnsupportedError(BACKWARD_INSIDE)
             if untouched is not None:

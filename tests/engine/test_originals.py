@@ -1,0 +1,140 @@
+"""What a loss reads of the parameters as they were given to the unroll stays at the start: it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+import revdistill as rd
+from tests.engine.small import CE
+
+ADJOINTS = [rd.Reversible(), rd.StoreAll(), rd.Backprop()]
+STEPS = 6
+X = torch.randn(3, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(24).reshape(3, 8) % 3
+
+
+class Listed(nn.Module):
+    """Holds a weight in a plain list too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.weights = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 4] -> [B, 3]."""
+        return self.layer(x) / self.weights[0].detach().norm()
+
+
+class Distilling(nn.Module):
+    """A criterion that holds the network: it is called with the unroll's parameters, as the network is."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return CE(output, target) + mse_loss(output, self.net(X[0]).detach())
+
+
+CRITERIA: dict[str, Callable[[Any], Callable[..., Tensor]]] = {
+    "a target by the network": lambda net: lambda o, y: CE(o, y) + mse_loss(o, net(X[0]).detach()),
+    "a target without gradients": lambda net: lambda o, y: CE(o, y) + mse_loss(o, torch.no_grad()(net)(X[0])),
+    "a weight": lambda net: lambda o, y: CE(o, y) / net.layer.weight.detach().norm(),
+    "a number": lambda net: lambda o, y: CE(o, y) / (1 + net.layer.weight.norm().item()),
+}
+
+
+class Plain(nn.Module):
+    """One layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 4] -> [B, 3]."""
+        result: Tensor = self.layer(x)
+        return result
+
+
+def unrolled(net: nn.Module, criterion: Any, adjoint: Any, **kwargs: Any) -> dict[str, Tensor]:
+    theta: dict[str, Tensor] = rd.unroll(
+        *rd.from_module(net, criterion), (X, Y), rd.SGD(0.1, 0.5), steps=STEPS, adjoint=adjoint, **kwargs
+    )
+    return theta
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_that_reads_the_network_is_refused(name: str, adjoint: Any) -> None:
+    """Regression: detached, it saw the start's parameters at every step."""
+    net = Plain().double()
+    with pytest.raises(rd.UnsupportedError, match=r"params\['layer.*as it was given.*step 0: a criterion.*clone\(\)"):
+        unrolled(net, CRITERIA[name](net), adjoint)
+    # The parameters given may be others than the network's own, which are read all the same.
+    loss, params = rd.from_module(net, CRITERIA[name](net))
+    others = {name: p.detach().clone() for name, p in params.items()}
+    with pytest.raises(rd.UnsupportedError, match="as it was given"):
+        rd.unroll(loss, others, (X, Y), rd.SGD(0.1), steps=STEPS, adjoint=adjoint)
+
+
+def test_a_weight_in_a_list_is_refused_and_stacked_too() -> None:
+    nets = [Listed().double() for _ in range(2)]
+    with pytest.raises(rd.UnsupportedError, match="as it was given"):
+        unrolled(nets[0], CE, None)
+    loss, params = rd.stack_modules(nets, CRITERIA["a weight"](nets[0]))
+    with pytest.raises(rd.UnsupportedError, match="as it was given"):
+        rd.unroll(loss, params, (X, Y), rd.SGD(0.1), steps=STEPS)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_a_criterion_that_is_a_module_holds_the_network(adjoint: Any) -> None:
+    torch.manual_seed(0)
+    net, reference = Plain().double(), Plain().double()
+    reference.load_state_dict(net.state_dict())
+    theta = unrolled(net, Distilling(net), adjoint)
+    optimizer, criterion = torch.optim.SGD(reference.parameters(), 0.1, 0.5), Distilling(reference)
+    for k in range(STEPS):
+        optimizer.zero_grad()
+        criterion(reference(X[k % 3]), Y[k % 3]).backward()
+        optimizer.step()
+    for name, p in reference.named_parameters():
+        torch.testing.assert_close(theta[name], p, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_what_is_read_late_is_refused_in_time(adjoint: Any) -> None:
+    """At the steps whose number, of all that the loss was ever evaluated at, is a power of two."""
+    w = {"w": torch.ones(3, dtype=torch.float64, requires_grad=True)}
+
+    def loss(p: dict[str, Tensor], k: int) -> Tensor:
+        return (p["w"] - (w["w"].detach() if k >= 2 else 1.5)).square().sum()
+
+    def unroll(steps: int) -> None:
+        rd.unroll(loss, w, lambda k: k, rd.SGD(0.1), steps=steps, adjoint=adjoint)
+
+    unroll(2)
+    unroll(4)  # looked at once: at the 4th step of all, which is step 1
+    with pytest.raises(rd.UnsupportedError, match=r"at step 9\b"):
+        unroll(10)  # at the 8th, step 1 again, and the 16th
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_what_is_given_or_copied_may_be_read(adjoint: Any) -> None:
+    w = {"w": torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)}
+    anchor = w["w"].detach().clone()
+
+    def loss(p: dict[str, Tensor], batch: Any, start: dict[str, Tensor]) -> Tensor:
+        like = torch.zeros_like(w["w"]) + w["w"].new_zeros(3)  # of its shape and dtype, no number of it
+        terms = [(p["w"] - other).square().sum() for other in (start["w"], anchor, like, 0.1 * batch[0])]
+        return torch.stack(terms).sum()
+
+    theta = rd.unroll(loss, w, lambda k: (w["w"].detach(),), rd.SGD(0.1), steps=3, hyper=w, adjoint=adjoint)
+    theta["w"].sum().backward()

@@ -6,6 +6,7 @@ except the two-dimensional ones of the study, which are used as they are.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,6 +75,17 @@ class Dataset:
         """Whether a sample is [channels, H, W]."""
         return len(self.input_shape) == 3
 
+    def summary(self) -> dict[str, float]:
+        """Numbers by which other data of the same name are told from these, on another machine too (see `alike`)."""
+        parts = {"training": self.y, "validation": self.y_validation, "test": self.y_test}
+        mean, std = (np.abs(self.normalization[key]).mean() for key in ("mean", "std"))
+        return {
+            **{f"{part} labels": float(zlib.crc32(y.cpu().numpy().tobytes())) for part, y in parts.items()},
+            **{f"{part} samples": float(len(y)) for part, y in parts.items()},
+            **{"features": float(self.x[0].numel()), "mean": float(mean), "standard deviation": float(std)},
+            **{"least value": self.value_range[0], "largest value": self.value_range[1]},
+        }
+
     def to(self, device: torch.device) -> Dataset:
         """The same data on another device."""
         tensors = ("x", "y", "x_validation", "y_validation", "x_test", "y_test")
@@ -135,7 +147,8 @@ def load(name: str, data_dir: str | Path = DATA_DIR) -> Dataset:
         return _assemble(name, Source((_unit(x), y), None, (_unit(x_test), y_test), ()))
     found = load_own(name)
     if found is None:
-        raise ValueError(f"unknown dataset {name!r}; accepted are {', '.join(NAMES)}, {ACCEPTED}")
+        what = f"{name} is a file of another kind" if split(name)[0].is_file() else f"unknown dataset {name!r}"
+        raise ValueError(f"{what}; accepted are {', '.join(NAMES)}, {ACCEPTED}")
     return _assemble(*found)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from revdistill.outer.data import Dataset
@@ -12,6 +14,7 @@ from revdistill.outer.labels import SHOWN, Label, are_numbers
 from .table import printable, table
 
 ROWS = 40  # of a table of classes
+NEAR = 1e-3  # standard deviations: a smaller difference in how data are normalised is none
 
 
 def remarks(data: Dataset) -> list[str]:
@@ -22,6 +25,22 @@ def remarks(data: Dataset) -> list[str]:
     if data.origin.unread:
         lines.append(f"left unread: {', '.join(data.origin.unread)}")
     return [printable(line) for line in lines]
+
+
+def other_scale(distilled: dict[str, Any], data: Dataset) -> list[str]:
+    """A line where the real data are not normalised as those were that had been distilled: by themselves."""
+    (mean, std), (own_mean, own_std) = (
+        [np.array(found[key], np.float64) for key in ("mean", "std")] for found in (distilled, data.normalization)
+    )
+    if mean.shape == own_mean.shape and std.shape == own_std.shape:
+        near = (np.abs(mean - own_mean) <= NEAR * std) & (np.abs(std - own_std) <= NEAR * std)
+        if near.all():
+            return []
+    return [
+        f"normalised by their own training part: mean {_first(own_mean.tolist())}, standard deviation "
+        f"{_first(own_std.tolist())}; the data that were distilled by mean {_first(mean.tolist())}, standard deviation "
+        f"{_first(std.tolist())}"
+    ]
 
 
 def named(names: Sequence[Label]) -> str:

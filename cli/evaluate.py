@@ -13,16 +13,16 @@ from revdistill.outer import models
 from revdistill.outer.data import load
 
 from . import options
-from .described import remarks
+from .described import other_scale, remarks
 from .errors import dataset_of, read_run, user_input
 from .table import evaluation_table
 
 
 @click.command(short_help="Train fresh networks on distilled data and measure them.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=options.Place())
 @options.arch
 @click.option(
-    "--restarts", type=click.IntRange(min=1), default=10, show_default=True, help="How many fresh networks to train."
+    "--restarts", type=options.NETWORKS, default=10, show_default=True, help="How many fresh networks to train."
 )
 @click.option(
     "--schedule",
@@ -58,7 +58,7 @@ def evaluate(
         for name in architectures or _own(artifact.architectures):
             result = evaluations.evaluate(artifact, data, name, restarts=restarts, schedule=schedule, device=device)
             found[name] = result.to_dict()
-    for line in remarks(data):
+    for line in [*remarks(data), *other_scale(artifact.normalization, data)]:
         click.echo(line, err=True)  # standard output may be JSON
     click.echo(json.dumps(found, indent=2) if as_json else evaluation_table(found))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 import click
+import torch
 
 import revdistill
 from revdistill.engine import RevdistillError
@@ -35,12 +37,21 @@ def cli() -> None:
     """
 
 
+_NO_MEMORY = (
+    "revdistill: not enough memory; fewer of --steps, --epochs, --per-class, --inits or --restarts need less, and so "
+    "does a smaller --batch-size or a smaller network"
+)
+
 for command in (train, evaluate, show, tune, data, verify):
     cli.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 done, 2 the user's input, 1 anything else, 130 on Ctrl-C."""
+    os.environ["MPLBACKEND"] = "Agg"  # pictures are files: another backend, or a wrong one, has no say
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of classes may be in any script, a terminal in one
+            stream.reconfigure(errors="replace")
     sys.exit(run(arguments))
 
 
@@ -63,6 +74,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("revdistill: interrupted", err=True)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        click.echo(_NO_MEMORY, err=True)
+        return 1
     except (RevdistillError, NotSavedError, OSError) as error:
         click.echo(f"revdistill: {' '.join(str(error).split())}", err=True)
         return 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from revdistill.outer import models
+from revdistill.outer.configuration import MANY
 from revdistill.outer.data import DATA_DIR
 from revdistill.outer.device import check_device
 from revdistill.outer.image_files import FROM_FILES
@@ -22,6 +25,7 @@ else:
 
 FC = TypeVar("FC", bound=Callable[..., Any])
 COUNT = click.IntRange(min=1)
+NETWORKS = click.IntRange(1, MANY)
 RATE = click.FloatRange(min=0, min_open=True)
 
 
@@ -35,6 +39,28 @@ class Fields:
         name = flag.strip("-").replace("-", "_")
         default = getattr(self._config, name)
         return click.option(flag, name, default=default, show_default=default is not None, help=help, **kwargs)
+
+
+class Place(click.Path):
+    """A path. A shell leaves the ~ of --out=~/run as it is; and of a variable that is not set, nothing."""
+
+    def __init__(self, *, file_okay: bool = True) -> None:
+        super().__init__(path_type=Path, file_okay=file_okay)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("is empty; accepted is a path, such as . for this directory", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class _Seconds(click.FloatRange):
+    """A time from 0 on, which is a number."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return found
 
 
 class _Checked(_ParamType):
@@ -76,7 +102,7 @@ arch = click.option(
 )
 data_dir = click.option(
     "--data-dir",
-    type=click.Path(path_type=Path),
+    type=Place(),
     default=DATA_DIR,
     show_default=True,
     envvar="REVDISTILL_DATA_DIR",
@@ -96,7 +122,7 @@ def kept(noun: str, default: str) -> Callable[[FC], FC]:
     options: tuple[Callable[[FC], FC], ...] = (
         click.option(
             "--out",
-            type=click.Path(path_type=Path, file_okay=False),
+            type=Place(file_okay=False),
             help=f"Directory of the {noun}.  [default: {default}]",
         ),
         click.option(
@@ -104,7 +130,7 @@ def kept(noun: str, default: str) -> Callable[[FC], FC]:
         ),
         click.option(
             "--save-every",
-            type=click.FloatRange(min=0),
+            type=_Seconds(min=0),
             default=60.0,
             show_default=True,
             help="Seconds between checkpoints.",

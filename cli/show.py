@@ -18,7 +18,7 @@ from .summary import run_summary, tuning_summary
 
 
 @click.command(short_help="Print a summary and draw pictures to RUN/plots.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=options.Place())
 @options.dataset
 def show(run: Path, dataset: str | None) -> None:
     """Print a summary of RUN, the directory of a revdistill train or tune, and draw the pictures of a training to

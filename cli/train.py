@@ -140,6 +140,8 @@ def train(
             raise UserError("--preset and --resume: a run that is resumed has its settings already")
         values |= {name: value for name, value in PRESETS[preset].items() if not given(ctx, name)}
     values["architectures"] = values["architectures"] or _architectures(preset, values["dataset"])
+    if values["init"] == "fixed" and values["inits"] != 1 and given(ctx, "inits") and not resume:
+        raise UserError(f"--inits is {values['inits']}, but --init fixed has one network; leave one of them out")
     out = out or _default_directory(values["dataset"], resume)
     with user_input():
         config = _resumed(ctx, out, values) if resume else Config(**values)
@@ -156,11 +158,14 @@ def train(
     started = time.monotonic()
     with stopping(ctx, config, out, data_dir):
         result = run.run()
-    click.echo(f"distilled in {time.monotonic() - started:.0f} s; test accuracy of fresh networks trained on it:")
-    click.echo(evaluation_table(result.evaluation))
+    took = time.monotonic() - started
     from revdistill.distill.plots import draw_all
 
-    pictures = draw_all(out, result, data, read_metrics(out / METRICS))
+    try:
+        pictures = draw_all(out, result, data, read_metrics(out / METRICS))
+    finally:  # printed last, as whoever reads along may have gone (| head), and in any case
+        click.echo(f"distilled in {took:.0f} s; test accuracy of fresh networks trained on it:")
+        click.echo(evaluation_table(result.evaluation))
     click.echo(f"wrote {out / 'distilled.h5'} and {', '.join(p.name for p in pictures)} in {out / 'plots'}")
 
 

@@ -97,11 +97,14 @@ def tune(
     started = time.monotonic()
     with stopping(ctx, config, out, data_dir):
         result = tuning.run()
-    click.echo(f"tuned in {time.monotonic() - started:.0f} s; fresh networks on the test data:")
-    click.echo(comparison_table(result.comparison))
+    took = time.monotonic() - started
     from revdistill.tune.plots import draw
 
-    picture = draw(out, result, tuner.starting_schedule())
+    try:
+        picture = draw(out, result, tuner.starting_schedule())
+    finally:  # printed last, as whoever reads along may have gone (| head), and in any case
+        click.echo(f"tuned in {took:.0f} s; fresh networks on the test data:")
+        click.echo(comparison_table(result.comparison))
     click.echo(f"wrote {out / 'schedule.h5'}, {out / 'schedule.json'} and {picture}")
 
 

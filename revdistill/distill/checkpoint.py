@@ -15,7 +15,8 @@ FILE_NAME = "checkpoint.h5"
 def save(path: Path, distiller: Distiller) -> None:
     """Write the file whole, or leave what was there. Raises OSError."""
     config = distiller.config.to_dict()
-    checkpoints.save(path, distiller.descent, version=FORMAT_VERSION, config=config, averages=True)
+    data = distiller.data
+    checkpoints.save(path, distiller.descent, version=FORMAT_VERSION, config=config, averages=True, data=data)
 
 
 def read_config(path: Path) -> Config:
@@ -32,8 +33,9 @@ def restore(path: Path, distiller: Distiller) -> None:
     """Put a distiller where `save` was called; it stays as it was where that is impossible.
 
     Raises:
-        ValueError: there is no such file, or its configuration is not the distiller's.
+        ValueError: there is no such file, or its configuration or data are not the distiller's.
         ArtifactError: names the file and what is wrong with it.
     """
     checkpoints.check_same(path, distiller.config.to_dict(), read_config(path).to_dict())
+    checkpoints.check_same_data(path, distiller.data)
     checkpoints.restore(path, distiller.descent, steps=distiller.config.outer_steps, averages=True)

@@ -9,7 +9,7 @@ from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.starts import STARTS
 from revdistill.engine import Adjoint, Backprop, Checkpoint, Reversible, StoreAll
 from revdistill.outer import models
-from revdistill.outer.configuration import Configuration
+from revdistill.outer.configuration import LARGEST, LEAST_RATE, MANY, Configuration
 from revdistill.outer.device import check_device
 from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
 
@@ -99,8 +99,8 @@ class Config(Configuration):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "epochs", "per_class", "inits", "outer_steps", "batch_size"):
-            self.need(name, getattr(self, name) >= 1, "an integer of at least 1")
+        self.need_counts(MANY, "steps", "epochs", "per_class", "inits")
+        self.need_counts(LARGEST, "outer_steps", "batch_size")
         self.need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
         self.need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
         self.need("optimizer", self.optimizer in OPTIMIZERS, accepted())
@@ -108,7 +108,7 @@ class Config(Configuration):
         fine = not family.momentum_below_one or self.momentum < 1
         self.need("momentum", fine, f"a number below 1, as {family.title}'s {family.momentum_name}")
         self.need("weight_decay", 0 <= self.weight_decay < 1e4, "a number of at least 0 and below 10,000")
-        self.need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
+        self.need("lr", LEAST_RATE <= self.lr < 1e4, f"a number of at least {LEAST_RATE} and below 10,000")
         self.need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
         rates = self.outer_lr_rates
         self.need("outer_lr_rates", rates is None or 0 <= rates < 1e4, "a number of at least 0 and below 10,000")
@@ -116,7 +116,7 @@ class Config(Configuration):
         self.need("outer_beta1", 0 <= self.outer_beta1 < 1, "a number from 0 to below 1")
         self.need("average", 0 <= self.average <= 1, "a number from 0 to 1")
         self.need("grow", 0 <= self.grow <= 1, "a number from 0 to 1")
-        self.need("window", self.window is None or self.window >= 1, "an integer of at least 1")
+        self.need("window", self.window is None or 1 <= self.window <= LARGEST, f"an integer from 1 to {LARGEST:,}")
         self.need("augment", set(self.augment) <= set(AUGMENTATIONS), f"names out of {', '.join(AUGMENTATIONS)}")
         self.need("noise", self.noise is None or 0 <= self.noise < 1e4, "a number of at least 0")
         self.need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")

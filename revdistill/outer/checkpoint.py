@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,14 +12,24 @@ import torch
 from torch import Tensor
 
 import revdistill
+from revdistill.outer.data import Dataset
 from revdistill.outer.descent import Descent
 from revdistill.outer.hdf5 import Reader, reading, writing
 
+_DATA = "data"
 _MOMENTS, _AVERAGE = ("exp_avg", "exp_avg_sq"), "average"
 C = TypeVar("C")
 
 
-def save(path: Path, descent: Descent, *, version: int, config: dict[str, Any], averages: bool = False) -> None:
+def save(
+    path: Path,
+    descent: Descent,
+    *,
+    version: int,
+    config: dict[str, Any],
+    averages: bool = False,
+    data: Dataset | None = None,
+) -> None:
     """Write the file whole, or leave what was there.
 
     Args:
@@ -27,6 +38,7 @@ def save(path: Path, descent: Descent, *, version: int, config: dict[str, Any], 
         version: of the file's format.
         config: what makes the same job again, in the types of JSON.
         averages: whether the format has means of iterates.
+        data: what `check_same_data` will know again.
 
     Raises:
         OSError: it cannot be written.
@@ -36,6 +48,8 @@ def save(path: Path, descent: Descent, *, version: int, config: dict[str, Any], 
         file.attrs["revdistill_version"] = revdistill.__version__
         file.attrs["config"] = json.dumps(config)
         file.attrs["outer_step"] = descent.outer_step
+        if data is not None:
+            file.attrs[_DATA] = json.dumps(data.summary())
         if averages:
             file.attrs["averaged"] = descent.averaged
         states = list(descent.optimizer.state.values())
@@ -143,4 +157,28 @@ def check_same(path: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None
             raise ValueError(
                 f"cannot resume {path.parent} with another configuration: {name} is {value!r} here, but "
                 f"{theirs.get(name)!r} in the run to be resumed"
+            )
+
+
+def check_same_data(path: Path, data: Dataset) -> None:
+    """Check that a job goes on with the data that it started with: a file may have been changed, or be another one of
+    the same relative path.
+
+    Args:
+        path: the checkpoint; those of earlier releases do not tell.
+        data: that the job goes on with.
+
+    Raises:
+        ValueError: names the first number in which they differ.
+        ArtifactError: the checkpoint is damaged.
+    """
+    with reading(path) as file:
+        before = file.json(_DATA, dict) if file.has(_DATA) else {}
+    for name, value in data.summary().items():
+        then = before.get(name, value)
+        # Means may differ in their last bits on another machine.
+        if not isinstance(then, float) or not math.isclose(then, value, rel_tol=1e-6, abs_tol=1e-30):
+            raise ValueError(
+                f"cannot resume {path.parent} with other data: {data.name} was changed, or is another file, since the "
+                f"run was started ({name}: {value:.10g} now, but {then} then); start a new one"
             )

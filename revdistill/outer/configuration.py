@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeVar
 
+MANY = 10**6  # steps, samples or networks: what nobody has memory for is no setting, but a mistake
+LARGEST = 2**53  # of what is only counted up to
+LEAST_RATE = 1e-30  # a smaller one is 0 in float32
 C = TypeVar("C", bound="Configuration")
 
 
@@ -18,6 +21,11 @@ class Configuration:
         """ValueError that names the field, what came and what is accepted, unless it is fine."""
         if not fine:
             raise ValueError(f"{name} is {getattr(self, name)!r}; accepted is {accepted}")
+
+    def need_counts(self, most: int, *names: str) -> None:
+        """ValueError unless these fields are integers from 1 to `most`."""
+        for name in names:
+            self.need(name, 1 <= getattr(self, name) <= most, f"an integer from 1 to {most:,}")
 
     def to_dict(self) -> dict[str, Any]:
         """In the types of JSON."""

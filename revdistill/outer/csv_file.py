@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,13 @@ import numpy as np
 
 from revdistill.engine import ArtifactError
 from revdistill.outer.inputs import arranged
-from revdistill.outer.roles import TRAIN
+from revdistill.outer.labels import is_missing
+from revdistill.outer.roles import KINDS, LABELS, TRAIN
 from revdistill.outer.source import Origin, Part, Read, Source, joined
 
-DELIMITERS = ",;\t"
+DELIMITERS = ";\t,"  # where there are as many commas as others, commas are decimal
+FEW = 10  # rows that may be in any order by chance
+_PADDED = re.compile(r"-?0\d+")  # 09 may well be another class than 9
 Row = tuple[int, list[str]]  # the line where it ends, and its cells
 
 
@@ -41,11 +45,14 @@ def load_csv(path: Path, column: str | None = None) -> Source:
         if len(cells) != len(first[1]):
             raise ArtifactError(f"{path}: line {line} has {len(cells)} cells, but line {first[0]} has {len(first[1])}")
         label = cells.pop(at).strip()
-        if not label:
-            raise ArtifactError(f"{path}: line {line} has no class in column {_named(at, names)}")
+        if is_missing(label):
+            raise ArtifactError(
+                f"{path}: line {line} has no class in column {_named(at, names)}"
+                + (f", but {label!r}" if label else "")
+            )
         labels.append(label)
         try:
-            numbers = [float(cell) for cell in cells]
+            numbers = [_number(cell) for cell in cells]
             fine = all(map(math.isfinite, numbers))
         except ValueError:
             fine = False
@@ -56,6 +63,10 @@ def load_csv(path: Path, column: str | None = None) -> Source:
         raise ArtifactError(f"{path}: has a header, but no rows after it")
     x = np.frombuffer(values, np.float64).reshape(len(labels), -1)
     label_name = f"column {_named(at, names)}"
+    features = [i for i in range(len(first[1])) if i != at]
+    for i, own in zip(features, x.T, strict=True):
+        _check_no_index(path, _named(i, names), own)
+    _check_classes(f"{path}: {label_name}", set(labels))
     part = Part(arranged(str(path), x, ""), np.array(labels), str(path), label_name)
     read = (
         Read("the other columns", "training inputs", x.shape, "numbers"),
@@ -69,8 +80,8 @@ def _rows(path: Path) -> Iterator[Row]:
     """Rows that are not blank."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            start = file.readline()
-            delimiter = max(DELIMITERS, key=start.count)  # a comma where there is none
+            start = next((line for line in iter(file.readline, "") if line.strip()), "")
+            delimiter = max(DELIMITERS, key=start.count)
             file.seek(0)
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             for cells in reader:
@@ -94,7 +105,13 @@ def _header(path: Path, first: Row, column: str | None) -> tuple[int, list[str]]
     if len(cells) < 2:
         raise ArtifactError(f"{path}: has one column; accepted are at least two, one of them the class")
     names = [] if any(map(_is_number, cells)) else _checked_names(path, cells)
+    if not names and len(cells) > 2 and cells in _counted(len(cells)):
+        raise ArtifactError(
+            f"{path}: the first line is {cells[0]}, {cells[1]}, ..., {cells[-1]}, where pandas writes its columns' "
+            "numbers; leave it out (to_csv(..., header=False, index=False)), or give the columns names"
+        )
     if column is None:
+        _check_last(path, names)
         return len(cells) - 1, names
     if column in names:
         return names.index(column), names
@@ -102,6 +119,48 @@ def _header(path: Path, first: Row, column: str | None) -> tuple[int, list[str]]
         return int(column) - 1, names
     accepted = ", ".join(names) if names else "no names, as the first line has numbers in it and so is no header"
     raise ArtifactError(f"{path}: has no column {column!r}; accepted are {accepted}, or 1 to {len(cells)}")
+
+
+def _counted(count: int) -> tuple[list[str], list[str]]:
+    return [str(i) for i in range(count)], [str(i) for i in range(1, count + 1)]
+
+
+def _check_last(path: Path, names: list[str]) -> None:
+    """ArtifactError where another column than the last has the name of a class's."""
+    called = [name for name in names if name.lower() == "class" or KINDS.get(name.lower()) == LABELS]
+    if "x" in map(str.lower, names):  # x and y are coordinates
+        called = [name for name in called if name.lower() != "y"]
+    if called and called[-1] != names[-1]:
+        raise ArtifactError(
+            f"{path}: has a column {called[-1]!r}, but the last one is {names[-1]!r}; say which the class is: "
+            f"{path}:{called[-1]} or {path}:{names[-1]}"
+        )
+
+
+def _check_no_index(path: Path, name: str, values: np.ndarray) -> None:
+    """ArtifactError where a column counts the rows: of a table sorted by class, it would give the class away."""
+    if len(values) >= FEW and values[0] in (0, 1) and np.array_equal(values, values[0] + np.arange(len(values))):
+        raise ArtifactError(
+            f"{path}: column {name} counts the rows, from {values[0]:.0f} to {values[-1]:.0f}, and so is no feature; "
+            "leave it out, or, where it is one, shuffle the rows"
+        )
+
+
+def _check_classes(where: str, labels: set[str]) -> None:
+    """ArtifactError where they are measurements instead, or one number in two spellings."""
+    if not all(_is_number(label) and math.isfinite(_number(label)) for label in labels):
+        return
+    fractions = sorted(label for label in labels if _number(label) % 1)
+    if fractions:
+        raise ArtifactError(
+            f"{where} has {fractions[0]!r}; accepted are classes: whole numbers or texts. Another column may be the "
+            "class (FILE.csv:COLUMN)"
+        )
+    spelt: dict[float, str] = {}
+    for label in sorted(labels):
+        other = spelt.setdefault(_number(label), label)
+        if other != label and not any(map(_PADDED.fullmatch, (other, label))):
+            raise ArtifactError(f"{where} has {other!r} and {label!r}, which are one number; write it in one way")
 
 
 def _checked_names(path: Path, names: list[str]) -> list[str]:
@@ -118,10 +177,17 @@ def _checked_names(path: Path, names: list[str]) -> list[str]:
 
 def _is_number(cell: str) -> bool:
     try:
-        float(cell)
+        _number(cell)
     except ValueError:
         return False
     return True
+
+
+def _number(cell: str) -> float:
+    """float(cell), but for 2019_1, which Python takes for 20191."""
+    if "_" in cell:
+        raise ValueError(cell)
+    return float(cell)
 
 
 def _named(at: int, names: Sequence[str]) -> str:
@@ -130,7 +196,7 @@ def _named(at: int, names: Sequence[str]) -> str:
 
 def _not_a_number(path: Path, line: int, cells: list[str], at: int, names: Sequence[str]) -> ArtifactError:
     for i, cell in enumerate(cells):
-        if not _is_number(cell) or not math.isfinite(float(cell)):
+        if not _is_number(cell) or not math.isfinite(_number(cell)):
             where = _named(i + (i >= at), names)
             what = f"is {cell.strip()[:40]!r}, which is no finite number" if cell.strip() else "is missing"
             header = " (a header has no numbers in it)" if line == 1 else ""

@@ -6,7 +6,8 @@ except the two-dimensional ones of the study, which are used as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from revdistill.engine import ArtifactError
 from revdistill.outer.image_files import FROM_FILES
-from revdistill.outer.labels import Label
+from revdistill.outer.labels import Label, shown
 from revdistill.outer.own_files import ACCEPTED, load_own, split
 from revdistill.outer.source import Arrays, Origin, Source
 
@@ -25,6 +26,7 @@ MOONS_TEST = 0.33
 TEST = 0.25
 VALIDATION = 0.1
 CHUNK = 4096  # samples normalised at once
+SMALL, ROUNDING = 1e-8, 1e-6  # a standard deviation below both, the second of the values' size, is rounding
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,17 @@ class Dataset:
     def is_image(self) -> bool:
         """Whether a sample is [channels, H, W]."""
         return len(self.input_shape) == 3
+
+    def summary(self) -> dict[str, float]:
+        """Numbers by which other data of the same name are told from these, on another machine too (see `alike`)."""
+        parts = {"training": self.y, "validation": self.y_validation, "test": self.y_test}
+        mean, std = (np.abs(self.normalization[key]).mean() for key in ("mean", "std"))
+        return {
+            **{f"{part} labels": float(zlib.crc32(y.cpu().numpy().tobytes())) for part, y in parts.items()},
+            **{f"{part} samples": float(len(y)) for part, y in parts.items()},
+            **{"features": float(self.x[0].numel()), "mean": float(mean), "standard deviation": float(std)},
+            **{"least value": self.value_range[0], "largest value": self.value_range[1]},
+        }
 
     def to(self, device: torch.device) -> Dataset:
         """The same data on another device."""
@@ -134,7 +147,8 @@ def load(name: str, data_dir: str | Path = DATA_DIR) -> Dataset:
         return _assemble(name, Source((_unit(x), y), None, (_unit(x_test), y_test), ()))
     found = load_own(name)
     if found is None:
-        raise ValueError(f"unknown dataset {name!r}; accepted are {', '.join(NAMES)}, {ACCEPTED}")
+        what = f"{name} is a file of another kind" if split(name)[0].is_file() else f"unknown dataset {name!r}"
+        raise ValueError(f"{what}; accepted are {', '.join(NAMES)}, {ACCEPTED}")
     return _assemble(*found)
 
 
@@ -148,7 +162,7 @@ def _assemble(name: str, source: Source, *, test: float = TEST, normalise: bool 
     splits = []
     own, tested, held = source.train, source.test, source.validation
     if tested is None:
-        own, tested = _test_split(name, *own, test)
+        own, tested = _test_split(name, *own, test, source.class_names)
         splits.append(f"test data: {test:.0%} of the training data, drawn by a fixed seed")
     classes = len(source.class_names) or int(max(own[1].max(), tested[1].max())) + 1
     if held is None:
@@ -160,7 +174,7 @@ def _assemble(name: str, source: Source, *, test: float = TEST, normalise: bool 
     mean, std = x.mean(axes, dtype=np.float64), x.std(axes, dtype=np.float64)
     if not normalise:
         mean, std = np.zeros_like(mean), np.ones_like(std)
-    std = np.where(std > 1e-8, std, 1.0)
+    std = np.where(_vary(x, std, axes), std, 1.0)
     shape = (1, -1, 1, 1) if x.ndim == 4 else (1, -1)
 
     def tensor(values: np.ndarray) -> Tensor:
@@ -184,11 +198,26 @@ def _assemble(name: str, source: Source, *, test: float = TEST, normalise: bool 
     )
 
 
-def _test_split(name: str, x: np.ndarray, y: np.ndarray, share: float) -> tuple[Arrays, Arrays]:
+def _vary(x: np.ndarray, std: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Which features or channels vary by more than rounding, whatever their unit is."""
+    least, most = x.min(axes), x.max(axes)
+    size = np.maximum(np.abs(least), np.abs(most)).astype(np.float64)
+    found: np.ndarray = (least < most) & (std > np.minimum(SMALL, ROUNDING * size))
+    return found
+
+
+def _test_split(name: str, x: np.ndarray, y: np.ndarray, share: float, names: Sequence[Label]) -> tuple[Arrays, Arrays]:
     from sklearn.model_selection import train_test_split
 
     # The study's own split is not stratified; elsewhere every class is to be in both parts.
     stratify = None if name == "moons" else y
+    counts = np.bincount(y)
+    if counts.min() < 2:
+        rare = [names[i] if names else i for i in np.flatnonzero(counts < 2).tolist()]
+        raise ArtifactError(
+            f"{name}: too few samples per class to split into training and test data: {len(rare)} of {len(counts)} "
+            f"classes have one sample ({shown(rare)}); leave them out, or give a test part"
+        )
     try:
         x, x_test, y, y_test = train_test_split(x, y, test_size=share, random_state=SPLIT_SEED, stratify=stratify)
     except ValueError as error:

@@ -39,6 +39,10 @@ class Reader:
         """Of the file's datasets and groups, sorted."""
         return sorted(self._file)
 
+    def has(self, name: str) -> bool:
+        """Whether there is an attribute of this name."""
+        return name in self._file.attrs
+
     def check_version(self, *expected: int) -> int:
         """The file's format version, one of those expected."""
         version = self.integer("format_version")

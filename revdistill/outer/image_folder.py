@@ -5,6 +5,7 @@ torchvision calls it ImageFolder. Each image becomes grey or RGB: RGB where any 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from revdistill.engine import ArtifactError
-from revdistill.outer.roles import PARTS, TEST, TRAIN, VALIDATION
+from revdistill.outer.roles import PARTS, TEST, TRAIN, VALIDATION, words
 from revdistill.outer.source import Origin, Part, Read, Source, joined
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -51,6 +52,8 @@ def load_image_folder(folder: Path, size: int | None = None) -> Source:
     if split and TRAIN not in split.values():
         held = ", ".join(f.name for f in below)
         raise ArtifactError(f"{folder}: has {', '.join(split)} with folders in it, but no train; it holds {held}")
+    if not split:
+        _check_no_parts(folder, below)
     parts = {part: folder / name for name, part in split.items()} or {TRAIN: folder}
     if len(parts) < len(split):
         raise ArtifactError(f"{folder}: has several folders for one part: {', '.join(split)}")
@@ -88,7 +91,8 @@ class _Images:
         self.labels: list[str] = []
         self.unread: list[str] = []
         for of_class in _folders(folder):
-            files = [f for f in sorted(of_class.rglob("*")) if f.is_file() and not f.name.startswith(".")]
+            _checked_name(of_class)
+            files = sorted(_files(of_class))
             own = [f for f in files if f.suffix.lower() in SUFFIXES]
             if not own:
                 raise ArtifactError(f"{of_class}: has no image; accepted are {', '.join(SUFFIXES)}")
@@ -177,9 +181,61 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
+        return sorted(f for f in folder.iterdir() if f.is_dir() and not _is_hidden(f.name))
     except OSError as error:
         raise ArtifactError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def _is_hidden(name: str) -> bool:
+    """Of folders that programs make beside a user's own: .ipynb_checkpoints and @eaDir hold copies of images."""
+    return name.startswith((".", "__")) or name == "@eaDir"
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below, links to folders followed as torchvision does. What cannot be reached is no less a sample."""
+
+    def fail(error: OSError) -> None:
+        raise ArtifactError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    above: dict[str, tuple[str, ...]] = {str(folder): (os.path.realpath(folder),)}
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        for name in folders:
+            path = os.path.join(place, name)
+            if os.path.realpath(path) in above[place]:
+                raise ArtifactError(f"{path}: is a link to a folder that it is in")
+            above[path] = (*above[place], os.path.realpath(path))
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = os.path.join(place, name)
+            if not os.path.exists(path):
+                raise ArtifactError(f"{path}: is a link to {os.path.realpath(path)}, which is not there; remove it")
+            if os.path.isfile(path):
+                yield Path(path)
+
+
+def _check_no_parts(folder: Path, below: list[Path]) -> None:
+    """ArtifactError where what would be classes are parts by their names, as in Kaggle's seg_train and seg_test."""
+    named: dict[str, str] = {}
+    for f in below:
+        found = {PARTS[word] for word in (w.removesuffix("set") for w in words(f.name)) if word in PARTS}
+        if len(found) == 1:
+            named.setdefault(found.pop(), f.name)
+    if TRAIN in named and len(named) > 1:
+        raise ArtifactError(
+            f"{folder}: has folders {' and '.join(named.values())}, which by their names are no classes but parts; "
+            f"accepted are {folder}/train/CLASS and {folder}/test/CLASS, with a folder for each class in each part"
+        )
+
+
+def _checked_name(of_class: Path) -> None:
+    try:
+        of_class.name.encode()
+    except UnicodeEncodeError:
+        raise ArtifactError(
+            f"{str(of_class)!a}: the name is not UTF-8, which distilled.h5 keeps it in; rename the folder"
+        ) from None
 
 
 def _shortened(unread: list[str], most: int = 5) -> tuple[str, ...]:

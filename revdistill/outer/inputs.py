@@ -8,6 +8,8 @@ from revdistill.engine import ArtifactError
 
 FIRST, LAST = "NCHW", "NHWC"
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+ROUNDED = 0.01  # of a feature's range: more must not be lost in float32
+CONSTANT = 1e-12  # of a feature's size: a smaller range is none
 
 
 def checked(where: str, x: np.ndarray) -> None:
@@ -49,6 +51,22 @@ def layout(where: str, shape: tuple[int, ...]) -> str:
     return FIRST
 
 
+def _check_told_apart(where: str, given: np.ndarray, x: np.ndarray) -> None:
+    """ArtifactError where float32 makes steps of a feature's values: of times in seconds since 1970, say, minutes."""
+    if given.dtype.itemsize < 4 or given.dtype == np.float32:
+        return
+    for i in range(x.shape[1]):
+        values = given[:, i].astype(np.float64)
+        least, most = float(values.min()), float(values.max())
+        lost = float(np.abs(values - x[:, i]).max())
+        # Of what differs by the rounding of float64 alone, nothing is lost: it is constant.
+        if lost > ROUNDED * (most - least) > ROUNDED * CONSTANT * max(abs(least), abs(most)):
+            raise ArtifactError(
+                f"{where}: feature {i + 1} goes from {least!r} to {most!r}, but float32 rounds its values by up to "
+                f"{lost:.3g}; subtract {least!r} from it, or leave it out"
+            )
+
+
 def arranged(where: str, x: np.ndarray, order: str) -> np.ndarray:
     """float32, images with a channel dimension after the first.
 
@@ -60,10 +78,18 @@ def arranged(where: str, x: np.ndarray, order: str) -> np.ndarray:
     Raises:
         ArtifactError: there are values that float32 cannot hold.
     """
+    given = x
     with np.errstate(over="ignore"):
         x = x.astype(np.float32)
-    if not np.isfinite(x).all():
-        raise ArtifactError(f"{where} has entries that are not finite in float32")
+    fine = np.isfinite(x)
+    if not fine.all():
+        at = tuple(int(i) for i in np.unravel_index(int(np.argmin(fine)), x.shape))
+        raise ArtifactError(
+            f"{where} has entries that are not finite in float32: {x.size - int(fine.sum())} of them, the first "
+            f"{given[at]} at {list(at)}; leave these samples out, or fill them in"
+        )
+    if x.ndim == 2:
+        _check_told_apart(where, given, x)
     if x.ndim == 4 and order == LAST:
         return np.ascontiguousarray(np.moveaxis(x, 3, 1))
     return x[:, None] if x.ndim == 3 else x

@@ -66,6 +66,8 @@ class Job(ABC, Generic[R]):
             self.restore(directory / self.checkpoint)
         elif self.started_in(directory):
             raise ValueError(f"{directory} already holds a {self.noun}; give another directory, or resume it")
+        elif (directory / METRICS).exists() and (directory / METRICS).stat().st_size:
+            raise ValueError(f"{directory} already holds the {METRICS} of another job; give another directory")
 
     @classmethod
     def started_in(cls, directory: Path) -> bool:

@@ -45,7 +45,24 @@ def plain(where: str, y: np.ndarray, count: int) -> np.ndarray:
             y = np.char.decode(y, "utf-8")
         except UnicodeDecodeError as error:
             raise ArtifactError(f"{where} has texts that are not UTF-8 ({error})") from error
+    if y.dtype.kind == "U":
+        _check_none_missing(where, y)
     return y.astype(np.int64) if y.dtype.kind == "b" else y
+
+
+def is_missing(text: str) -> bool:
+    """Whether a label is what pandas and spreadsheets write where there is none."""
+    return text.strip().lower() in ("", "nan", "<na>")
+
+
+def _check_none_missing(where: str, y: np.ndarray) -> None:
+    missing = [text for text in np.unique(y).tolist() if is_missing(text)]
+    if missing:
+        at = int(np.argmax(np.isin(y, missing)))
+        raise ArtifactError(
+            f"{where} has {str(y[at])!r} at position {at}, which is no class but a missing one; leave out the samples "
+            "without a class"
+        )
 
 
 def numbers_where_all_are(y: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revdistill.engine import RevdistillError
+
 Factory = Callable[[tuple[int, ...], int], nn.Module]
 
 
@@ -175,6 +177,13 @@ def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         raise ValueError(
             f"architecture {name!r} does not fit inputs {list(input_shape)} and {classes} classes: {error}"
         ) from error
+    except RevdistillError:
+        raise
+    except Exception as error:  # the user's own code raises what it likes
+        raise ValueError(
+            f"architecture {name!r} failed for inputs {list(input_shape)} and {classes} classes: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(net, nn.Module):
         raise ValueError(f"architecture {name!r} returned {type(net).__name__}; it must return a torch.nn.Module")
     return net
@@ -183,11 +192,16 @@ def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
 def _factory(name: str) -> Factory:
     module_name, _, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"architecture {name!r}: cannot import {module_name!r} ({error})") from error
-    except AttributeError:
-        raise ValueError(f"architecture {name!r}: module {module_name!r} has no {attribute!r}") from None
+    except Exception as error:  # the user's own code raises what it likes
+        raise ValueError(
+            f"architecture {name!r}: importing {module_name!r} failed ({type(error).__name__}: {error})"
+        ) from error
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise ValueError(f"architecture {name!r}: module {module_name!r} has no {attribute!r}")
     if not callable(factory):
         raise ValueError(f"architecture {name!r} is not callable as factory(input_shape, classes)")
     return factory  # type: ignore[no-any-return]

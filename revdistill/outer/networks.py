@@ -77,8 +77,10 @@ class NetworkStack:
         try:
             with torch.no_grad(), seeded(0, self._device), _evaluating(self._net):
                 shape = tuple(copy.deepcopy(self._net)(x).shape)
-        except (RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # a user's own forward raises what it likes
+            reason = (str(error).strip().splitlines() or [""])[0]
+            if not isinstance(error, RuntimeError | TypeError | ValueError):
+                reason = f"{type(error).__name__}: {reason}"
             raise ValueError(
                 f"architecture {self.name!r} does not take inputs {list(self._input_shape)}: {reason}"
             ) from error

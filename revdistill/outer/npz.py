@@ -60,7 +60,10 @@ class Npz:
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
     with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
+        try:
+            version = np.lib.format.read_magic(member)
+        except ValueError:
+            return Member((), "?", "is no .npy file")
         read_header: Any = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,

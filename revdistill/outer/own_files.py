@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from revdistill.outer.csv_file import load_csv
@@ -27,6 +28,14 @@ def load_own(name: str) -> tuple[str, Source] | None:
         ArtifactError: names the file and what is wrong with it.
     """
     path, asked = split(name)
+    if not name:
+        return None
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name!a}: the path is not UTF-8, which results keep it in; rename the file or folder"
+        ) from None
     full_name = str(path.resolve()) + (f":{asked}" if asked is not None else "")
     if path.is_dir():
         return full_name, load_image_folder(path, None if asked is None else _size(name, asked))
@@ -39,6 +48,7 @@ def load_own(name: str) -> tuple[str, Source] | None:
 
 def split(name: str) -> tuple[Path, str | None]:
     """The path, and what is asked of it after the colon."""
+    name = os.path.expanduser(name)  # a shell leaves the ~ of --dataset=~/a.npz as it is
     before, colon, after = name.rpartition(":")
     if not colon or Path(name).exists():
         return Path(name), None

@@ -38,17 +38,22 @@ _ONE_WORD = {kind + part: (PARTS[part], KINDS[kind]) for kind in KINDS for part 
 
 def role_of(name: str) -> Role | None:
     """What an array of this name is, or None where the name says nothing."""
-    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).lower()  # trainImages
-    words = [word for word in re.split(r"[^a-z0-9]+", apart) if word]
-    if len(words) == 1 and words[0] in KINDS:
-        return TRAIN, KINDS[words[0]]
-    if len(words) == 1:
-        return _ONE_WORD.get(words[0])
-    if len(words) == 2 and words[0] in PARTS:
-        words.reverse()
-    if len(words) == 2 and words[0] in KINDS and words[1] in PARTS:
-        return PARTS[words[1]], KINDS[words[0]]
+    found = words(name)
+    if len(found) == 1 and found[0] in KINDS:
+        return TRAIN, KINDS[found[0]]
+    if len(found) == 1:
+        return _ONE_WORD.get(found[0])
+    if len(found) == 2 and found[0] in PARTS:
+        found.reverse()
+    if len(found) == 2 and found[0] in KINDS and found[1] in PARTS:
+        return PARTS[found[1]], KINDS[found[0]]
     return None
+
+
+def words(name: str) -> list[str]:
+    """The words of a name in small letters."""
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).lower()  # trainImages
+    return [word for word in re.split(r"[^a-z0-9]+", apart) if word]
 
 
 def roles(where: object, names: Iterable[str]) -> dict[Role, str]:

@@ -12,6 +12,7 @@ from revdistill.outer.labels import Label, numbered, numbered_as, numbers_where_
 from revdistill.outer.roles import TEST, TRAIN, VALIDATION
 
 Arrays = tuple[np.ndarray, np.ndarray]
+FAR = 100  # values up to here and beyond are not on the scale of values from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,16 @@ class Source:
     origin: Origin = field(default_factory=Origin)
 
 
+def _check_scale(where: object, own: Part, part: Part) -> None:
+    """ArtifactError where only one of the parts was divided by 255: normalised alike, the other would be far off."""
+    (low, high), (other_low, other_high) = ((float(p.x.min()), float(p.x.max())) for p in (own, part))
+    if min(low, other_low) >= 0 and 0 < min(high, other_high) <= 1 and max(high, other_high) >= FAR:
+        raise ArtifactError(
+            f"{where}: {own.x_name} goes from {low:.6g} to {high:.6g}, but {part.x_name} from {other_low:.6g} to "
+            f"{other_high:.6g}; bring both to one scale, as in x / 255"
+        )
+
+
 def joined(where: object, parts: Mapping[str, Part], origin: Origin) -> Source:
     """The parts, checked against each other; the training part's classes are the classes.
 
@@ -108,6 +119,7 @@ def joined(where: object, parts: Mapping[str, Part], origin: Origin) -> Source:
             raise ArtifactError(
                 f"{where}: {part.x_name} has entries of shape {part.x.shape[1:]}, but {own.x_name} of {own.x.shape[1:]}"
             )
+        _check_scale(where, own, part)
         labels = part.labels if own_labels.dtype.kind == "U" else numbers_where_all_are(part.labels)
         found[kind] = part.x, numbered_as(f"{where}: {part.y_name}", labels, names, own.y_name)
     return Source((own.x, y), found.get(VALIDATION), found.get(TEST), names, origin)

@@ -14,7 +14,7 @@ FILE_NAME = "tuning.h5"
 
 def save(path: Path, tuner: Tuner) -> None:
     """Write the file whole, or leave what was there. Raises OSError."""
-    checkpoints.save(path, tuner.descent, version=FORMAT_VERSION, config=tuner.config.to_dict())
+    checkpoints.save(path, tuner.descent, version=FORMAT_VERSION, config=tuner.config.to_dict(), data=tuner.data)
 
 
 def read_config(path: Path) -> TuneConfig:
@@ -31,8 +31,9 @@ def restore(path: Path, tuner: Tuner) -> None:
     """Put a tuner where `save` was called; it stays as it was where that is impossible.
 
     Raises:
-        ValueError: there is no such file, or its configuration is not the tuner's.
+        ValueError: there is no such file, or its configuration or data are not the tuner's.
         ArtifactError: names the file and what is wrong with it.
     """
     checkpoints.check_same(path, tuner.config.to_dict(), read_config(path).to_dict())
+    checkpoints.check_same_data(path, tuner.data)
     checkpoints.restore(path, tuner.descent, steps=tuner.config.outer_steps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from revdistill.outer import models
-from revdistill.outer.configuration import Configuration
+from revdistill.outer.configuration import LARGEST, LEAST_RATE, MANY, Configuration
 from revdistill.outer.device import check_device
 from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
 
@@ -66,14 +66,15 @@ class TuneConfig(Configuration):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "inits", "outer_steps", "outer_batch"):
-            self.need(name, getattr(self, name) >= 1, "an integer of at least 1")
+        self.need_counts(10 * MANY, "steps")
+        self.need_counts(MANY, "inits")
+        self.need_counts(LARGEST, "batch_size", "outer_steps", "outer_batch")
         self.need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
         self.need(
             "learn", bool(self.learn) and set(self.learn) <= set(LEARNABLE), f"names out of {', '.join(LEARNABLE)}"
         )
         self.need("optimizer", self.optimizer in OPTIMIZERS, accepted())
-        self.need("lr", 0 < self.lr < 1e4, "a number above 0 and below 10,000")
+        self.need("lr", LEAST_RATE <= self.lr < 1e4, f"a number of at least {LEAST_RATE} and below 10,000")
         self.need("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
         self.need("momentum", "momentum" not in self.learn or self.momentum > 0, "a number above 0 to learn it from")
         self.need("weight_decay", 0 <= self.weight_decay < 1e4, "a number of at least 0")
@@ -85,7 +86,7 @@ class TuneConfig(Configuration):
         self.need("outer_lr", 0 < self.outer_lr < 1e4, "a number above 0 and below 10,000")
         self.need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
         self.need("clip_back", self.clip_back is None or 0 < self.clip_back < math.inf, "a number above 0")
-        self.need("window", self.window is None or self.window >= 1, "an integer of at least 1")
+        self.need("window", self.window is None or 1 <= self.window <= LARGEST, f"an integer from 1 to {LARGEST:,}")
         self.need(
             "window",
             self.window is None or self.window >= self.steps or "init" not in self.learn,

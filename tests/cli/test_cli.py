@@ -15,8 +15,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from revdistill.cli import main as command
+from revdistill.cli import train as train_command
 from revdistill.cli.main import cli
 
 import revdistill
@@ -160,6 +162,21 @@ BAD = {
     "schedule": (["evaluate", ".", "--schedule", "fast"], "--schedule"),
     "restarts": (["evaluate", ".", "--restarts", "0"], "--restarts"),
     "show none": (["show", "nowhere"], "RUN is 'nowhere'"),
+    "another kind of file": (["train", "--dataset", __file__], "test_cli.py is a file of another kind; accepted are"),
+    "no dataset": (["train", "--dataset", ""], "--dataset: unknown dataset ''"),
+    "no text": (["train", "--dataset", os.fsdecode(b"caf\xe9.npz")], "caf\\udce9.npz': the path is not UTF-8"),
+    "nowhere": (["train", "--out", ""], "'--out': is empty; accepted is a path"),
+    "no time": (["train", "--save-every", "nan"], "--save-every"),
+    "many steps": (
+        ["train", "--steps", "1" + "0" * 12],
+        "steps is 1000000000000; accepted is an integer from 1 to 1,000",
+    ),
+    "many epochs": (["train", "--epochs", "1" + "0" * 20], "accepted is an integer from 1 to 1,000,000"),
+    "many restarts": (["evaluate", ".", "--restarts", "1" + "0" * 12], "--restarts"),
+    "many outer steps": (["tune", "--outer-steps", "1" + "0" * 20], "outer_steps is 1"),
+    "a rate of 0": (["train", "--lr", "1e-300"], "lr is 1e-300; accepted is a number of at least 1e-30"),
+    "networks of one": (["train", "--init", "fixed", "--inits", "7"], "--inits is 7, but --init fixed has one network"),
+    "one of one device": (["train", "--device", "cpu:3"], "device is 'cpu:3'; accepted are cpu, cuda and cuda:N"),
     "verify device": (["verify", "--device", "cuda:99"], "--device"),
 }
 
@@ -178,12 +195,128 @@ def test_bad_input_is_one_line(
     assert not list(tmp_path.iterdir())  # nothing left behind
 
 
+OWN_CODE = {
+    "own_syntax": ("def make(:", "importing 'own_syntax' failed (SyntaxError: "),
+    "own_module": ("raise RuntimeError('boom')", "importing 'own_module' failed (RuntimeError: boom)"),
+    "own_factory": (
+        "def make(shape, classes):\n    raise KeyError('k')",
+        "failed for inputs [2] and 2 classes: KeyError",
+    ),
+    "own_forward": (
+        "import torch\nclass make(torch.nn.Linear):\n    def __init__(self, *_):\n        super().__init__(2, 2)\n"
+        "    def forward(self, x):\n        return {}[0]",
+        "does not take inputs [2]: KeyError: 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*OWN_CODE, ".own"])
+def test_own_code_that_fails_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, message = OWN_CODE.get(name, ("", "importing '.own' failed (TypeError"))
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, out, err = invoke("train", "--dataset", "moons", "--arch", f"{name}:make", "--out", "run", capsys=capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_a_home_that_the_shell_has_not_put_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--out=~/run reaches the command as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    x, y = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 2
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    made = ["--steps", "1", "--epochs", "1", "--outer-steps", "1", "--arch", "LinearNet", "--out=~/run"]
+    code, _, err = invoke("train", "--dataset=~/a.npz", *made, capsys=capsys)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "run/distilled.h5").exists()
+    assert invoke("show", "~/run", "--dataset", "~/a.npz", capsys=capsys)[0] == 0
+
+
+def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def none(*_: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr(train_command, "load", none)
+    code, out, err = invoke("train", "--out", "nowhere", capsys=capsys)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "not enough memory; fewer of --steps" in err
+
+
+def test_what_a_terminal_and_matplotlib_cannot_do_ends_no_run(tmp_path: Path) -> None:
+    """A terminal of one script, a reader who goes away after a line, and a backend that is none."""
+    names = np.array(["\u0436", "a"])
+    np.savez(tmp_path / "a.npz", x=np.random.default_rng(0).normal(size=(40, 2)), y=names[np.arange(40) % 2])
+    made = ["--steps", "1", "--epochs", "1", "--outer-steps", "1", "--arch", "LinearNet", "--out", "run"]
+    command = [sys.executable, "-m", "revdistill.cli", "train", "--dataset", "a.npz", *made]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "MPLBACKEND": "nonsense"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith(b"a.npz: ")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert (tmp_path / "run/plots/rates.png").exists()
+
+
 def test_a_taken_directory_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "distilled.h5").read_bytes()
     code, _, err = invoke(*QUICK, "--out", str(finished), capsys=capsys)
     assert code == 2
     assert "--out" in err
     assert (finished / "distilled.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["train", "tune"])
+def test_data_that_changed_meanwhile_are_not_gone_on_with(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The result would be of no data at all. Checkpoints of earlier releases do not tell, and are gone on with."""
+    monkeypatch.chdir(tmp_path)
+    x, y = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 2
+    np.savez("a.npz", x=x, y=y)
+    made = ["--steps", "2", "--outer-steps", "1", "--arch", "LinearNet", "--dataset", "a.npz", "--out", "run"]
+    assert invoke(name, *made, capsys=capsys)[0] == 0
+    resume = [name, "--resume", "--out", "run"]
+    np.savez("a.npz", x=x.astype(np.float64), y=y, about="the same data in another file")
+    assert invoke(*resume, capsys=capsys)[0] == 0
+    for changed in ({"x": x, "y": 1 - y}, {"x": x * 1.001, "y": y}, {"x": np.c_[x, x], "y": y}):
+        np.savez("a.npz", **changed)
+        code, _, err = invoke(*resume, capsys=capsys)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"run with other data: {tmp_path}/a.npz was changed, or is another file, " in err
+    np.savez("a.npz", x=x * 1.001, y=y)
+    with h5py.File("run/checkpoint.h5" if name == "train" else "run/tuning.h5", "a") as file:
+        del file.attrs["data"]
+    assert invoke(*resume, capsys=capsys)[0] == 0
+
+
+def test_a_training_and_a_tuning_do_not_share_a_directory(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each would overwrite the other's log."""
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert before
+    code, _, err = invoke("tune", "--dataset", "moons", "--arch", "LinearNet", "--out", str(finished), capsys=capsys)
+    assert code == 2
+    assert f"--out: {finished} already holds the metrics.jsonl of another job; give another directory" in err
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_data_that_are_normalised_in_another_way_are_said(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, y = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 2
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    evaluate = ["evaluate", str(finished), "--restarts", "1"]
+    assert invoke(*evaluate, capsys=capsys)[2] == ""
+    code, _, err = invoke(*evaluate, "--dataset", str(tmp_path / "a.npz"), capsys=capsys)
+    assert code == 0
+    assert "normalised by their own training part: mean 0." in err
+    assert "the data that were distilled by mean 0, 0, standard deviation 1, 1" in err
 
 
 def test_resume_with_another_option_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

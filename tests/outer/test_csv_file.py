@@ -44,6 +44,7 @@ FORMS: dict[str, tuple[list[str], str, str]] = {
     "a numbered column": (LAST_FIRST, ":1", "utf-8"),
     "a mark of UTF-8": ([HEADER, *ROWS], "", "utf-8-sig"),
     "semicolons": ([r.replace(",", ";") for r in (HEADER, *ROWS)], ":animal", "utf-8"),
+    "semicolons after a blank line": (["", *(r.replace(",", ";") for r in (HEADER, *ROWS))], "", "utf-8"),
     "tabs and spaces": ([r.replace(",", " \t ") for r in (HEADER, *ROWS)], ":animal", "utf-8"),
     "blank lines and quotes": (["", '"width","height","animal"', "", *QUOTED], "", "utf-8"),
 }
@@ -100,7 +101,24 @@ BAD: dict[str, tuple[list[str], str, str]] = {
     "a name without a header": (ROWS, ":cat", "no column 'cat'; accepted are no names, as the first line has numbers"),
     "an open quote": ([HEADER, *ROWS, '1,2,"cat'], "", "cannot be read as a table"),
     "one class": ([HEADER, *ROWS[::2]], "", "column 'animal' has 1 class"),
-    "classes of one sample": ([HEADER, *(f"{i},1,{i}.5" for i in range(40))], "", "too few samples per class"),
+    "a class of one sample": (["0,1,animal", *ROWS], "", r"too few .* 1 of 3 classes have one sample \(\['animal'\]\)"),
+    "measurements": ([HEADER, *(f"{7 * i % 40},1,{i % 4 / 4}" for i in range(40))], "", "column 'animal' has '0.25'"),
+    "a number in two spellings": (
+        [HEADER, *(f"{a},{b},{('1', '1.0', '2')[i % 3]}" for i, (a, b) in enumerate(X.tolist()))],
+        "",
+        "column 'animal' has '1' and '1.0', which are one number",
+    ),
+    "pandas' missing class": ([HEADER, *ROWS, "1,2,NaN"], "", "line 42 has no class in column 'animal', but 'NaN'"),
+    "pandas' numbered columns": (["0,1,2", *(f"{a},{b},{i % 4}" for i, (a, b) in enumerate(X))], "", "is 0, 1, ..., 2"),
+    "a column of ids": (["Id," + HEADER, *(f"{i + 1},{r}" for i, r in enumerate(ROWS))], "", "'Id' counts the rows"),
+    "a column of ids without a header": ([f"{i},{r}" for i, r in enumerate(ROWS)], "", "column 1 counts the rows"),
+    "a label that is not last": (
+        ["Label,a,b", *(f"{i % 2},{a},{i % 3}" for i, (a, _) in enumerate(X))],
+        "",
+        r"has a column 'Label', but the last one is 'b'; say which the class is: .*:Label or .*:b",
+    ),
+    "no number": ([HEADER, *ROWS, "2019_1,1,cat"], "", "column 'width' is '2019_1', which is no finite number"),
+    "decimal commas": ([f"{i % 7},{i % 5};{i % 2}" for i in range(40)], "", "line 1, column 1 is '0,0'"),
     "too large": ([HEADER, *ROWS, "1e300,1,cat"], "", "not finite in float32"),
 }
 
@@ -112,6 +130,15 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(rd.ArtifactError, match=message) as caught:
         load(path + column)
     assert str(caught.value).startswith(path)
+
+
+def test_a_label_of_another_name_than_the_last(tmp_path: Path) -> None:
+    """Once it is said which the class is, there is no doubt left; and y beside x is a coordinate."""
+    rows = [f"{i % 2},{a},{i % 3}" for i, (a, _) in enumerate(X.tolist())]
+    path = write(tmp_path, ["label,a,b", *rows])
+    assert load(path + ":label").class_names == (0, 1)
+    assert load(path + ":b").class_names == (0, 1, 2)
+    assert load(write(tmp_path, ["x,y,colour", *ROWS])).class_names == ("cat", "dog")
 
 
 def test_other_encodings_and_missing_files(tmp_path: Path) -> None:

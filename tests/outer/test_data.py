@@ -63,6 +63,16 @@ def test_npz(tmp_path: Path) -> None:
     assert len(given.x_test) == 7
 
 
+def test_units_do_not_matter(tmp_path: Path) -> None:
+    """Features in a large unit are normalised like others; what varies by rounding alone stays as it is."""
+    metres = load(str(save(tmp_path / "a.npz", x=X, y=Y)))
+    terametres = load(str(save(tmp_path / "b.npz", x=X * 1e-12, y=Y)))
+    assert torch.allclose(terametres.x_test, metres.x_test, atol=1e-5)
+    rounded = np.array([0.1, 0.1 + 1e-8])[Y % 2]
+    constant = load(str(save(tmp_path / "c.npz", x=np.c_[X, rounded, np.full(60, 1.1e15)].astype(np.float32), y=Y)))
+    assert constant.normalization["std"][3:] == [1, 1]
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no y": ({"x": X}, "has no array 'y'"),
     "objects": ({"x": X, "y": np.array([{}] * 60)}, "Python objects"),
@@ -72,7 +82,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "empty": ({"x": X[:0], "y": Y[:0]}, r"x has shape \(0, 3\)"),
     "lengths": ({"x": X, "y": Y[:-1]}, r"y is int64 of shape \(59,\)"),
     "halves as classes": ({"x": X, "y": Y + 0.5}, "0.5 at position 0; accepted are integer classes"),
-    "nan": ({"x": np.where(X > 2, np.nan, X), "y": Y}, "not finite"),
+    "nan": (
+        {"x": np.where(np.arange(180).reshape(60, 3) > 177, np.nan, X), "y": Y},
+        r"2 of them, the first nan at \[59",
+    ),
+    "seconds since 1970": ({"x": np.c_[X, 1.7e9 + X[:, 0]], "y": Y}, "feature 4 goes from 1.* subtract 1699999997"),
+    "large whole numbers": ({"x": np.arange(180).reshape(60, 3) + 2**40, "y": Y}, "feature 1 goes from 1099511627776"),
+    "a class of one": ({"x": X, "y": np.where(np.arange(60) == 7, 9, Y)}, r"1 of 4 classes have one sample \(\[9\]\)"),
     "too large for float32": ({"x": X * 1e300, "y": Y}, "not finite in float32"),
     "one class": ({"x": X, "y": Y * 0}, "1 class"),
     "too few": ({"x": X[:2], "y": Y[:2]}, "too few samples"),

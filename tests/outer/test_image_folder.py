@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,64 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: 
             warnings.simplefilter("ignore")
             with pytest.raises(rd.ArtifactError, match=r"00\.png: is refused: Image size \(20 pixels\) exceeds limit"):
                 load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "test"), ("seg_train/a", "seg_test/a"), ("Training_set", "valSet"), ("trainset", "testset")]
+)
+def test_parts_are_no_classes(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Kaggle's archives: parts without classes, or parts of other names."""
+    for name in names:
+        write(tmp_path / name, list(pixels(EACH, 4, 4)))
+    with pytest.raises(rd.ArtifactError, match=r"by their names are no classes but parts; accepted are .*/train/CLASS"):
+        load(str(tmp_path))
+
+
+def test_what_programs_leave_in_a_folder_is_no_sample(tmp_path: Path) -> None:
+    for name in ("a", "b", "a/.ipynb_checkpoints", "b/@eaDir/1.png", "b/__MACOSX"):
+        write(tmp_path / name, list(pixels(EACH, 4, 4)))
+    data = load(str(tmp_path))
+    assert len(data.x) + len(data.x_validation) + len(data.x_test) == 2 * EACH
+
+
+def test_links(tmp_path: Path) -> None:
+    """Links are followed, as torchvision does; one that leads nowhere, or round in a circle, is named."""
+    write(tmp_path / "elsewhere", list(pixels(EACH, 4, 4)))
+    write(tmp_path / "data/a", list(pixels(EACH, 4, 4)))
+    (tmp_path / "data/a/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
+    data = load(str(tmp_path / "data"))
+    assert len(data.x) + len(data.x_validation) + len(data.x_test) == 3 * EACH
+    (tmp_path / "data/a/gone.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(rd.ArtifactError, match=r"data/a/gone\.png: is a link to .*/gone\.png, which is not there"):
+        load(str(tmp_path / "data"))
+    (tmp_path / "data/a/gone.png").unlink()
+    (tmp_path / "data/a/more").unlink()
+    (tmp_path / "data/a/round").symlink_to(tmp_path / "data/a")
+    with pytest.raises(rd.ArtifactError, match=r"data/a/round: is a link to a folder that it is in"):
+        load(str(tmp_path / "data"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="plays a user without permission, which only root can")
+@pytest.mark.usefixtures("split")
+def test_a_folder_that_may_not_be_read_is_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "train/dog/more").mkdir(mode=0)
+    for folder in tmp_path.resolve().parents[:2]:
+        folder.chmod(0o755)
+    tmp_path.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(rd.ArtifactError, match=r"train/dog/more: cannot be read \(Permission denied\)"):
+            load(str(tmp_path))
+    finally:
+        os.seteuid(0)
+
+
+def test_a_class_whose_name_is_no_text(tmp_path: Path) -> None:
+    write(tmp_path / "a", list(pixels(EACH, 4, 4)))
+    write(tmp_path / os.fsdecode(b"caf\xe9"), list(pixels(EACH, 4, 4)))
+    with pytest.raises(rd.ArtifactError, match=r"caf\\udce9': the name is not UTF-8"):
+        load(str(tmp_path))
 
 
 def test_a_folder_without_classes(tmp_path: Path) -> None:

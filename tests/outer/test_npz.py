@@ -104,6 +104,30 @@ def test_names_that_leave_a_doubt(tmp_path: Path, name: str) -> None:
         read(tmp_path, **arrays)
 
 
+def test_what_is_no_array_is_left_unread(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=X, y=Y)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as file:
+        file.writestr("README.txt", "about")
+        file.writestr("folder/", "")
+    assert load(str(tmp_path / "a.npz")).origin.unread == ("README.txt", "folder/")
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as file:
+        file.writestr("y_test", "about")
+    with pytest.raises(rd.ArtifactError, match=r"no array 'x_test'"):
+        load(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("scaled", ["x", "x_test", "x_val"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_parts_on_different_scales(tmp_path: Path, scaled: str, dtype: type) -> None:
+    """One of them was divided by 255, and the other forgotten."""
+    arrays: dict[str, np.ndarray] = {name: images(4, 4).astype(dtype) for name in ("x", "x_test", "x_val")}
+    labels = {"y": Y, "y_test": Y, "y_val": Y}
+    assert read(tmp_path, **arrays, **labels).value_range[1] > 200
+    arrays[scaled] = arrays[scaled] / 255
+    with pytest.raises(rd.ArtifactError, match=r"x goes from 0 to (1|255), but x_\w+ from 0 to (1|255); bring both"):
+        read(tmp_path, **arrays, **labels)
+
+
 def test_two_arrays_of_one_name(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=X, y=Y)
     with zipfile.ZipFile(tmp_path / "a.npz", "a") as file, pytest.warns(UserWarning, match="Duplicate"):
@@ -204,6 +228,8 @@ BAD_LABELS: dict[str, tuple[Any, str]] = {
     "complex": (Y + 0j, "complex128"),
     "three dimensions": (Y[:, None, None], r"shape \(60, 1, 1\)"),
     "not UTF-8": (np.array([b"\xff", b"a"])[Y % 2], "not UTF-8"),
+    "no text": (np.array(["", "a"])[Y % 2], "'' at position 0, which is no class but a missing one"),
+    "pandas' nan": (np.array(["a", "nan"])[Y % 2], "'nan' at position 1, which is no class but a missing one"),
     "one name": (np.array(["a"] * N), "has 1 class"),
 }
 

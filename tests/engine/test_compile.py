@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import random
 import shutil
 import time
 import warnings
@@ -382,3 +384,37 @@ def test_long_calls_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "ENOUGH", 0.0)
     best_times(first, second)
     assert calls == ["a", "b"] * 2
+
+
+def test_a_module_that_counts_its_calls_is_called_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: comparing and timing both forms moved the counter; another training, in silence."""
+
+    class WarmUp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.calls = nn.Linear(5, 3), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            result: Tensor = self.layer(x) * (2 if self.calls > 5 else 1)
+            return result
+
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    _, _, batches = problem()
+    net = WarmUp()
+    expected, found = copy.deepcopy(net), copy.deepcopy(net)
+    plain = rd.unroll(*rd.from_module(expected, nn.functional.cross_entropy), batches, rd.SGD(0.1), steps=8)
+    with pytest.warns(rd.CompileWarning, match="the module changes the attribute 'calls' when it is called"):
+        theta = rd.unroll(
+            *rd.from_module(found, nn.functional.cross_entropy), batches, rd.SGD(0.1), steps=8, compile=True
+        )
+    assert found.calls == expected.calls == 8
+    assert all(torch.equal(theta[name], p) for name, p in plain.items())
+
+
+def test_a_loss_that_does_not_repeat_itself_is_told_from_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, params, batches = problem()
+    draw = random.Random(0)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    with pytest.raises(rd.UnsupportedError, match=r"does not repeat itself.*compile=False"):
+        rd.unroll(lambda p, b: loss(p, b) * (1 + draw.random()), params, batches, rd.SGD(0.1), steps=2, compile=True)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.compiling import compiling, warn
+from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.layout import Layout
 from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
-from revdistill.engine.loss.gradient import Gradient, Linearization, Products
+from revdistill.engine.loss.gradient import EagerLinearization, Gradient, Linearization, Products
 from revdistill.engine.loss.originals import Originals
 from revdistill.engine.loss.timing import best_times
 from revdistill.engine.loss.usage import Usage, Zeros
@@ -124,7 +125,9 @@ class CompiledGradient(Gradient):
         """See `Gradient.linearize`."""
         batch = self._batch(k)
         if not self._chosen:
-            self._choose(k, theta, batch)
+            eager = self._choose(k, theta, batch)
+            if self.compiled is None:
+                return eager
         if self.compiled is None:
             return self._linearize(k, theta, batch)
         form = CompiledLinearization(self, self.compiled, k, theta.detach(), batch)
@@ -137,15 +140,23 @@ class CompiledGradient(Gradient):
         super().flush()
         self._zeros.flush()
 
-    def _choose(self, k: int, theta: Tensor, batch: Any) -> None:
-        """Choose the gradient function of this unroll; on the loss's first use by comparing both."""
-        # The checks of eager come in any case: a scalar loss, no tensors that reach it by closure.
-        eager = self._linearize(k, theta, batch).gradient
-        functions = self.functions
+    def _choose(self, k: int, theta: Tensor, batch: Any) -> EagerLinearization:
+        """Choose the gradient function of this unroll; on the loss's first use by comparing both.
+
+        Returns:
+            The eager evaluation. Its checks come in any case: a scalar loss, no tensors that reach it by closure.
+        """
+        found = self._linearize(k, theta, batch)
+        eager, functions = found.gradient, self.functions
+        counts = self.determinism.modules.changed_numbers()
+        if functions.gradient is not None and counts:
+            # To compare and to time both forms is to call the loss many times more.
+            warn(f"the module changes {counts[0]} when it is called")
+            functions.gradient = None
         if functions.gradient is not None and not functions.gradient_checked:
             functions.gradient_checked = True
             form = CompiledLinearization(self, functions.gradient, k, theta.detach(), batch)
-            if not _gradient_agrees(form, eager):
+            if not _gradient_agrees(form, eager, lambda: self._linearize(k, theta, batch).gradient):
                 functions.gradient = None
             else:
                 functions.gradient_times = best_times(
@@ -154,6 +165,7 @@ class CompiledGradient(Gradient):
                 if functions.gradient_times[0] > functions.gradient_times[1]:
                     functions.gradient = None
         self.compiled, self._chosen = functions.gradient, True
+        return found
 
     def arguments(self, batch: Any) -> tuple[tuple[Tensor, ...], Any]:
         """What a compiled function takes beside theta: the tensors that may be differentiated, and another batch."""
@@ -246,7 +258,9 @@ class CompiledLinearization:
             return False
         pairs = zip((found.theta, *found.batch, *found.hyper), (eager.theta, *eager.batch, *eager.hyper), strict=True)
         for a, b in pairs:
-            if a is not None and not _agrees("Hessian product", a, torch.zeros_like(a) if b is None else b):
+            difference = 0.0 if a is None else _difference(a, torch.zeros_like(a) if b is None else b)
+            if difference:
+                warn(f"the compiled Hessian product differs from eager by {difference:.1e} of its norm")
                 return False
         return True
 
@@ -261,20 +275,31 @@ class CompiledLinearization:
         return compiled <= eager
 
 
-def _gradient_agrees(compiled: CompiledLinearization, eager: Tensor) -> bool:
+def _gradient_agrees(compiled: CompiledLinearization, eager: Tensor, again: Callable[[], Tensor]) -> bool:
+    """again: evaluates the eager gradient once more, to tell a wrong kernel from a loss that does not repeat itself."""
     try:
         with compiling():
             found, _ = compiled.evaluate()
     except Exception as error:  # whatever the compiler raises, eager is right
         warn("the gradient could not be compiled", error)
         return False
-    return _agrees("gradient", found, eager)
+    difference = _difference(found, eager)
+    if not difference:
+        return True
+    if not torch.equal(again(), eager):
+        raise UnsupportedError(
+            "the loss does not repeat itself: evaluated twice at the same step, its gradient was another one. With "
+            "compile=True it is evaluated more than once at the first step, to compare; use torch's random numbers "
+            "only (the engine seeds those) and keep no state between calls, or compile=False"
+        )
+    warn(f"the compiled gradient differs from eager by {difference:.1e} of its norm")
+    return False
 
 
-def _agrees(what: str, compiled: Tensor, eager: Tensor) -> bool:
+def _difference(compiled: Tensor, eager: Tensor) -> float:
+    """By how much they differ, of the norm of the second; 0 where that is rounding."""
     difference = float(torch.linalg.vector_norm(compiled - eager))
     scale = float(torch.linalg.vector_norm(eager))
     if difference <= _TOLERANCE[eager.dtype] * max(scale, torch.finfo(eager.dtype).tiny):
-        return True
-    warn(f"the compiled {what} differs from eager by {difference / max(scale, 1e-300):.1e} of its norm")
-    return False
+        return 0.0
+    return difference / max(scale, 1e-300)

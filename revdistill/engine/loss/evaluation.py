@@ -113,6 +113,10 @@ class Modules:
             record.end(k, first=self.first_visit)
         self._last, self.first_visit = max(k, self._last), False
 
+    def changed_numbers(self) -> list[str]:
+        """The numbers among the modules' attributes that are not what they were at the first call: counters."""
+        return [name for record in self._records.values() for name in record.changed_numbers()]
+
     def what_changed(self) -> list[str]:
         """What a module is made of and was not made of at its first call, in words; the mode is no part of it."""
         return [change for record in self._records.values() for change in record.what_changed()]
@@ -199,6 +203,12 @@ class _Record:
             return {}
         now = dict(self.net.named_parameters())
         return {name: fingerprint_of(now[name]) for name, _ in self.frozen if name in now}
+
+    def changed_numbers(self) -> Iterator[str]:
+        now = dict(_parts(self.net))
+        for name, before in self._parts.items():
+            if isinstance(before[0], (int, float)) and before != now.get(name, _ABSENT):
+                yield name
 
     def what_changed(self) -> Iterator[str]:
         now = dict(_parts(self.net))

@@ -225,6 +225,19 @@ def test_tensors_kept_from_steps_long_ago_are_refused() -> None:
         run(loss)
 
 
+@pytest.mark.parametrize("optimizer", [rd.SGD, lambda lr: rd.RMSprop(lr, momentum=0.5)], ids=["sgd", "rmsprop"])
+def test_a_rate_that_shows_the_velocitys_last_digits_is_refused(optimizer: Any) -> None:
+    """Regression: a loss in small units was not trained, in silence: its velocity was rounded to 0."""
+    lr = torch.tensor([0.1, 1e11, 0.1], dtype=torch.float64)
+    with pytest.raises(
+        rd.RangeError, match=r"lr is 1e\+11 at step 1: .*2\^-44.*the loss.*bits than 44"
+    ):
+        run(lambda p, b: quadratic(p, b) * 1e-12, optimizer=optimizer(lr), steps=3)
+    run(lambda p, b: quadratic(p, b) * 1e-6, optimizer=rd.SGD(1e5), steps=3)
+    run(lambda p, b: quadratic(p, b) * 1e-12, optimizer=rd.Adam(1e-3), steps=3)
+    run(lambda p, b: quadratic(p, b) * 1e-8, optimizer=rd.SGD(1e7), steps=3, adjoint=rd.Reversible(fractional_bits=50))
+
+
 def test_a_loss_that_ignores_params_is_refused() -> None:
     with pytest.raises(ValueError, match="does not depend on params"):
         run(lambda p, b: torch.ones(()))

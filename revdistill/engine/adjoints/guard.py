@@ -21,7 +21,7 @@ from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.state import State
 from revdistill.engine.layout import Layout
-from revdistill.engine.optimizers.moves import Move
+from revdistill.engine.optimizers.moves import Add, Move
 from revdistill.engine.optimizers.sources import GRADIENT, SLACK, THETA
 from revdistill.engine.optimizers.update import Update
 
@@ -34,6 +34,7 @@ _SLOT_NAMES = {
     "b": "the velocity",
 }
 _SLACK = 1.0 + 1e-9  # the bounds are floats themselves
+_COARSEST = 2.0**-24  # of the steps that a rate makes of the velocity's: float32's for parameters between 1/2 and 1
 
 
 class SuspicionError(Exception):
@@ -58,6 +59,7 @@ class Guard:
     def start(self, theta: Tensor, slots: Mapping[str, Tensor]) -> None:
         """Check the parameters and the running averages at the start (float, [numel]; no averages where all are 0)."""
         layout = self._update.layout
+        self._check_resolution()
         start = float(self._backend.largest(theta))
         if not math.isfinite(start):
             name = layout.first_nonfinite(theta)
@@ -73,6 +75,25 @@ class Guard:
                 self._raise_range(values.detach().double(), -1, slot)
             self._bounds[slot] = largest * slack + self._formats[slot].resolution
         self._notes, self._first_note = [], 0
+
+    def _check_resolution(self) -> None:
+        """Raise the RangeError of a rate that makes coarse steps of a velocity's last digits."""
+        velocities = set(self._update.slots) - self._update.formats.keys()
+        for move in self._update.moves:
+            if move.target != THETA or velocities.isdisjoint(move.reads) or not isinstance(move, Add):
+                continue
+            rates = move.factor.tables["lr"]
+            k = max(range(len(rates.host)), key=rates.bound, default=None)
+            if k is not None and rates.bound(k) * self._fixed.resolution > _COARSEST:
+                bits, rate = self._fixed.fractional_bits, rates.bound(k)
+                raise RangeError(
+                    f"lr is {rate:g} at step {k + self._taken}: the velocity is kept in steps of 2^-{bits}, which this "
+                    f"rate makes steps of {rate * self._fixed.resolution:.1e} of params; multiply the loss by a factor "
+                    f"and divide lr by it, or give the adjoint more fractional_bits than {bits}",
+                    parameter=self._update.layout.names[0],
+                    step=k + self._taken,
+                    value=rate,
+                )
 
     def before_step(self, k: int, loss: Tensor, gradient: Tensor, state: State) -> bool:
         """Look at step k's loss and gradient before any integer changes. False: call `before_move` before each move."""

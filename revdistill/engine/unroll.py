@@ -213,6 +213,7 @@ def unroll(
     if seed is None:
         seed = draw_seed() if state is None or state.seed is None else state.seed
     determinism = Determinism.capture(layout.device, seed, start.taken)
+    first = max(0, steps - window) if window else 0
     weights = None if average is None else check_average(average, steps)
 
     def run(unused: frozenset[str]) -> tuple[Result, UnrollStats, Usage]:
@@ -240,7 +241,7 @@ def unroll(
             backend=backend,
             steps=steps,
             on_step=on_step,
-            first=max(0, steps - window) if window else 0,
+            first=first,
             save_at=None if save_at is None else tuple(k - start.taken for k in save_at),
             clip_back=clip_back,
             on_step_back=on_step_back,
@@ -264,7 +265,8 @@ def unroll(
     if return_state:
         slots = {optimizer.slot_names[name]: layout.owned(flat) for name, flat in result.slots.items()}
         own = OptimizerState(start.taken + steps, slots, seed, result.integers, usage.unused)
-        extras.append(own if state is None else state.passed_on(own))
+        before = state.detach() if state is not None and first else state  # no gradient goes past a window
+        extras.append(own if before is None else before.passed_on(own))
     return (theta, *extras) if extras else theta
 
 

@@ -215,6 +215,7 @@ def unroll(
         seed = draw_seed() if state is None or state.seed is None else state.seed
     determinism = Determinism.capture(layout.device, seed, start.taken, steps)
     originals = Originals(loss, params, data.hypers, determinism.modules, steps, start.taken)
+    first = max(0, steps - window) if window else 0
     weights = None if average is None else check_average(average, steps)
 
     def run(unused: frozenset[str], evaluation: Any = None) -> tuple[Result, UnrollStats, Usage]:
@@ -246,7 +247,7 @@ def unroll(
             backend=backend,
             steps=steps,
             on_step=on_step,
-            first=max(0, steps - window) if window else 0,
+            first=first,
             save_at=None if save_at is None else tuple(k - start.taken for k in save_at),
             clip_back=clip_back,
             on_step_back=on_step_back,
@@ -270,7 +271,8 @@ def unroll(
     if return_state:
         slots = {optimizer.slot_names[name]: layout.owned(flat) for name, flat in result.slots.items()}
         own = OptimizerState(start.taken + steps, slots, seed, result.integers, usage.unused)
-        extras.append(own if state is None else state.passed_on(own))
+        before = state.detach() if state is not None and first else state  # no gradient goes past a window
+        extras.append(own if before is None else before.passed_on(own))
     return (theta, *extras) if extras else theta
 
 

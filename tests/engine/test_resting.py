@@ -126,3 +126,13 @@ def test_without_a_step_no_velocity_has_begun() -> None:
     for n in a:
         assert torch.equal(a[n], b[n])
         torch.testing.assert_close(a[n], expected[n], rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_passed_on_is_cut_by_a_window_too() -> None:
+    zeros = {n: torch.zeros(2, dtype=torch.float64, requires_grad=True) for n in start()}
+    for window in (1, None):
+        state = rd.OptimizerState(2, {"momentum_buffer": zeros})
+        _, end = rd.unroll(
+            without_b, start(), lambda k: (), rd.SGD(0.1), steps=2, state=state, window=window, return_state=True
+        )
+        assert end.slots["momentum_buffer"]["b"].requires_grad is (window is None)

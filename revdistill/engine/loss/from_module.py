@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from revdistill.engine.loss.alike import check_alike
 from revdistill.engine.loss.buffers import Buffers, check_buffers
 from revdistill.engine.loss.criterion import Criterion
+from revdistill.engine.loss.gradient import check_loss
 from revdistill.engine.loss.modules import check_module, check_stackable, name_dtypes
 from revdistill.engine.loss.substitution import Substitution
 from revdistill.engine.loss.untouched import check_stacked
+from revdistill.engine.loss.vmapped import name_vmap
 
 PureLoss = Callable[[dict[str, Tensor], Any], Tensor]
 
@@ -136,7 +138,10 @@ def stack_modules(
         except RuntimeError as error:
             name_dtypes(error, first, tensors, (*inputs, *keywords.values()))
             raise
-        return judge(output, target, params, rest)
+        value = judge(output, target, params, rest)
+        if len(nets) > 1:  # of what is no scalar the sum would be one
+            check_loss(value)
+        return value
 
     every = torch.func.vmap(one, in_dims=(0, 0, None if shared_batches else 0), randomness="different")
 
@@ -148,7 +153,11 @@ def stack_modules(
             value = one(parts, firsts, batch if shared_batches else _first_of_each(batch))
             check_stacked(params, parts, frozen, firsts)
             return value
-        summed: Tensor = every(params, others, batch).sum()
+        try:
+            summed: Tensor = every(params, others, batch).sum()
+        except RuntimeError as error:
+            name_vmap(error, one.__code__, len(nets))
+            raise
         check_stacked(params, params, frozen, others)
         return summed
 

@@ -30,6 +30,11 @@ def name_error(error: RuntimeError) -> None:
         raise UnsupportedError(f"{reason}. torch said: {error}") from error
 
 
+def is_named(error: RuntimeError) -> bool:
+    """Whether `name_error` names it."""
+    return _reason(str(error)) is not None
+
+
 def _reason(text: str) -> str | None:
     """Why the operator cannot serve and what to do; None for any other error."""
     if "CuBLAS" in text and CUBLAS_VARIABLE in text:

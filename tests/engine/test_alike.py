@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import cmath
 import collections
 import dataclasses
 import datetime
 import decimal
 import fractions
+import functools
 import itertools
+import math
 import operator
 import random
 import re
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +75,10 @@ UNLIKE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: changed(lambda net: setattr(net, "extra", net.extra.int())),
         "the buffer 'extra' is torch.int32",
     ),
+    "one tensor": (
+        lambda: changed(lambda net: setattr(net.norm, "bias", net.norm.weight)),
+        r"'norm\.weight' and 'norm\.bias' are one tensor in this one and two in nets\[0\]",
+    ),
     "a hook": (
         lambda: changed(lambda net: net.norm.register_forward_hook(lambda layer, x, y: y * 2)),
         "the hooks of the module 'norm' differ",
@@ -93,14 +101,47 @@ class Slotted:
     slope: float
 
 
+class Hook:
+    """A hook that has no __dict__."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * self.scale
+
+
 class Dated(datetime.date):
     """Has one, and a value beside it."""
+
+
+def with_globals(value: float) -> Callable[[Tensor], Tensor]:
+    """A function that finds `scale` by its name, and within it one that does."""
+
+    def within(x: Tensor) -> Tensor:
+        return (lambda: x * scale)()  # type: ignore[name-defined]  # noqa: F821
+
+    return types.FunctionType(within.__code__, {**globals(), "scale": value})
+
+
+def with_attribute(value: float) -> Callable[[], None]:
+    def function() -> None:
+        pass
+
+    function.scale = value  # type: ignore[attr-defined]
+    return function
 
 
 # What is made anew of an argument, and two arguments.
 VALUES: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
     "a built-in function": (lambda f: f, torch.relu, torch.tanh),
     "a method of tensors": (lambda f: f, Tensor.relu, Tensor.tanh),
+    "functions of one name": (lambda f: f, math.sqrt, cmath.sqrt),
+    "a part of a built-in function": (functools.partial, torch.relu, torch.tanh),
+    "other globals": (with_globals, 0.1, 0.2),
+    "a function's attribute": (with_attribute, 0.1, 0.2),
     "slots": (Slotted, 0.1, 0.2),
     "fractions": (lambda n: fractions.Fraction(1, n), 2, 3),
     "decimals": (decimal.Decimal, "0.1", "0.2"),
@@ -130,6 +171,26 @@ def test_values_without_attributes_are_compared(name: str) -> None:
     rd.stack_modules([net(first), net(first)], CE)
     with pytest.raises(ValueError, match="architecture: the attribute 'held' is"):
         rd.stack_modules([net(first), net(second)], CE)
+
+
+def test_weights_that_are_one_in_the_first_network_alone() -> None:
+    """Regression: the others were trained as if theirs were one, too."""
+    nets = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(2)]
+    nets[0][2].weight = nets[0][0].weight
+    with pytest.raises(ValueError, match=r"'0\.weight' and '2\.weight' are one tensor in nets\[0\] and two here"):
+        rd.stack_modules(nets, CE)
+    nets[1][2].weight = nets[1][0].weight
+    _, params = rd.stack_modules(nets, CE)
+    assert params.keys() == {"0.weight", "0.bias", "2.bias"}
+
+
+def test_a_hook_without_attributes_is_compared() -> None:
+    def net(scale: float) -> nn.Module:
+        return changed(lambda net: net.norm.register_forward_hook(Hook(scale)))
+
+    rd.stack_modules([net(1.0), net(1.0)], CE)
+    with pytest.raises(ValueError, match="the hooks of the module 'norm' differ"):
+        rd.stack_modules([net(1.0), net(2.0)], CE)
 
 
 def test_only_what_a_hook_computes_may_differ() -> None:

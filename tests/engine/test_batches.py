@@ -178,6 +178,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "a list of batches are not differentiated",
     ),
     "one tensor": (lambda: lambda k: X[:2], TypeError, r"got one tensor of shape \[2, 4\]"),
+    "no batch": (lambda: lambda k: None, TypeError, r"whose last entry is the target, got NoneType"),
+    "nothing in it": (lambda: lambda k: (), ValueError, "must hold the target"),
+    "no target": (lambda: (X[None],), TypeError, r"the module 0 entries beside the target.*autoencoder's, \(x, x\)"),
+    "too many": (lambda: lambda k: (X, X, Y), TypeError, r"2 entries beside the target, .*Linear\.forward cannot"),
+    "other names": (
+        lambda: lambda k: {"x": X, "y": Y},
+        TypeError,
+        r"the names \['x'\] beside.*'input'.*forward's names",
+    ),
 }
 
 
@@ -188,6 +197,22 @@ def test_what_is_refused_says_what_to_do(form: str) -> None:
     for adjoint in EVERY:
         with pytest.raises(error, match=message):
             rd.unroll(loss, params, batches(), rd.SGD(0.1), steps=STEPS, adjoint=adjoint)
+
+
+def test_a_module_without_inputs() -> None:
+    """Its batches hold the target alone."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = nn.Parameter(torch.zeros(4))
+
+        def forward(self) -> Tensor:
+            return self.mean
+
+    loss, params = rd.from_module(Mean().double(), lambda mean, x: (mean - x).square().sum())
+    (found,) = rd.unroll(loss, params, (X[:3],), rd.SGD(0.1, 0.0), steps=2).values()
+    torch.testing.assert_close(found, 0.16 * X[0] + 0.2 * X[1], rtol=1e-4, atol=1e-4)
 
 
 def test_an_iterator_that_is_used_up_is_named_forward_and_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 import revdistill as rd
 from tests.engine.small import CE, total
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where it imports its compiler
 
 EVERY = [rd.Reversible(graph_bytes=0), rd.Reversible(), rd.Backprop()]
 STEPS = 6
@@ -128,6 +131,52 @@ def test_a_name_that_both_have_is_refused() -> None:
     net = nn.ModuleDict({"criterion": nn.ParameterDict({"centers": torch.zeros(1)})})
     with pytest.raises(ValueError, match=r"net has an entry 'criterion\.centers'"):
         rd.from_module(net, Centers())
+
+
+def weighed(output: Tensor, target: Tensor) -> Tensor:
+    return CE(output, target) * output.square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, where it compiles
+def test_what_torch_compile_made_is_refused() -> None:
+    """Regression: torch said that it does not support double backward, at the first backward()."""
+    made = r"torch\.compile made.*call the original function, and give compile=True to rd\.unroll"
+    for wrong in (lambda: torch.compile(CE), lambda: Centers().requires_grad_(False)):
+        net, criterion = nn.Linear(4, 3), wrong()
+        if isinstance(criterion, nn.Module):
+            criterion.distance = torch.compile(weighed)
+        with pytest.raises(rd.UnsupportedError, match=rf"^criterion(\.distance)? is a function that {made}"):
+            rd.from_module(net, criterion)
+    net = nn.Linear(4, 3).double()
+    net.forward = torch.compile(net.forward)  # type: ignore[method-assign]
+    with pytest.raises(rd.UnsupportedError, match=rf"^net\.forward is a function that {made}"):
+        rd.from_module(net, CE)
+    once = torch.compile(weighed, backend="aot_eager")  # told apart by its backend only where it is called
+    loss, params = rd.from_module(nn.Linear(4, 3).double(), once)
+    with pytest.raises(rd.UnsupportedError, match=f"calls a function that {made}"):
+        total(rd.unroll(loss, params, (X, Y), rd.SGD(0.1), steps=2)).backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, where it compiles
+def test_functions_that_torch_compile_made_twice_differentiable_are_fine() -> None:
+    @functools.wraps(torch.compile(weighed))
+    def wrapper(output: Tensor, target: Tensor) -> Tensor:
+        return weighed(output, target)
+
+    found = []
+    for criterion in (weighed, wrapper, torch.compile(weighed, backend="eager")):
+        torch.manual_seed(0)
+        loss, params = rd.from_module(nn.Linear(4, 3).double(), criterion)
+        theta = rd.unroll(loss, params, (X, Y), rd.SGD(0.1), steps=2)
+        found.append(torch.autograd.grad(total(theta), params["weight"])[0])
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0])
+
+
+def test_a_class_is_no_criterion() -> None:
+    for make in (rd.from_module, lambda net, criterion: rd.stack_modules([net, net], criterion)):
+        with pytest.raises(TypeError, match=r"got the class CrossEntropyLoss; give one of it: CrossEntropyLoss\(\)"):
+            make(nn.Linear(4, 3), nn.CrossEntropyLoss)
 
 
 @pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]).double()), CE])

@@ -272,6 +272,33 @@ def test_two_values_for_one_tensor_are_refused_as_before() -> None:
         loss(given, batch())
 
 
+def test_params_of_another_shape_are_named() -> None:
+    for networks in (1, 2):
+        loss, params = rd.stack_modules([nn.Linear(5, 3), nn.Linear(5, 3)][:networks], CE)
+        given = {**params, "weight": torch.zeros(networks, 4, 4)}
+        with pytest.raises(
+            ValueError, match=r"params\['weight'\] has shape \[4, 4\], but the module's own has \[3, 5\]"
+        ):
+            rd.unroll(loss, given, lambda k: batch(), rd.SGD(0.1), steps=1)
+
+
+def test_copies_of_params_are_named() -> None:
+    """Regression: torch's words alone."""
+
+    class Target(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) - copy.deepcopy(self.layer)(x)
+
+    for adjoint in (None, rd.Backprop()):
+        loss, params = rd.from_module(Target(), CE)
+        with pytest.raises(rd.UnsupportedError, match=r"copy\.deepcopy, .*functional_call\(net, .*p\.detach\(\)"):
+            rd.unroll(loss, params, lambda k: batch(), rd.SGD(0.1), steps=1, adjoint=adjoint)
+
+
 def test_one_module_in_two_losses_one_within_the_other() -> None:
     """The criterion of the outer loss calls the inner one, and the module's forward does: each sees its own."""
     torch.manual_seed(0)

@@ -129,6 +129,122 @@ def test_operators_that_cannot_be_stacked_are_named() -> None:
         rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=2)
 
 
+def by_item(net: Any, x: Tensor) -> Any:
+    return net(x) / net(x).norm().item()
+
+
+def by_if(net: Any, x: Tensor) -> Any:
+    return net(x) * 2 if net(x).sum() > 0 else net(x)
+
+
+def by_writing(net: Any, x: Tensor) -> Any:
+    z = torch.zeros(6, 3)
+    z += net(x)
+    return z
+
+
+def by_entries(net: Any, x: Tensor) -> Any:
+    z = torch.zeros(6, 3)
+    z[:] = net(x)
+    return z
+
+
+def by_random_entries(net: Any, x: Tensor) -> Any:
+    return net(x) + torch.empty(3).normal_()
+
+
+def by_positions(net: Any, x: Tensor) -> Any:
+    return net(x) + (x.sum(1) + net(x).sum(1) > 0).nonzero().sum()
+
+
+def by_mask(net: Any, x: Tensor) -> Any:
+    return net(x) + net(x)[net(x) > 0].mean()
+
+
+def by_numpy(net: Any, x: Tensor) -> Any:
+    return net(x) * float(net(x).detach().numpy().mean())
+
+
+def by_penalty(net: Any, x: Tensor) -> Any:
+    z = x.detach().clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(z).square().sum(), z, create_graph=True)
+    return net(x) + slope[:, :3]
+
+
+OF_VMAP = {
+    by_item: r"keep the number a tensor.* torch said: vmap: .*\.item\(\)",
+    by_if: "torch.where in the place of if",
+    by_writing: r"z = z \+ h in the place.* torch said: output with shape \[6, 3\]",
+    by_entries: r"h\.new_zeros",
+    by_random_entries: r"torch\.randn",
+    by_positions: "keep the shape",
+    by_mask: r"torch\.where\(mask, x, 0\)",
+    by_numpy: r"no \.numpy\(\)",
+    by_penalty: r"torch\.func\.grad or torch\.func\.vjp",
+}
+
+
+class Calling(nn.Module):
+    """function(layer, x)."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(5, 3), function
+
+    def forward(self, x: Tensor) -> Any:
+        """[B, 5] -> [B, 3]."""
+        return self.function(self.layer, x)
+
+
+def unrolled(function: Callable[[Any, Tensor], Any], networks: int) -> dict[str, Tensor]:
+    loss, params = rd.stack_modules([Calling(function) for _ in range(networks)], CE)
+    return rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=2)
+
+
+@pytest.mark.parametrize("function", OF_VMAP)
+def test_what_vmap_cannot_evaluate_is_named(function: Callable[[Any, Tensor], Any]) -> None:
+    """Regression: torch's words alone, which name neither what was called nor what to do."""
+    unrolled(function, 1)
+    message = f"cannot evaluate this loss for several networks.*{OF_VMAP[function]}"
+    with pytest.raises(rd.UnsupportedError, match=message) as caught:
+        unrolled(function, 2)
+    assert "train each network by rd.from_module" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def own_vmap(net: Any, x: Tensor) -> Any:
+    return torch.func.vmap(lambda row: net(row) * row.sum().item())(x)
+
+
+def own_gradient(net: Any, x: Tensor) -> Any:
+    return net(x) + torch.func.grad(lambda z: float(z.detach().numpy().sum()) * z.sum())(x.detach())[:, :3]
+
+
+def own_fault(net: Any, x: Tensor) -> Any:
+    z = torch.zeros(3)
+    z += net(x)
+    return z
+
+
+def raises(net: Any, x: Tensor) -> Any:
+    raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("function", [own_vmap, own_gradient, own_fault, raises])
+def test_errors_that_one_network_raises_too_are_left_as_they_are(function: Callable[[Any, Tensor], Any]) -> None:
+    for networks in (1, 2):
+        with pytest.raises(RuntimeError):
+            unrolled(function, networks)
+
+
+def test_each_of_several_losses_is_a_scalar() -> None:
+    """Regression: the sum over networks was one over the batch, too."""
+    for criterion, error in ((nn.CrossEntropyLoss(reduction="none"), ValueError), (lambda o, t: 1.0, TypeError)):
+        loss, params = rd.stack_modules([mlp(), mlp()], criterion)
+        with pytest.raises(error, match="loss must return a scalar"):
+            rd.unroll(loss, params, data(5), rd.SGD(0.1), steps=2)
+
+
 def test_a_module_may_be_converted_after_from_module() -> None:
     """Its parameters are the very ones that from_module returned, and its buffers those of the unroll's beginning."""
     net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))

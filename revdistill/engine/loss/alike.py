@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import math
 import threading
@@ -47,6 +48,7 @@ def _differences(first: nn.Module, net: nn.Module) -> Iterator[str]:
     for name in {**mine, **theirs}:
         if name not in mine or name not in theirs:
             yield f"{'nets[0]' if name in mine else 'it'} alone has a module {name!r}"
+    yield from _ties_that_differ(first, net)
     same = _Same(first, net)
     for name, a in mine.items():
         b, of = theirs[name], f" of the module {name!r}" if name else ""
@@ -80,6 +82,20 @@ def _computed(module: nn.Module) -> set[str]:
     names = {getattr(hook, key, None) for hook in hooks for key in ("name", "_tensor_name")}
     made_of = module._parameters
     return {name for name in names if isinstance(name, str) and {f"{name}_orig", f"{name}_v"} & made_of.keys()}
+
+
+def _ties_that_differ(first: nn.Module, net: nn.Module) -> Iterator[str]:
+    """Names of one tensor in one network and of two in the other."""
+    mine, theirs = (
+        {name: id(t) for of in (n.named_parameters, n.named_buffers) for name, t in of(remove_duplicate=False)}
+        for n in (first, net)
+    )
+    met: list[dict[int, str]] = [{}, {}]  # the first name of each tensor
+    for name in (name for name in mine if name in theirs):
+        a, b = met[0].setdefault(mine[name], name), met[1].setdefault(theirs[name], name)
+        if a != b:
+            one = "nets[0] and two here" if b == name else "this one and two in nets[0]"
+            yield f"{(a if b == name else b)!r} and {name!r} are one tensor in {one}"
 
 
 def _tensors_that_differ(
@@ -144,7 +160,9 @@ class _Same:
         if isinstance(a, (tuple, list, deque)):
             return len(a) == len(b) and all(map(self, a, b))
         if isinstance(a, types.FunctionType):
-            return a.__code__ == b.__code__ and self(_held_by(a), _held_by(b))
+            return a.__code__ == b.__code__ and self(_held_by(a), _held_by(b)) and self._globals(a, b)
+        if isinstance(a, types.BuiltinFunctionType):
+            return self((a.__name__, a.__self__), (b.__name__, b.__self__))
         if isinstance(a, types.MethodType):
             return self((a.__func__, a.__self__), (b.__func__, b.__self__))
         if isinstance(a, property):
@@ -158,6 +176,13 @@ class _Same:
         if not self(getattr(a, "__dict__", None), getattr(b, "__dict__", None)) or not self(_slots(a), _slots(b)):
             return False
         return self._values(a, b)
+
+    def _globals(self, a: types.FunctionType, b: types.FunctionType) -> bool:
+        """Of functions of one code, what they find by name."""
+        if a.__globals__ is b.__globals__:
+            return True
+        scopes = [{**vars(builtins), **function.__globals__} for function in (a, b)]
+        return all(self(*(scope.get(name, _Absent) for scope in scopes)) for name in _names_in(a.__code__))
 
     def _values(self, a: Any, b: Any) -> bool:
         """Of what is no Python object through and through: a built-in function, a slice, a date, a generator."""
@@ -188,7 +213,13 @@ def _names(net: nn.Module) -> dict[int, str]:
 
 def _held_by(function: types.FunctionType) -> tuple[Any, ...]:
     cells = [_contents(cell) for cell in function.__closure__ or ()]
-    return function.__defaults__, function.__kwdefaults__, cells
+    return function.__defaults__, function.__kwdefaults__, cells, vars(function)
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    """The names of globals, and of attributes, in a function and those within it."""
+    within = (_names_in(const) for const in code.co_consts if isinstance(const, types.CodeType))
+    return set(code.co_names).union(*within)
 
 
 def _contents(cell: Any) -> Any:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revdistill.engine.loss.modules import check_module
+from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.loss.modules import check_module, is_compiled
+from revdistill.engine.loss.operators import COMPILED
 from revdistill.engine.loss.substitution import Substitution
 
 _PREFIX = "criterion."
@@ -25,13 +27,21 @@ class Criterion:
         all_modules: itself and those in it, where it is a module that holds tensors; otherwise nothing.
 
     Raises:
-        TypeError: it cannot be called.
+        TypeError: it cannot be called, or is a class.
         ValueError: a name of its own is one of the network's too.
+        UnsupportedError: torch.compile made it, or see `check_module`.
     """
 
     def __init__(self, criterion: Callable[..., Tensor], net: nn.Module) -> None:
         if not callable(criterion):
             raise TypeError(f"criterion must be callable as criterion(output, target), got {type(criterion).__name__}")
+        if isinstance(criterion, type):
+            raise TypeError(
+                f"criterion must be callable as criterion(output, target), got the class {criterion.__name__}; give "
+                f"one of it: {criterion.__name__}()"
+            )
+        if is_compiled(criterion):
+            raise UnsupportedError(COMPILED.format("criterion is a function that"))
         self._criterion = criterion
         self.params: dict[str, Tensor] = {}
         self.all_modules: list[nn.Module] = []

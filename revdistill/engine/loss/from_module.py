@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from revdistill.engine.loss.alike import check_alike
 from revdistill.engine.loss.buffers import Buffers, check_buffers
 from revdistill.engine.loss.criterion import Criterion
-from revdistill.engine.loss.modules import check_module, check_stackable, name_dtypes
+from revdistill.engine.loss.gradient import check_loss
+from revdistill.engine.loss.modules import check_module, check_stackable, name_call
 from revdistill.engine.loss.substitution import Substitution
 from revdistill.engine.loss.untouched import check_stacked
+from revdistill.engine.loss.vmapped import name_vmap
 
 PureLoss = Callable[[dict[str, Tensor], Any], Tensor]
 
@@ -61,8 +63,8 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
         tensors = judge.without_own({**params, **fresh} if fresh else params)
         try:
             output = call(tensors, inputs, keywords, buffers=copies.sources)
-        except RuntimeError as error:
-            name_dtypes(error, net, tensors, (*inputs, *keywords.values()))
+        except (RuntimeError, TypeError) as error:
+            name_call(error, net, tensors, inputs, keywords)
             raise
         return judge(output, target, params, fresh)
 
@@ -133,10 +135,13 @@ def stack_modules(
         own = {name: rest[name] for name in buffers if name in tensors}
         try:
             output = call(tensors, inputs, keywords, buffers=own)
-        except RuntimeError as error:
-            name_dtypes(error, first, tensors, (*inputs, *keywords.values()))
+        except (RuntimeError, TypeError) as error:
+            name_call(error, first, tensors, inputs, keywords)
             raise
-        return judge(output, target, params, rest)
+        value = judge(output, target, params, rest)
+        if len(nets) > 1:  # of what is no scalar the sum would be one
+            check_loss(value)
+        return value
 
     every = torch.func.vmap(one, in_dims=(0, 0, None if shared_batches else 0), randomness="different")
 
@@ -148,7 +153,11 @@ def stack_modules(
             value = one(parts, firsts, batch if shared_batches else _first_of_each(batch))
             check_stacked(params, parts, frozen, firsts)
             return value
-        summed: Tensor = every(params, others, batch).sum()
+        try:
+            summed: Tensor = every(params, others, batch).sum()
+        except RuntimeError as error:
+            name_vmap(error, one.__code__, len(nets))
+            raise
         check_stacked(params, params, frozen, others)
         return summed
 
@@ -163,15 +172,18 @@ def stack_modules(
 
 def _parts(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """A batch as the module's arguments, its keyword arguments, and the target."""
-    if isinstance(batch, Mapping):
-        *names, last = batch
-        return (), {name: batch[name] for name in names}, batch[last]
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor) or not isinstance(batch, Iterable):
+        got = f"one tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
         raise TypeError(
-            f"a batch must be a tuple (*inputs, target) or a dict whose last entry is the target, got one tensor of "
-            f"shape {list(batch.shape)}"
+            f"a batch must be a tuple (*inputs, target) or a dict whose last entry is the target, got {got}"
         )
-    *inputs, target = batch
+    entries = list(batch)
+    if not entries:
+        raise ValueError("a batch is empty; it must hold the target, and before it the module's inputs")
+    if isinstance(batch, Mapping):
+        *names, last = entries
+        return (), {name: batch[name] for name in names}, batch[last]
+    *inputs, target = entries
     return tuple(inputs), {}, target
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.loss.operators import COMPILED
 
 # What every module has in its __dict__, and the hooks among it.
 OWN = frozenset(vars(nn.Module()))
@@ -45,6 +48,9 @@ def check_module(net: object, label: str = "net") -> None:
                 f"{where} was made by torch.jit, and cannot be called with other parameters than its own; give the "
                 "module that it was made from, and compile=True to rd.unroll"
             )
+        for key, value in (("forward", type(module).forward), *vars(module).items()):
+            if is_compiled(value):
+                raise UnsupportedError(COMPILED.format(f"{where}.{key} is a function that"))
         if isinstance(module, _PARALLEL):
             raise UnsupportedError(
                 f"{where} is a {type(module).__name__}, which copies the module's own parameters; give the module "
@@ -64,6 +70,15 @@ def check_module(net: object, label: str = "net") -> None:
                 "Write what the hook does into the loss, or remove the hook; one for the hypergradient is to be "
                 "registered afterwards, on the params that rd.from_module returned"
             )
+
+
+def is_compiled(function: Any) -> bool:
+    """Whether torch.compile made a function, with the default backend: a backend may have second derivatives."""
+    attributes = vars(function) if isinstance(function, FunctionType) else {}
+    # functools.wraps gives a wrapper the attributes of what it wraps.
+    if attributes.get("_torchdynamo_wrapper_id", id(function)) != id(function):
+        return False
+    return "get_compiler_config" in attributes and bool(attributes["get_compiler_config"]())
 
 
 def check_stackable(net: nn.Module, label: str) -> None:
@@ -91,18 +106,62 @@ def check_stackable(net: nn.Module, label: str) -> None:
             )
 
 
-def name_dtypes(error: RuntimeError, net: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> None:
-    """Name who has which dtype or device, where torch's error is about two of them.
+def name_call(
+    error: Exception,
+    net: nn.Module,
+    tensors: Mapping[str, Tensor],
+    inputs: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+) -> None:
+    """Name what a module was called with, where it could not be called with that.
 
     Args:
         error: what the call of the module raised.
         net: the module that was called.
         tensors: what stood in the place of its own.
         inputs: what it was given.
+        keywords: what it was given by name.
 
     Raises:
-        ValueError: the tensors have several dtypes or devices, and the error is about that.
+        TypeError: the batch has another number of entries, or other names, than forward has arguments.
+        ValueError: the tensors have several dtypes or devices, or another shape than the module's own, and the error is
+            about that.
     """
+    if isinstance(error, TypeError):
+        _name_arguments(error, net, inputs, keywords)
+    elif isinstance(error, RuntimeError):
+        _name_shapes(error, net, tensors)
+        _name_dtypes(error, net, tensors, (*inputs, *keywords.values()))
+
+
+def _name_arguments(error: TypeError, net: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(net.forward).bind(*inputs, **keywords)
+    except TypeError as mismatch:
+        entries = (
+            f"the names {list(keywords)}" if keywords else f"{len(inputs)} {'entry' if len(inputs) == 1 else 'entries'}"
+        )
+        raise TypeError(
+            f"the batch gives the module {entries} beside the target, which is its last entry, and "
+            f"{type(net).__name__}.forward cannot be called so: {mismatch}. A batch is (*inputs, target), or a dict "
+            "with forward's names and the target's last; where the input is the target, as an autoencoder's, (x, x)"
+        ) from error
+    except ValueError:  # without a signature
+        return
+
+
+def _name_shapes(error: RuntimeError, net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    if not any(word in str(error) for word in ("size", "shape", "dimension", "channels")):
+        return
+    for name, own in net.named_parameters():
+        if name in tensors and tensors[name].shape != own.shape:
+            raise ValueError(
+                f"params[{name!r}] has shape {list(tensors[name].shape)}, but the module's own has {list(own.shape)}, "
+                f"and it could not be called. torch said: {error}"
+            ) from error
+
+
+def _name_dtypes(error: RuntimeError, net: nn.Module, tensors: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> None:
     if not any(word in str(error) for word in ("type", "device")):
         return
     given = [("the given", repr(name), t) for name, t in tensors.items()]

@@ -13,6 +13,11 @@ CHANGED_IN_PLACE = (
     "instead"
 )
 
+COMPILED = (
+    "{} torch.compile made, which has no second derivatives; call the original function, and give compile=True to "
+    "rd.unroll"
+)
+
 
 def name_error(error: RuntimeError) -> None:
     """Name what an evaluation of the loss or its derivatives cannot do, where torch's error is about that.
@@ -28,6 +33,11 @@ def name_error(error: RuntimeError) -> None:
     reason = _reason(str(error))
     if reason is not None:
         raise UnsupportedError(f"{reason}. torch said: {error}") from error
+
+
+def is_named(error: RuntimeError) -> bool:
+    """Whether `name_error` names it."""
+    return _reason(str(error)) is not None
 
 
 def _reason(text: str) -> str | None:
@@ -47,6 +57,14 @@ def _reason(text: str) -> str | None:
         return (
             "the loss uses an operator without second derivatives, which a hypergradient needs; replace it by one "
             "built of differentiable operations (for cuDNN recurrent layers: torch.backends.cudnn.flags(enabled=False))"
+        )
+    if "does not currently support double backward" in text:
+        return COMPILED.format("the loss calls a function that")
+    if "support the deepcopy protocol" in text:
+        return (
+            "the loss copies params by copy.deepcopy, which torch does for leaves only; call the module with copies of "
+            "them: torch.func.functional_call(net, {name: p.detach().clone() for name, p in "
+            "net.named_parameters()}, ...)"
         )
     if "modified by an inplace operation" in text:
         return (

@@ -39,7 +39,8 @@ class Usage:
 
     Args:
         names: of the parameters, in the order of the flat buffer.
-        penalised: those that the update changes even where their gradients are 0 at every step.
+        penalised: those for which a missing gradient is another thing than one of 0 at every step: the update changes
+            them, or their averages require grad.
         moving: those whose running averages are not 0 at the start.
         rested: those that had no gradient in the training so far, which the steps before count for as for the others.
         taken: steps of the training before the first one here, for messages.

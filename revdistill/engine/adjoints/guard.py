@@ -82,10 +82,9 @@ class Guard:
         for move in self._update.moves:
             if move.target != THETA or velocities.isdisjoint(move.reads) or not isinstance(move, Add):
                 continue
-            rates = move.factor.tables["lr"]
-            k = max(range(len(rates.host)), key=rates.bound, default=None)
-            if k is not None and rates.bound(k) * self._fixed.resolution > _COARSEST:
-                bits, rate = self._fixed.fractional_bits, rates.bound(k)
+            rate, k = move.factor.tables["lr"].largest()
+            if rate * self._fixed.resolution > _COARSEST:
+                bits = self._fixed.fractional_bits
                 raise RangeError(
                     f"lr is {rate:g} at step {k + self._taken}: the velocity is kept in steps of 2^-{bits}, which this "
                     f"rate makes steps of {rate * self._fixed.resolution:.1e} of params; multiply the loss by a factor "

@@ -64,7 +64,7 @@ class Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        names = self._of_all(_read_by(given))
+        names = frozenset() if _takes_no_number(func) else self._of_all(_read_by(given))
         found = func(*args, **kwargs)
         if names:
             for t in _tensors(found):
@@ -105,6 +105,12 @@ class Reads(TorchFunctionMode):
 
 _READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr)
 _OVERWRITES = {"aten::copy_", "aten::zero_", "aten::fill_"}
+
+
+def _takes_no_number(func: Any) -> bool:
+    """Whether an operator makes a tensor of its argument's shape or dtype only."""
+    name: str = func._schema.name.removeprefix("aten::")
+    return name.startswith(("new_", "empty")) or name.endswith("_like")
 
 
 def _read_by(given: dict[str, Any]) -> list[Any]:

@@ -10,15 +10,16 @@ of all that a loss was ever evaluated at, is a power of two.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.evaluation import Modules
 from revdistill.engine.loss.graph import memory_of
+from revdistill.engine.loss.marking import Marking, Reads
 from revdistill.engine.loss.tree import leaves
 
 _evaluations: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -73,53 +74,52 @@ class Originals:
             UnsupportedError: the loss reads parameters as they were given.
         """
         self.next = self._after(k)
-        with _Reading() as reading:
+        given = {memory_of(t)[0] for _, t in leaves(batch, "") if isinstance(t, Tensor)} | self._given
+        with _Following(self._params, self._modules, given) as following, Reads(following):
             value = evaluate()
-        given = self._given | {memory_of(t)[0] for _, t in leaves(batch, "") if isinstance(t, Tensor)}
-        for name, t in self._watched():
-            memory = memory_of(t)[0]
-            if memory in reading.memory and memory not in given:
-                raise UnsupportedError(
-                    f"the loss reads params[{name!r}] as it was given to unroll, at step {k + self._taken}: a "
-                    "criterion that calls the network does so, or a list that holds a layer's weight. It would be the "
-                    "start's at every step, and no derivative would flow to it. Compute everything from the params "
-                    "that the loss is given: make the criterion a module that holds the network, or write "
-                    "loss(params, batch) with torch.func.functional_call; of what is to stay as it is at the start "
-                    "give a copy, .detach().clone()"
-                )
+        names = following.was_read | (following.of(value) if isinstance(value, Tensor) else frozenset())
+        if names:
+            raise UnsupportedError(
+                f"the loss reads params[{min(names)!r}] as it was given to unroll, at step {k + self._taken}: a "
+                "criterion that calls the network does so, or a list that holds a layer's weight. It would be the "
+                "start's at every step, and no derivative would flow to it. Compute everything from the params that "
+                "the loss is given: make the criterion a module that holds the network, or write loss(params, batch) "
+                "with torch.func.functional_call; of what is to stay as it is at the start give a copy, "
+                ".detach().clone()"
+            )
         return value
 
     def _after(self, k: int) -> int:
         """The first step after k to be looked at."""
         return (1 << (self._before + k + 1).bit_length()) - self._before - 1
 
-    def _watched(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._params.items()
-        yield from self._modules.replaced
 
+class _Following(Marking):  # type: ignore[no-untyped-call]
+    """Marks what is computed from the originals: those that were given, and those that calls of modules replace.
 
-class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the memory of whatever an operator reads."""
+    Args:
+        params: as they were given, by name.
+        modules: those that the loss calls; which they are shows while it is evaluated.
+        given: the memory of what the loss is given beside them.
+    """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.memory: set[int] = set()
+    def __init__(self, params: Mapping[str, Tensor], modules: Modules, given: AbstractSet[int]) -> None:
+        super().__init__({})
+        self._modules, self._given, self._known = modules, given, 0
+        self._names: dict[int, str] = {}
+        self._add(params.items())
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here
+    def of(self, t: Tensor) -> frozenset[str]:
+        """See `Marking.of`."""
+        replaced = self._modules.replaced
+        if len(replaced) > self._known:
+            self._add(replaced)
+            self._known = len(replaced)
+        name = self._names.get(memory_of(t)[0])
+        return super().of(t) if name is None else frozenset({name}) | super().of(t)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not _only_looks(func):
-            self.memory.update(memory_of(t)[0] for _, t in leaves((args, kwargs), "") if isinstance(t, Tensor))
-        return func(*args, **kwargs)
-
-
-def _only_looks(func: Any) -> bool:
-    """Whether an operator takes no number from its argument: a view, or a new tensor of its shape and dtype."""
-    schema = func._schema
-    if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
-        return True
-    name: str = schema.name.removeprefix("aten::")
-    return name.startswith(("new_", "empty")) or name.endswith("_like")
+    def _add(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        for name, t in named:
+            memory = memory_of(t)[0]
+            if memory not in self._given:
+                self._names[memory] = name

@@ -72,7 +72,7 @@ class Strangers:
             return
         repeated = again()
         reached = {id(node.variable) for node in graph_nodes(repeated) if type(node) is _Leaf}
-        where = f"a tensor of shape {list(strangers[0].shape)} at step {k + self._taken} that requires grad"
+        where = f"at step {k + self._taken} a tensor of shape {list(strangers[0].shape)} that requires grad"
         if any(id(t) in reached for t in strangers):
             raise ValueError(
                 f"the loss uses {where} but was not passed to unroll, so it would silently get no gradient; pass it in "

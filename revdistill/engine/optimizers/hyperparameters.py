@@ -59,6 +59,11 @@ class Table:
         """The largest of the groups' magnitudes at step k."""
         return self._bounds[k if len(self._bounds) > 1 else 0]
 
+    def largest(self) -> tuple[float, int]:
+        """The largest magnitude of all steps and groups, and its step; 0 without steps."""
+        bound, k = max(((bound, -k) for k, bound in enumerate(self._bounds)), default=(0.0, 0))
+        return bound, -k
+
     @cached_property
     def _bounds(self) -> list[float]:
         return [max(map(abs, row)) for row in self.host]

@@ -43,11 +43,11 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
         that backward fills their `grad`.
 
     Raises:
-        TypeError: `net` is no module, or `criterion` not callable.
+        TypeError: `net` is no module, or `criterion` not callable or a class.
         ValueError: no parameter requires grad, a buffer does, a lazy parameter has no shape yet, or a name of the
             criterion's is one of the network's.
-        UnsupportedError: torch.compile or torch.jit made the module, it is a DataParallel, or a parameter that requires
-            grad has a hook.
+        UnsupportedError: torch.compile or torch.jit made the module, a function in it or the criterion, it is a
+            DataParallel, or a parameter that requires grad has a hook.
     """
     check_module(net)
     judge = Criterion(criterion, net)
@@ -100,11 +100,12 @@ def stack_modules(
         `from_module`. params: name -> [E, ...], new leaf tensors that require grad.
 
     Raises:
-        TypeError: a net is no module, or `criterion` not callable.
+        TypeError: a net is no module, or `criterion` not callable or a class.
         ValueError: `nets` is empty, no parameter requires grad, or the networks differ in more than the values of
-            parameters and buffers; or as in `from_module`.
+            parameters and buffers (what is one tensor included); or as in `from_module`.
         UnsupportedError: a module that cannot be called for several networks at once (LSTM and GRU, backward hooks), or
-            as in `from_module`.
+            as in `from_module`. When the loss is called: it does what torch.func.vmap cannot evaluate (.item(), if on a
+            tensor's value, x[mask]).
     """
     if not nets:
         raise ValueError("nets is empty; give at least one module")

@@ -282,6 +282,76 @@ def test_params_of_another_shape_are_named() -> None:
             rd.unroll(loss, given, lambda k: batch(), rd.SGD(0.1), steps=1)
 
 
+class Strided(nn.Module):
+    """A transposed weight, one whose last dimension is not the innermost in memory, and a part of a larger tensor."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.turned = nn.Parameter(torch.randn(3, 5, dtype=torch.float64).t())
+        self.images = nn.Parameter(torch.randn(3, 2, 1, 3).double().to(memory_format=torch.channels_last))
+        self.part = nn.Parameter(torch.randn(4, 3).double()[:, :2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 5] -> [B, 3]."""
+        assert self.images.stride() == (6, 1, 6, 2)
+        return x @ self.turned.t().view(15).view(3, 5).t() + self.images.square().sum((1, 2, 3)) + self.part.sum() ** 2
+
+
+def loop(net: nn.Module, x: Tensor, lr: Any) -> dict[str, Tensor]:
+    theta = dict(net.named_parameters())
+    for k in range(4):
+        value = CE(functional_call(net, theta, (x[k % 2],)), batch()[1])
+        gradients = torch.autograd.grad(value, list(theta.values()), create_graph=True)
+        theta = {name: p - lr * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
+    return theta
+
+
+@pytest.mark.parametrize("adjoint", [rd.Reversible(graph_bytes=0), rd.Reversible(), rd.Backprop()], ids=repr)
+def test_parameters_keep_their_strides(adjoint: Any) -> None:
+    """Regression: forward was given contiguous ones."""
+    x = torch.stack([batch()[0].double(), batch()[0].double() + 1])
+    table, nets = (x, batch()[1].expand(2, 6)), [Strided(0), Strided(1)]
+    expected = [loop(net, x, lr) for net, lr in zip(nets, (0.1, 0.2), strict=True)]
+    loss, params = rd.from_module(nets[0], CE)
+    found = rd.unroll(loss, params, table, rd.SGD(0.1, 0.0), steps=4, adjoint=adjoint)
+    torch.testing.assert_close(found, expected[0], rtol=1e-9, atol=1e-11)
+    assert all(found[name].stride() == params[name].stride() for name in ("turned", "images"))
+    gradients, exact = (torch.autograd.grad(total(theta), list(params.values())) for theta in (found, expected[0]))
+    torch.testing.assert_close(gradients, exact, rtol=1e-8, atol=1e-10)
+    saved = rd.unroll(loss, params, table, rd.SGD(0.1, 0.0), steps=4, adjoint=adjoint, save_at=[4, 0])
+    torch.testing.assert_close({n: p[0] for n, p in saved.items()}, expected[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close({n: p[1] for n, p in saved.items()}, dict(nets[0].named_parameters()))
+
+    loss, params = rd.stack_modules(nets, CE)
+    rates = torch.tensor([[0.1, 0.2]], dtype=torch.float64).expand(4, 2)
+    found = rd.unroll(loss, params, table, rd.SGD(rates, 0.0), steps=4, adjoint=adjoint)
+    for i, one in enumerate(expected):
+        torch.testing.assert_close({n: p[i] for n, p in found.items()}, one, rtol=1e-9, atol=1e-11)
+
+
+def test_a_rate_per_network_whatever_the_strides() -> None:
+    """Networks stacked by hand, whose numbers are interleaved in memory."""
+    w = torch.arange(6.0, dtype=torch.float64).reshape(3, 2).t()
+    rates = torch.tensor([[0.0, 0.25]], dtype=torch.float64).expand(2, 2)
+    found = rd.unroll(lambda p, _: p["w"].square().sum() / 2, {"w": w}, lambda k: (), rd.SGD(rates, 0.0), steps=2)
+    torch.testing.assert_close(found["w"], w * torch.tensor([[1.0], [0.75**2]]))
+
+
+def test_pieces_of_a_training_whatever_the_strides() -> None:
+    x, loss_of = batch()[0].double(), lambda net: rd.from_module(net, CE)
+    loss, params = loss_of(Strided(0))
+    run = lambda start, steps, **more: rd.unroll(  # noqa: E731
+        loss, start, lambda k: (x, batch()[1]), rd.SGD(0.1, 0.5), steps=steps, return_state=True, **more
+    )
+    whole, state = run(params, 4)
+    halfway, between = run(params, 2)
+    end, last = run(halfway, 2, state=between)
+    for name, p in whole.items():
+        assert torch.equal(p, end[name])
+        assert torch.equal(state.slots["momentum_buffer"][name], last.slots["momentum_buffer"][name])
+
+
 def test_copies_of_params_are_named() -> None:
     """Regression: torch's words alone."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from revdistill.engine.loss.batches import function_of, is_table
-from revdistill.engine.loss.tree import leaves, rebuild, structure_of
+from revdistill.engine.loss.tree import Structure, check_form, leaves, rebuild, structure_of
 
 Loss = Callable[..., Tensor]
 Batches = Sequence[Any] | Mapping[str, Tensor] | DataLoader[Any] | Callable[[int], Any]
@@ -22,13 +22,17 @@ class Data:
     Args:
         batches: a table, which is a tuple or dict of tensors [s, ...] whose row k % s is step k's batch; or a function
             k -> batch, a list of batches or a DataLoader without shuffling.
-        hyper: a tensor, nested tuples, lists and dicts of tensors, or None.
+        hyper: a tensor, nested tuples, lists and dicts of tensors, or None; the loss gets it in its own types.
         taken: steps that the training has behind it: steps count from 0 here, and batches from there.
+
+    Raises:
+        TypeError: a dict, tuple or list of a type of its own cannot be put together with other tensors.
 
     Attributes:
         function: the function that gives the batches, None for a table.
         tensors: the table's tensors, () for a function. Gradients flow to those that require grad.
-        batch_names: the table's names, None where it is no dict.
+        batch_names: what is left of the table without its tensors, its names for one; None where its rows are plain
+            tuples.
         hypers: the tensors of `hyper` in order, () for None. Gradients flow to those that require grad.
         hyper_structure: what is left of `hyper` without them; None for None.
     """
@@ -37,14 +41,16 @@ class Data:
         self._taken = taken
         self.function: Callable[[int], Any] | None = None
         self.tensors: tuple[Tensor, ...] = ()
-        self.batch_names: tuple[str, ...] | None = None
-        if isinstance(batches, Mapping) and is_table(batches):
-            self.batch_names, self.tensors = tuple(batches), tuple(batches.values())
-        elif is_table(batches):
-            self.tensors = tuple(batches)  # type: ignore[arg-type]
+        self.batch_names: Structure | None = None
+        if is_table(batches):
+            self.tensors = tuple(t for _, t in leaves(batches, "batches"))
+            if type(batches) not in (tuple, list):
+                check_form(batches, "batches")
+                self.batch_names = structure_of(batches)
         else:
             self.function = function_of(batches)
         self._rows = [t.detach().unbind(0) for t in self.tensors]
+        check_form(hyper, "hyper")
         self.hyper_structure = None if hyper is None else structure_of(hyper)
         self.hypers: tuple[Tensor, ...] = () if hyper is None else tuple(t for _, t in leaves(hyper, "hyper"))
 
@@ -96,8 +102,8 @@ class Data:
             hypers: stand for `hypers`, in the same order.
 
         Returns:
-            The batch, as a dict where the table is one; and with hyper, `hypers` in the form in which it was given.
+            The batch, in the form of the table; and with hyper, `hypers` in the form in which it was given.
         """
         if self.batch_names is not None:
-            batch = dict(zip(self.batch_names, batch, strict=True))
+            batch = rebuild(self.batch_names, batch)
         return (batch,) if self.hyper_structure is None else (batch, rebuild(self.hyper_structure, hypers))

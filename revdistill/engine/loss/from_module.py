@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revdistill.engine.layout import order_of, permuted_back
 from revdistill.engine.loss.alike import check_alike
 from revdistill.engine.loss.buffers import Buffers, check_buffers
 from revdistill.engine.loss.criterion import Criterion
@@ -42,11 +43,11 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
         that backward fills their `grad`.
 
     Raises:
-        TypeError: `net` is no module, or `criterion` not callable.
+        TypeError: `net` is no module, or `criterion` not callable or a class.
         ValueError: no parameter requires grad, a buffer does, a lazy parameter has no shape yet, or a name of the
             criterion's is one of the network's.
-        UnsupportedError: torch.compile or torch.jit made the module, it is a DataParallel, or a parameter that requires
-            grad has a hook.
+        UnsupportedError: torch.compile or torch.jit made the module, a function in it or the criterion, it is a
+            DataParallel, or a parameter that requires grad has a hook.
     """
     check_module(net)
     judge = Criterion(criterion, net)
@@ -99,11 +100,12 @@ def stack_modules(
         `from_module`. params: name -> [E, ...], new leaf tensors that require grad.
 
     Raises:
-        TypeError: a net is no module, or `criterion` not callable.
+        TypeError: a net is no module, or `criterion` not callable or a class.
         ValueError: `nets` is empty, no parameter requires grad, or the networks differ in more than the values of
-            parameters and buffers; or as in `from_module`.
+            parameters and buffers (what is one tensor included); or as in `from_module`.
         UnsupportedError: a module that cannot be called for several networks at once (LSTM and GRU, backward hooks), or
-            as in `from_module`.
+            as in `from_module`. When the loss is called: it does what torch.func.vmap cannot evaluate (.item(), if on a
+            tensor's value, x[mask]).
     """
     if not nets:
         raise ValueError("nets is empty; give at least one module")
@@ -119,8 +121,8 @@ def stack_modules(
         raise ValueError("nets have no parameter that requires grad, so there is nothing to train")
     own = judge.params | judge.buffers()
     tensors = [dict(net.named_parameters()) | dict(net.named_buffers()) | own for net in nets]
-    params = {name: torch.stack([t[name].detach() for t in tensors]).requires_grad_() for name in trained}
-    rest = {name: torch.stack([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
+    params = {name: _stacked([t[name].detach() for t in tensors]).requires_grad_() for name in trained}
+    rest = {name: _stacked([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
     buffer_names = {name for name, _ in first.named_buffers()} | judge.buffers().keys()
     for i, net in enumerate(nets):
         check_buffers(dict(net.named_buffers()) | judge.buffers(), f"nets[{i}]")
@@ -185,6 +187,14 @@ def _parts(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         return (), {name: batch[name] for name in names}, batch[last]
     *inputs, target = entries
     return tuple(inputs), {}, target
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """[E, ...], each with the strides that it had."""
+    order = order_of(tensors[0])
+    if order is None:
+        return torch.stack(tensors)
+    return permuted_back(torch.stack([t.permute(order) for t in tensors]), order)
 
 
 def _first(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,14 +34,15 @@ def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
 def structure_of(tree: Any) -> Structure:
     """What is left of a tree without its leaves."""
     if isinstance(tree, Mapping):
-        return ("dict", tuple((key, structure_of(value)) for key, value in tree.items()))
+        kind = (type(tree), tree.default_factory) if isinstance(tree, defaultdict) else (type(tree),)
+        return (kind, tuple((key, structure_of(value)) for key, value in tree.items()))
     if isinstance(tree, (tuple, list)):
         return (type(tree), tuple(map(structure_of, tree)))
     return _LEAF
 
 
 def rebuild(structure: Structure, values: Sequence[Any]) -> Any:
-    """The tree of this structure with these leaves, in order; every mapping becomes a dict."""
+    """The tree of this structure with these leaves, in order."""
     return _rebuild(structure, iter(values))
 
 
@@ -48,7 +50,56 @@ def _rebuild(structure: Structure, values: Iterator[Any]) -> Any:
     if structure == _LEAF:
         return next(values)
     kind, parts = structure
-    if kind == "dict":
-        return {key: _rebuild(part, values) for key, part in parts}
+    if isinstance(kind, tuple):
+        named = {key: _rebuild(part, values) for key, part in parts}
+        return named if kind == (dict,) else kind[0](*kind[1:], named)
     entries = [_rebuild(part, values) for part in parts]
     return kind(*entries) if hasattr(kind, "_fields") else kind(entries)
+
+
+def check_form(tree: Any, path: str) -> None:
+    """Check that a tree can be put together again: a dict of another type is made by calling the type with a dict.
+
+    Args:
+        tree: see `leaves`.
+        path: what it is called.
+
+    Raises:
+        TypeError: one of its dicts, tuples and lists comes out otherwise.
+    """
+    if not isinstance(tree, (Mapping, tuple, list)):
+        return
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        check_form(value, f"{path}[{key!r}]")
+    if type(tree) in (dict, OrderedDict, tuple, list):  # a state_dict() has attributes that no loss reads
+        return
+    kind = type(tree).__name__
+    try:
+        again = rebuild(structure_of(tree), [value for _, value in leaves(tree, path)])
+        same = _same_form(tree, again)
+    except Exception as error:  # whatever a type raises that is called in a way that is not its own
+        raise TypeError(_NOT_AGAIN.format(path, kind, f"raises {type(error).__name__}: {error}")) from error
+    if not same:
+        raise TypeError(_NOT_AGAIN.format(path, kind, "makes another one of them"))
+
+
+_NOT_AGAIN = (
+    "{0} is a {1}, which cannot be put together again with other tensors: calling {1} with its entries {2}; give a "
+    "plain dict, tuple or list of its entries"
+)
+
+
+def _same_form(tree: Any, again: Any) -> bool:
+    """Whether `again` has the type, leaves and attributes of `tree`."""
+    if type(again) is not type(tree) or structure_of(again) != structure_of(tree):
+        return False
+    pairs = zip(leaves(tree, ""), leaves(again, ""), strict=True)
+    own, others = getattr(tree, "__dict__", {}), getattr(again, "__dict__", {})
+    return (
+        all(a is b for (_, a), (_, b) in pairs)
+        and own.keys() == others.keys()
+        and all(
+            value is others[key] or isinstance(value, (Mapping, tuple, list)) or bool(value == others[key])
+            for key, value in own.items()
+        )
+    )

@@ -179,7 +179,7 @@ def resolve(
     ] = {}  # equal floats, and the same tensor given twice, share their columns
     blocks: dict[tuple[str, object], Tensor] = {}
     index: list[Tensor] = []
-    for value, label, shape in zip(per_parameter, labels, layout.shapes, strict=True):
+    for i, (value, label, shape) in enumerate(zip(per_parameter, labels, layout.shapes, strict=True)):
         key = ("float", as_float(value)) if is_real(value) else ("object", id(value))
         if key not in blocks or key[0] == "float":  # a schedule is run through once, whatever it is given for
             blocks[key] = _block(label, value, layout, steps, stackable=stackable, taken=taken)
@@ -194,7 +194,8 @@ def resolve(
             first_column[key] = sum(c.shape[1] for c in columns)
             columns.append(block)
         column = torch.arange(networks, device=layout.device) + first_column[key]
-        index.append(column.repeat_interleave(shape.numel() // networks) if shape.numel() else column[:0])
+        each = column.repeat_interleave(shape.numel() // networks) if shape.numel() else column[:0]
+        index.append(layout.flat(i, each.view(shape)))
 
     rows = 1 if all(c.shape[0] == 1 for c in columns) else steps
     values = torch.cat([c.expand(rows, -1) for c in columns], dim=1)

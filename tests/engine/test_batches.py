@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import revdistill as rd
+from revdistill.engine.loss.tree import contents
 from tests.engine.small import CE, total
 
 EVERY = [rd.Reversible(graph_bytes=0), rd.Reversible(), rd.Backprop()]
@@ -226,3 +228,92 @@ def test_an_iterator_that_is_used_up_is_named_forward_and_back() -> None:
 
         with pytest.raises(ValueError, match=r"used up. batches must be a function of k.*batches=list"):
             run()
+
+
+# --- objects
+
+
+@dataclasses.dataclass
+class WithFields:
+    x: Tensor
+
+
+class WithSlots:
+    __slots__ = ("__hidden", "empty")
+
+    def __init__(self, x: Tensor) -> None:
+        self.__hidden = x
+
+    @property
+    def x(self) -> Tensor:
+        return self.__hidden
+
+
+class Linked:
+    """A graph's data refer to their store, and the store to them."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.store: dict[str, Any] = {"x": x, "owner": self}
+
+    @property
+    def x(self) -> Tensor:
+        found: Tensor = self.store["x"]
+        return found
+
+
+class NamedInputs(dict):  # type: ignore[type-arg]
+    """A dict whose tensors are attributes."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+class OfObjects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, batch: Any) -> Tensor:
+        return torch.tanh(self.layer(batch.x))
+
+
+OBJECTS = [WithFields, WithSlots, Linked, NamedInputs]
+
+
+def of_objects(kind: Any, adjoint: Any, grad: bool = False) -> tuple[Tensor, list[Any], list[Tensor]]:
+    batches = [(kind(x.clone().requires_grad_(grad and k == 2)), y) for k, (x, y) in enumerate(ROWS)]
+    loss, params = rd.from_module(make(OfObjects), lambda out, y: CE(out, y))
+    theta = rd.unroll(loss, params, batches, rd.SGD(0.1, 0.5), steps=4, adjoint=adjoint)
+    return total(theta), [b for b, _ in batches], list(params.values())
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_a_tensor_in_an_object_that_requires_grad_is_named(kind: Any) -> None:
+    place = {WithFields: r"\.x", WithSlots: r"\._WithSlots__hidden", Linked: r"\.store\['x'\]", NamedInputs: r"\.x"}
+    for adjoint in (rd.Reversible(), rd.Backprop()):
+        with pytest.raises(ValueError, match=rf"requires grad \(at batches\(2\)\[0\]{place[kind]}\)"):
+            of_objects(kind, adjoint, grad=True)
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_an_object_changed_behind_torchs_back_is_caught(kind: Any) -> None:
+    for adjoint in (rd.Reversible(), rd.StoreAll()):
+        value, objects, params = of_objects(kind, adjoint)
+        torch.autograd.grad(value, params)
+        value, objects, params = of_objects(kind, adjoint)
+        objects[1].x.data.mul_(2)
+        with pytest.raises(rd.ReversalError):
+            torch.autograd.grad(value, params)
+
+
+def test_objects_that_refer_to_half_the_world_cost_little() -> None:
+    """A data set is none of a batch's data, and of the rest no more than so many objects are looked at."""
+    batch, far = WithFields(ROWS[0][0]), [[i] for i in range(100_000)]
+    batch.dataset = Items(X, Y)  # type: ignore[attr-defined]
+    batch.far = far  # type: ignore[attr-defined]
+    found = dict(contents(batch, "batch"))
+    assert found["batch.x"] is ROWS[0][0]
+    assert found["batch.dataset"] is batch.dataset  # type: ignore[attr-defined]
+    assert len(found) < 10_100
+    assert len(list(contents(far, "batch"))) == 100_000

@@ -15,7 +15,9 @@ from revdistill.engine.adjoints.guard import FiniteWatch
 from revdistill.engine.adjoints.kept_data import KeptData
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.errors import NonFiniteError, UnsupportedError
+from revdistill.engine.loss.functions import Functions
 from revdistill.engine.loss.gradient import BACKWARD_INSIDE, check_loss
+from revdistill.engine.loss.graph import graph_nodes
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
 from revdistill.engine.loss.usage import UnusedParametersError
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Differentiable
@@ -116,6 +118,7 @@ class _Evaluations:
         # unbind once: its backward is one stack, where indexing step by step would fill a zero tensor per step.
         self._rows: Sequence[Sequence[Tensor]] = [t.unbind(0) for t in problem.data.tensors]
         self._looks, self._open_looks = looked_at(problem.steps), OpenLooks()
+        self._functions = Functions()
 
     def at(self, k: int, theta: Tensor) -> _Evaluation:
         """Step k's."""
@@ -143,6 +146,8 @@ class _Evaluations:
                 untouched.check(self._open_looks)
             if k == 0:
                 check_loss(value)
+            if carries_on and (k == problem.first or k in self._looks):
+                self._functions.check(graph_nodes(value, until=(leaf, *data.tensors, *data.hypers)))
             found = _Evaluation(theta, batch, value.detach(), usage.gradient(k, value, parts, create_graph=carries_on))
         if usage.to_spare:
             raise UnusedParametersError(usage.unused, found)

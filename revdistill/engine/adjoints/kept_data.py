@@ -19,7 +19,7 @@ from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.fingerprint import fingerprint_of
 from revdistill.engine.loss.data import Data
 from revdistill.engine.loss.evaluation import Modules
-from revdistill.engine.loss.tree import leaves
+from revdistill.engine.loss.tree import contents
 
 _Noted = tuple[list[Tensor], list[int]]
 
@@ -76,7 +76,7 @@ def _noted(tensors: Sequence[Tensor]) -> _Noted:
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
     """A batch's tensors, and its arrays as tensors over their memory."""
-    for _, leaf in leaves(batch, ""):
+    for _, leaf in contents(batch, ""):
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
             yield leaf
         elif isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":

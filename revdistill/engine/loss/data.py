@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from revdistill.engine.loss.batches import function_of, is_table
-from revdistill.engine.loss.tree import Structure, check_form, leaves, rebuild, structure_of
+from revdistill.engine.loss.tree import Structure, check_form, contents, leaves, rebuild, structure_of
 
 Loss = Callable[..., Tensor]
 Batches = Sequence[Any] | Mapping[str, Tensor] | DataLoader[Any] | Callable[[int], Any]
@@ -85,7 +85,7 @@ class Data:
                 "k, which gives the same batch each time it is asked for step k; list the batches first and give the "
                 "list: batches=list(...)"
             ) from error
-        for path, t in leaves(batch, f"batches({k})"):
+        for path, t in contents(batch, f"batches({k})"):
             if isinstance(t, Tensor) and t.requires_grad:
                 raise ValueError(
                     f"batches({k}) returned a tensor of shape {list(t.shape)} that requires grad (at {path}), but "

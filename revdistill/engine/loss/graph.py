@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+LEAF = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of every leaf
 
-def graph_nodes(value: Tensor) -> list[Any]:
+
+def graph_nodes(value: Tensor, until: Iterable[Tensor] = ()) -> list[Any]:
     """Every node of the autograd graph behind `value`.
 
     Args:
         value: any tensor; without a graph there are no nodes.
+        until: tensors whose own graphs are no part of it.
 
     Returns:
         The nodes, each once, from the value on.
@@ -21,7 +24,7 @@ def graph_nodes(value: Tensor) -> list[Any]:
     if value.grad_fn is None:
         return []
     found: list[Any] = [value.grad_fn]
-    seen = set(found)
+    seen = {*found, *(t.grad_fn for t in until)}
     for node in found:  # which grows meanwhile
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.errors import UnsupportedError
-from revdistill.engine.loss.graph import graph_nodes, is_once_differentiable
+from revdistill.engine.loss.functions import Functions
+from revdistill.engine.loss.graph import LEAF, graph_nodes
 
 _Shapes = tuple[tuple[int, ...], ...]
-_Leaf = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of every leaf
 
 
 class Strangers:
@@ -26,7 +26,7 @@ class Strangers:
 
     def __init__(self, taken: int) -> None:
         self._taken = taken
-        self._known_types: set[type] = {_Leaf}
+        self._functions = Functions()
         self._own: set[_Shapes] = set()
         self._thetas: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
@@ -41,20 +41,13 @@ class Strangers:
             again: evaluates the loss of this step once more, with the same random numbers.
 
         Raises:
-            UnsupportedError: it has an operator without second derivatives, or reaches an earlier step's parameters.
+            UnsupportedError: it has a Function without second derivatives, or reaches an earlier step's parameters.
             ValueError: it reaches a tensor that requires grad and was not passed to the unroll.
         """
         nodes = graph_nodes(value)
-        for node in nodes:
-            if type(node) not in self._known_types:  # each custom Function has a type of its own
-                if is_once_differentiable(node):
-                    raise UnsupportedError(
-                        "the loss uses an operator marked once_differentiable, which has no second derivatives, and a "
-                        "hypergradient needs them; replace it by one built of differentiable operations"
-                    )
-                self._known_types.add(type(node))
+        self._functions.check(nodes)
         passed = {id(leaf), *map(id, leaves)}
-        strangers = [node for node in nodes if type(node) is _Leaf and id(node.variable) not in passed]
+        strangers = [node for node in nodes if type(node) is LEAF and id(node.variable) not in passed]
         if strangers:
             self._judge(k, value, strangers, again)
         self._thetas[id(leaf)] = leaf
@@ -71,7 +64,7 @@ class Strangers:
         if not strangers or shapes in self._own:
             return
         repeated = again()
-        reached = {id(node.variable) for node in graph_nodes(repeated) if type(node) is _Leaf}
+        reached = {id(node.variable) for node in graph_nodes(repeated) if type(node) is LEAF}
         where = f"at step {k + self._taken} a tensor of shape {list(strangers[0].shape)} that requires grad"
         if any(id(t) in reached for t in strangers):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
@@ -230,3 +232,15 @@ def test_nothing_is_computed_again_to_see_how_much_memory_a_graph_takes() -> Non
         lr = torch.full((STEPS,), LR, requires_grad=True)
         rd.unroll(loss, params, (X, Y), rd.SGD(lr), steps=STEPS, adjoint=rd.Reversible(graph_bytes=graph_bytes))
         assert len(calls) == 2 * STEPS
+
+
+def test_a_torch_whose_frames_are_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands for torch's frames rests on a private name: without it modules would be wrong in silence."""
+    monkeypatch.delattr(torch.utils.checkpoint, "_CheckpointFrame")
+    name = "revdistill.engine.loss.checkpointing"
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    with pytest.raises(ImportError, match=r"how torch .* checkpoints activations.*constraints\.txt"):
+        spec.loader.exec_module(again)

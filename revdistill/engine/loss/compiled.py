@@ -83,7 +83,7 @@ class CompiledGradient(Gradient):
         super().__init__(loss, layout, data, determinism, steps, usage, originals)
         self.wanted = (*self._batch_wanted, *self._hyper_wanted)
         self._hypers = tuple(t.detach() for t in data.hypers)
-        key = (layout, self.wanted, data.hyper_structure, data.batch_names, data.function is None)
+        key = (layout, self.wanted, data.hyper_structure, data.batch_structure, data.function is None)
         known = _functions.setdefault(loss, {})
         if key not in known:
             known[key] = _Functions(*self._compile())

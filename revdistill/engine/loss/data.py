@@ -31,7 +31,7 @@ class Data:
     Attributes:
         function: the function that gives the batches, None for a table.
         tensors: the table's tensors, () for a function. Gradients flow to those that require grad.
-        batch_names: what is left of the table without its tensors, its names for one; None where its rows are plain
+        batch_structure: what is left of the table without its tensors, its names for one; None where its rows are plain
             tuples.
         hypers: the tensors of `hyper` in order, () for None. Gradients flow to those that require grad.
         hyper_structure: what is left of `hyper` without them; None for None.
@@ -41,12 +41,12 @@ class Data:
         self._taken = taken
         self.function: Callable[[int], Any] | None = None
         self.tensors: tuple[Tensor, ...] = ()
-        self.batch_names: Structure | None = None
+        self.batch_structure: Structure | None = None
         if is_table(batches):
             self.tensors = tuple(t for _, t in leaves(batches, "batches"))
             if type(batches) not in (tuple, list):
                 check_form(batches, "batches")
-                self.batch_names = structure_of(batches)
+                self.batch_structure = structure_of(batches)
         else:
             self.function = function_of(batches)
         self._rows = [t.detach().unbind(0) for t in self.tensors]
@@ -104,6 +104,6 @@ class Data:
         Returns:
             The batch, in the form of the table; and with hyper, `hypers` in the form in which it was given.
         """
-        if self.batch_names is not None:
-            batch = rebuild(self.batch_names, batch)
+        if self.batch_structure is not None:
+            batch = rebuild(self.batch_structure, batch)
         return (batch,) if self.hyper_structure is None else (batch, rebuild(self.hyper_structure, hypers))

@@ -20,7 +20,7 @@ from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.evaluation import Modules
 from revdistill.engine.loss.graph import memory_of
 from revdistill.engine.loss.marking import Marking, Reads
-from revdistill.engine.loss.tree import leaves
+from revdistill.engine.loss.tree import contents
 
 _evaluations: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -74,7 +74,7 @@ class Originals:
             UnsupportedError: the loss reads parameters as they were given.
         """
         self.next = self._after(k)
-        given = {memory_of(t)[0] for _, t in leaves(batch, "") if isinstance(t, Tensor)} | self._given
+        given = {memory_of(t)[0] for _, t in contents(batch, "") if isinstance(t, Tensor)} | self._given
         with _Following(self._params, self._modules, given) as following, Reads(following):
             value = evaluate()
         names = following.was_read | (following.of(value) if isinstance(value, Tensor) else frozenset())

@@ -202,6 +202,13 @@ def test_a_loss_with_leaves_of_its_own_is_called_once_per_step(keeps: bool) -> N
     assert calls[0] == 8 + keeps
 
 
+def test_a_graph_whose_leaf_nobody_holds_is_a_closure_too() -> None:
+    """Regression: the leaf was taken for one that the loss had made on its way."""
+    scale = torch.zeros(3, dtype=torch.float64, requires_grad=True).exp()
+    with pytest.raises(ValueError, match=r"shape \[3\] that requires grad but was not passed"):
+        run(lambda p, b: quadratic(p, b) * scale.sum())
+
+
 def test_a_kept_leaf_of_a_loss_that_does_not_repeat_itself_is_refused() -> None:
     calls, kept = itertools.count(), {}
 

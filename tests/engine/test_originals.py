@@ -138,3 +138,15 @@ def test_what_is_given_or_copied_may_be_read(adjoint: Any) -> None:
 
     theta = rd.unroll(loss, w, lambda k: (w["w"].detach(),), rd.SGD(0.1), steps=3, hyper=w, adjoint=adjoint)
     theta["w"].sum().backward()
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_parameters_without_numbers_are_no_originals(adjoint: Any) -> None:
+    """Regression: all empty tensors have the address 0."""
+    params = {"w": torch.ones(2, dtype=torch.float64), "empty": torch.ones(0, dtype=torch.float64)}
+
+    def loss(p: dict[str, Tensor], batch: Any) -> Tensor:
+        return torch.cat([p["w"], 2 * p["empty"], torch.empty(0, dtype=torch.float64)]).square().sum()
+
+    theta = rd.unroll(loss, params, lambda k: (), rd.SGD(0.1, 0.5), steps=2, adjoint=adjoint)
+    assert theta["empty"].shape == (0,)

@@ -175,7 +175,7 @@ class Gradient:
                 self._unseen = k + 1
                 check_loss(value)
                 again = partial(self._again, k, leaf, batch, hyper_leaves)
-                self._strangers.check(k, value, leaf, (*batch_leaves, *hyper_leaves), again)
+                self._strangers.check(k, value, leaf, parts[0].grad_fn, (*batch_leaves, *hyper_leaves), again)
             gradient = self.usage.gradient(k, value, parts)
         found = EagerLinearization(
             value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k, given

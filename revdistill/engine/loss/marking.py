@@ -43,7 +43,7 @@ class Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def of(self, t: Tensor) -> frozenset[str]:
         """The sources of what lies in t's memory."""
-        found = self._memory.get(_memory(t)[0])
+        found = self._memory.get(memory_in(t)[0])
         return frozenset() if found is None else found[1]
 
     def read(self, names: frozenset[str]) -> None:
@@ -58,7 +58,7 @@ class Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.was_read |= names
 
     def _mark(self, t: Tensor, names: frozenset[str]) -> None:
-        key, memory = _memory(t)
+        key, memory = memory_in(t)
         self._memory[key] = memory, self.of(t) | names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,7 +84,7 @@ class Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.name in _OVERWRITES:  # what was there before is not read
             names = self._of_all([v for key, v in given.items() if key != "self"])
             if not names and t.numel() * t.element_size() == t.untyped_storage().nbytes():
-                self._memory.pop(_memory(t)[0], None)
+                self._memory.pop(memory_in(t)[0], None)
                 return
         if names:
             self._mark(t, names)
@@ -124,7 +124,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     return (t for _, t in leaves(value, "") if isinstance(t, Tensor))
 
 
-def _memory(t: Tensor) -> tuple[int, Any]:
+def memory_in(t: Tensor) -> tuple[int, Any]:
+    """What a tensor's memory is known by, and what keeps it: two tensors over the same numbers have the same."""
     try:
         storage = t.untyped_storage()
     except (NotImplementedError, RuntimeError):  # a tensor without memory of its own

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.evaluation import Modules
-from revdistill.engine.loss.graph import memory_of
-from revdistill.engine.loss.marking import Marking, Reads
+from revdistill.engine.loss.marking import Marking, Reads, memory_in
 from revdistill.engine.loss.tree import contents
 
 _evaluations: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -50,7 +49,7 @@ class Originals:
         taken: int = 0,
     ) -> None:
         self._params, self._modules, self._taken = params, modules, taken
-        self._given = {memory_of(t)[0] for t in hypers}
+        self._given = {memory_in(t)[0] for t in hypers}
         self._before = 0
         try:
             self._before = _evaluations.get(loss, 0)
@@ -74,7 +73,7 @@ class Originals:
             UnsupportedError: the loss reads parameters as they were given.
         """
         self.next = self._after(k)
-        given = {memory_of(t)[0] for _, t in contents(batch, "") if isinstance(t, Tensor)} | self._given
+        given = {memory_in(t)[0] for _, t in contents(batch, "") if isinstance(t, Tensor)} | self._given
         with _Following(self._params, self._modules, given) as following, Reads(following):
             value = evaluate()
         names = following.was_read | (following.of(value) if isinstance(value, Tensor) else frozenset())
@@ -115,11 +114,11 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
         if len(replaced) > self._known:
             self._add(replaced)
             self._known = len(replaced)
-        name = self._names.get(memory_of(t)[0])
+        name = self._names.get(memory_in(t)[0])
         return super().of(t) if name is None else frozenset({name}) | super().of(t)
 
     def _add(self, named: Iterable[tuple[str, Tensor]]) -> None:
         for name, t in named:
-            memory = memory_of(t)[0]
+            memory = memory_in(t)[0]
             if memory not in self._given:
                 self._names[memory] = name

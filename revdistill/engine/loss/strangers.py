@@ -30,13 +30,22 @@ class Strangers:
         self._own: set[_Shapes] = set()
         self._thetas: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
-    def check(self, k: int, value: Tensor, leaf: Tensor, leaves: Sequence[Tensor], again: Callable[[], Tensor]) -> None:
+    def check(
+        self,
+        k: int,
+        value: Tensor,
+        leaf: Tensor,
+        first: Any,
+        leaves: Sequence[Tensor],
+        again: Callable[[], Tensor],
+    ) -> None:
         """Check the graph of a loss.
 
         Args:
             k: the step.
             value: the loss, 0-dim.
             leaf: the parameters [numel] that it was computed from.
+            first: the first node that was made of them, in this evaluation.
             leaves: of the batch and of hyper.
             again: evaluates the loss of this step once more, with the same random numbers.
 
@@ -49,16 +58,19 @@ class Strangers:
         passed = {id(leaf), *map(id, leaves)}
         strangers = [node for node in nodes if type(node) is LEAF and id(node.variable) not in passed]
         if strangers:
-            self._judge(k, value, strangers, again)
+            # Nodes count up: one from before this evaluation is of a graph that somebody holds, and its leaves with it.
+            begin = first._sequence_nr()
+            older = any(type(node) is not LEAF and node._sequence_nr() < begin for node in nodes)
+            self._judge(k, value, strangers, again, held=older)
         self._thetas[id(leaf)] = leaf
 
-    def _judge(self, k: int, value: Tensor, nodes: list[Any], again: Callable[[], Tensor]) -> None:
+    def _judge(self, k: int, value: Tensor, nodes: list[Any], again: Callable[[], Tensor], *, held: bool) -> None:
         if any(self._thetas.get(id(node.variable)) is node.variable for node in nodes):
             raise UnsupportedError(
                 "the loss keeps a tensor computed from params from one call to the next (in an attribute of a module, "
                 "say), and so a step depends on the one before beside the parameters; detach() what is kept"
             )
-        strangers = _held(nodes)
+        strangers = [node.variable for node in nodes] if held else _held(nodes)
         # A leaf that the loss makes itself and keeps is another at each call, of the same shape mostly.
         shapes = tuple(sorted(tuple(t.shape) for t in strangers))
         if not strangers or shapes in self._own:

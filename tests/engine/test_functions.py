@@ -280,3 +280,12 @@ def test_under_vmap(differentiable: bool, monkeypatch: pytest.MonkeyPatch) -> No
     else:
         with pytest.raises(rd.UnsupportedError, match=r"Square, .* loses its graph"):
             training(vmapped, rd.Reversible())
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_what_the_start_is_computed_by_needs_a_first_derivative_alone(adjoint: Any) -> None:
+    start = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+    outer, true = start.clone().requires_grad_(), start.clone().requires_grad_()
+    (found,) = torch.autograd.grad(training(torch.tanh, adjoint, function(square, by_no_grad)(outer)), outer)
+    (expected,) = torch.autograd.grad(training(torch.tanh, adjoint, true.square()), true)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

@@ -17,7 +17,7 @@ from revdistill.engine.adjoints.result import Result
 from revdistill.engine.errors import NonFiniteError, UnsupportedError
 from revdistill.engine.loss.functions import Functions
 from revdistill.engine.loss.gradient import BACKWARD_INSIDE, check_loss
-from revdistill.engine.loss.graph import graph_nodes
+from revdistill.engine.loss.graph import graph_nodes, saved_tensors
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
 from revdistill.engine.loss.usage import UnusedParametersError
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Differentiable
@@ -73,7 +73,8 @@ def _unroll_with_graph(problem: Problem, theta: Tensor, bar: Bar) -> Result:
         found = evaluations.at(k, values[THETA])
         gradient = found.gradient
         if gradient.requires_grad:
-            kept.note(k, found.batch)
+            outer = (found.theta, *problem.data.tensors, *problem.data.hypers)
+            kept.note(k, found.batch, partial(saved_tensors, gradient, outer), rest=problem.steps - 1 - k)
             gradient.register_hook(partial(_check_kept, kept, k))  # type: ignore[no-untyped-call]
         watch.look(k, gradient.detach(), found.loss)
         if problem.on_step is not None:

@@ -100,7 +100,7 @@ class _Reversal(Recording):
             self._kept.clear()
         if k >= self._first_kept:
             self._kept[k] = linear
-            self._data.note(k, linear.batch)
+            self._data.note(k, linear.batch, linear.saved, rest=self._problem.steps - 1 - k)
             self._trajectory.give_buffer_away()  # the graph refers to it
 
     def backward(self, sweep: Sweep) -> Hypergradients:

@@ -10,7 +10,7 @@ on other devices than the CPU, where to compare would be to wait for the device 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -218,6 +218,10 @@ class CompiledLinearization:
     def nbytes(self) -> int:
         """0: no graph is held."""
         return 0
+
+    def saved(self) -> Iterator[Tensor]:
+        """None: no graph is held."""
+        return iter(())
 
     def product(self, vector: Tensor) -> Products:
         """See `Linearization.product`."""

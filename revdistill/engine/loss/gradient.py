@@ -73,6 +73,9 @@ class Linearization(Protocol):
     def nbytes(self) -> int:
         """The memory that the graph of the gradient takes, in bytes; 0 where there is no graph to keep."""
 
+    def saved(self) -> Iterator[Tensor]:
+        """The tensors that the graph of the gradient holds; none where there is no graph to keep."""
+
     def product(self, vector: Tensor) -> Products:
         """The product of the second derivatives with a vector, by one backward through the graph.
 
@@ -219,9 +222,13 @@ class EagerLinearization:
     def nbytes(self) -> int:
         """The memory of theta, of the graph's nodes, and of what they hold beside the batch and hyper, in bytes."""
         data: set[int] = {memory_of(t)[0] for t in (*self.batch_leaves, *self.hyper_leaves)}
-        storages: dict[int, int] = dict(map(memory_of, saved_tensors(self.graph)))
+        storages: dict[int, int] = dict(map(memory_of, self.saved()))
         held = sum(size for memory, size in storages.items() if memory not in data)
         return self.leaf.nbytes + held + _NODE_BYTES * len(graph_nodes(self.graph))
+
+    def saved(self) -> Iterator[Tensor]:
+        """See `Linearization.saved`."""
+        return saved_tensors(self.graph)
 
     def product(self, vector: Tensor) -> Products:
         """See `Linearization.product`."""

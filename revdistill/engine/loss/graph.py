@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,24 +34,25 @@ def graph_nodes(value: Tensor, until: Iterable[Tensor] = ()) -> list[Any]:
     return found
 
 
-def saved_tensors(value: Tensor) -> Iterator[Tensor]:
+def saved_tensors(value: Tensor, until: Iterable[Tensor] = ()) -> Iterator[Tensor]:
     """Every tensor that the autograd graph behind `value` holds for its backward, but for those behind hooks.
 
     To look at what activation checkpointing left out of the graph would be to compute it again.
 
     Args:
         value: any tensor.
+        until: tensors whose own graphs are no part of it.
 
     Returns:
         The tensors, one after another; one that several nodes hold comes several times.
     """
-    for node in graph_nodes(value):
-        names = [name for name in dir(node) if name.startswith("_saved_") and not _behind_hooks(node, f"_raw{name}")]
-        held = [getattr(node, name) for name in names]
-        if not _behind_hooks(node, "_raw_saved_tensors"):
-            held += getattr(node, "saved_tensors", ())
-        for entry in held:
-            yield from (t for t in _entries(entry) if isinstance(t, Tensor))
+    for node in graph_nodes(value, until):
+        for name, raw in _names_of_saved(type(node)):  # type: ignore[arg-type]
+            packed = getattr(node, raw)
+            packed = packed if isinstance(packed, (tuple, list)) else (packed,)
+            if all(getattr(one, "unpack_hook", None) is None for one in packed):
+                found = getattr(node, name)
+                yield from (t for t in (found if isinstance(found, (tuple, list)) else (found,)) if t is not None)
 
 
 def memory_of(t: Tensor) -> tuple[int, int]:
@@ -66,23 +68,41 @@ def memory_of(t: Tensor) -> tuple[int, int]:
         storage = t.untyped_storage()
         return storage.data_ptr(), storage.nbytes()
     except (NotImplementedError, RuntimeError):
-        return id(t), t.numel() * t.element_size() if t.layout == torch.strided else _sparse_bytes(t)
+        return id(t), t.numel() * t.element_size() if t.layout == torch.strided else sum(
+            part.nbytes for part in parts_of(t)
+        )
 
 
-def _sparse_bytes(t: Tensor) -> int:
+def parts_of(t: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with memory that a tensor consists of.
+
+    Args:
+        t: any tensor.
+
+    Returns:
+        Itself; of a sparse one its indices and values; () for those of torch.func, whose memory cannot be asked for.
+    """
+    if t.layout == torch.strided:
+        try:
+            t.untyped_storage().data_ptr()
+        except (NotImplementedError, RuntimeError):
+            return ()
+        return (t,)
     if t.layout == torch.sparse_coo:
-        return t._indices().nbytes + t._values().nbytes
+        return t._indices(), t._values()
     rows = t.layout in (torch.sparse_csr, torch.sparse_bsr)
     indices = (t.crow_indices(), t.col_indices()) if rows else (t.ccol_indices(), t.row_indices())
-    return sum(part.nbytes for part in (*indices, t.values()))
+    return *indices, t.values()
 
 
-def _behind_hooks(node: Any, name: str) -> bool:
-    return any(getattr(saved, "unpack_hook", None) is not None for saved in _entries(getattr(node, name, None)))
-
-
-def _entries(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (tuple, list)) else (value,)
+@lru_cache(maxsize=1024)
+def _names_of_saved(kind: type) -> list[tuple[str, str]]:
+    """What nodes of this type hold, by its names unpacked and packed; to look for these takes longer than the rest."""
+    names = set(dir(kind))
+    unpacked = {name: name.removeprefix("_raw") for name in names if name.startswith("_raw_saved_")}
+    if "_raw_saved_tensors" in unpacked:  # of a custom Function
+        unpacked["_raw_saved_tensors"] = "saved_tensors"
+    return [(name, raw) for raw, name in sorted(unpacked.items()) if name in names]
 
 
 def is_once_differentiable(node: Any) -> bool:

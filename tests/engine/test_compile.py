@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import random
 import shutil
 import time
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -418,3 +420,56 @@ def test_a_loss_that_does_not_repeat_itself_is_told_from_a_wrong_kernel(monkeypa
     monkeypatch.setattr(torch, "compile", lambda function: function)
     with pytest.raises(rd.UnsupportedError, match=r"does not repeat itself.*compile=False"):
         rd.unroll(lambda p, b: loss(p, b) * (1 + draw.random()), params, batches, rd.SGD(0.1), steps=2, compile=True)
+
+
+def test_the_cache_keeps_no_data_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: it held the first unroll's batches and hyper, and by a function's closure its own key."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    loss, params, (x, y) = problem()
+    rows, scale = x.detach().clone(), torch.ones((), requires_grad=True)
+    kept = [weakref.ref(rows), weakref.ref(scale)]
+    rd.unroll(lambda p, b, h: loss(p, b) * h, params, (rows, y), rd.SGD(0.1), steps=2, hyper=scale, compile=True)
+    del rows, scale
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["bound method", "without weak references"])
+def test_losses_that_die_or_cannot_be_referred_to_weakly(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: a bound method, equal to one that had died, ended in a bare AssertionError."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    loss, params, (x, y) = problem()
+
+    class Slotted:
+        __slots__ = ()
+
+        def __call__(self, p: Any, batch: Any) -> Tensor:
+            return loss(p, batch)
+
+        def method(self, p: Any, batch: Any) -> Tensor:
+            return loss(p, batch)
+
+    owner = Slotted() if kind != "bound method" else type("Owner", (Slotted,), {})()
+    for _ in range(3):
+        given = owner.method if kind == "bound method" else owner
+        theta = rd.unroll(given, params, (x, y), rd.SGD(0.1), steps=3, compile=True)
+        del given
+        torch.stack([p.square().sum() for p in theta.values()]).sum().backward()
+
+
+def test_what_was_dropped_is_not_evaluated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: an unroll that begins again, for a parameter without a gradient, did so in its second unroll."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(compiled, "best_times", lambda first, second: (2.0, 1.0))
+    calls = []
+
+    def loss(p: dict[str, Tensor], batch: Any) -> Tensor:
+        calls.append(1)
+        return p["used"].square().sum()
+
+    params = {name: torch.ones(2, requires_grad=True) for name in ("used", "unused")}
+    for _ in range(2):
+        calls.clear()
+        optimizer = rd.SGD(0.1, weight_decay=0.1)
+        rd.unroll(loss, params, lambda k: (), optimizer, steps=4, compile=True)
+    assert len(calls) == 4

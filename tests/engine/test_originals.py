@@ -150,3 +150,45 @@ def test_parameters_without_numbers_are_no_originals(adjoint: Any) -> None:
 
     theta = rd.unroll(loss, params, lambda k: (), rd.SGD(0.1, 0.5), steps=2, adjoint=adjoint)
     assert theta["empty"].shape == (0,)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_memory_may_be_shared_with_the_rest(adjoint: Any) -> None:
+    """Regression: what lies in the same memory as a parameter was taken for it, as loaded from a mapped file."""
+    memory = torch.randn(12, dtype=torch.float64)
+    layer = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3)).double().eval()
+    memory[9:].abs_()
+    layer.load_state_dict(layer.state_dict() | {"1.running_var": memory[9:], "1.bias": memory[:3]}, assign=True)
+    data = memory[3:9]
+
+    def criterion(output: Tensor, target: Tensor) -> Tensor:
+        return (output * data[:3]).square().sum() + len({p.data_ptr() for p in layer.parameters()}) * output.sum()
+
+    loss, params = rd.from_module(layer, criterion)
+    rd.unroll(loss, params, (X[:, :, :1], Y), rd.SGD(1e-3, 0.5), steps=2, adjoint=adjoint)
+    with pytest.raises(rd.UnsupportedError, match=r"params\['1.bias'\] as it was given"):
+        rd.unroll(
+            lambda p, b: loss(p, b) + memory[2:5].sum(),
+            params,
+            (X[:, :, :1], Y),
+            rd.SGD(1e-3),
+            steps=2,
+            adjoint=adjoint,
+        )
+
+
+@pytest.mark.parametrize("adjoint", [rd.Reversible(graph_bytes=0), rd.Checkpoint()], ids=repr)
+def test_a_frozen_transformer_computes_the_same_watched_or_not(adjoint: Any) -> None:
+    """Regression: torch takes another way through it where nothing is differentiated, but not while it is watched."""
+    torch.manual_seed(0)
+    teacher = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval()
+
+    def loss(p: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
+            target = teacher(batch[0][None])[0]
+        return (batch[0] @ p["w"] - target).square().mean()
+
+    w = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+    theta = rd.unroll(loss, {"w": w}, (X,), rd.SGD(0.1, 0.5), steps=10, adjoint=adjoint)
+    theta["w"].sum().backward()
+    assert torch.backends.mha.get_fastpath_enabled()

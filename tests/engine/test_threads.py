@@ -227,6 +227,42 @@ def _in_child(result: Any) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_thread_may_evaluate_a_loss_while_another_unrolls() -> None:
+    """Regression: it found the other's tensors in the module, computed with them, and put them back as the module's."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(64, 64), nn.Tanh())], nn.Linear(64, 1)).double()
+    loss, params = rd.from_module(net, nn.functional.mse_loss)
+    own = list(net.parameters())
+    x, y = torch.randn(2, 100, 64, dtype=torch.float64), torch.randn(2, 100, 1, dtype=torch.float64)
+    others = {name: 0.1 * torch.randn_like(p) for name, p in params.items()}
+    done = threading.Event()
+
+    def unrolled() -> float:
+        theta = rd.unroll(loss, params, (x, y), rd.SGD(0.1, 0.9), steps=6, seed=1)
+        return sum(t.detach().sum().item() for t in theta.values())
+
+    expected = unrolled(), loss(others, (x[0], y[0])).item()
+    found: list[tuple[float | None, float | None]] = []
+
+    def evaluate() -> None:
+        while not done.is_set():
+            found.append((None, loss(others, (x[0], y[0])).item()))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=evaluate)
+        thread.start()
+        found += [(unrolled(), None) for _ in range(8)]
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert {a for a, _ in found if a is not None} == {expected[0]}
+    assert {b for _, b in found if b is not None} <= {expected[1]}
+    assert all(a is b for a, b in zip(own, net.parameters(), strict=True))
+
+
 def test_a_process_forked_in_the_middle_of_an_unroll_has_its_own_turn() -> None:
     """Regression: the child inherited the lock of a thread that it does not have, and waited for ever."""
     context = multiprocessing.get_context("fork")

@@ -145,10 +145,9 @@ class _Evaluations:
                 value = evaluate() if k != gradient.originals.next else gradient.originals.watch(k, evaluate, batch)
             if untouched is not None:
                 untouched.check(self._open_looks)
-            if k == 0:
-                check_loss(value)
-            if carries_on and (k == problem.first or k in self._looks):
-                self._functions.check(graph_nodes(value, until=(leaf, *data.tensors, *data.hypers)))
+            check_loss(value)
+            if carries_on:
+                self._functions.check(graph_nodes(value, until=(leaf, *data.tensors, *data.hypers)), parts[0].grad_fn)
             found = _Evaluation(theta, batch, value.detach(), usage.gradient(k, value, parts, create_graph=carries_on))
         if usage.to_spare:
             raise UnusedParametersError(usage.unused, found)

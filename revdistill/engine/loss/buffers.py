@@ -24,6 +24,7 @@ from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.checkpointing import Watched
 from revdistill.engine.loss.evaluation import evaluating, flags_of
 from revdistill.engine.loss.marking import TORCHS_FORWARDS, Marking, Reads
+from revdistill.engine.loss.turn import turn
 
 Fresh = dict[str, Tensor]  # copies of the buffers, by name, that a call may write to
 
@@ -95,6 +96,12 @@ class Buffers:
         """
         if torch.compiler.is_compiling():
             return loss({name: b.clone() for name, b in self._compiled.items()})
+        with turn():  # another thread must not find these tensors in the module, and put them back as its own
+            return self._evaluate(loss, params, rebound)
+
+    def _evaluate(
+        self, loss: Callable[[Fresh], Tensor], params: Mapping[str, Tensor], rebound: Callable[[], set[str]]
+    ) -> Tensor:
         unroll = evaluating()
         if unroll is None:
             return loss(self._copies(self._current()))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -60,7 +60,13 @@ class _Functions:
             self.gradient = None
 
 
-_functions: weakref.WeakKeyDictionary[Loss, dict[Any, _Functions]] = weakref.WeakKeyDictionary()
+@dataclass
+class _OfLoss:
+    loss: weakref.ref[Loss]
+    functions: dict[Any, _Functions] = field(default_factory=dict)
+
+
+_functions: weakref.WeakKeyDictionary[Loss, _OfLoss] = weakref.WeakKeyDictionary()
 
 
 class CompiledGradient(Gradient):
@@ -83,24 +89,37 @@ class CompiledGradient(Gradient):
         super().__init__(loss, layout, data, determinism, steps, usage, originals)
         self.wanted = (*self._batch_wanted, *self._hyper_wanted)
         self._hypers = tuple(t.detach() for t in data.hypers)
-        key = (layout, self.wanted, data.hyper_structure, data.batch_structure, data.function is None)
-        known = _functions.setdefault(loss, {})
-        if key not in known:
-            known[key] = _Functions(*self._compile())
-        self.functions = known[key]
+        self.functions = self._known()
         self.compiled: _CompiledGradient | None = None
         self._chosen = self.functions.gradient is None
         self._zeros = Zeros(self.usage, layout)
 
-    def _compile(self) -> tuple[_CompiledGradient, _CompiledProduct]:
+    def _known(self) -> _Functions:
+        """Those of this very loss: bound methods are equal, and each dies by itself."""
+        try:
+            loss = weakref.ref(self.loss)
+        except TypeError:  # of what is not referred to weakly nothing can be kept
+            return _Functions(*self._compile(lambda: self.loss))
+        known = _functions.get(self.loss)
+        if known is None or known.loss() is not self.loss:
+            _functions.pop(self.loss, None)
+            known = _functions[self.loss] = _OfLoss(loss)
+        key = (self.layout, self.wanted, self.data.form)
+        if key not in known.functions:
+            known.functions[key] = _Functions(*self._compile(loss))
+        return known.functions[key]
+
+    def _compile(self, loss_of: Callable[[], Loss | None]) -> tuple[_CompiledGradient, _CompiledProduct]:
+        """loss_of: gives the loss. The cache must keep neither its own key nor data alive."""
         layout, wanted, batches = self.layout, self.wanted, len(self.data.tensors)
-        arguments, from_table = self.data.arguments, self.data.function is None
-        loss_of = weakref.ref(self.loss)  # the cache must not keep its own key alive
+        form = self.data.form
 
         def value(theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> Tensor:
             loss = loss_of()
             assert loss is not None
-            return loss(layout.views(theta), *arguments(extra[:batches] if from_table else batch, extra[batches:]))
+            return loss(
+                layout.views(theta), *form.arguments(extra[:batches] if form.is_table else batch, extra[batches:])
+            )
 
         def gradient(theta: Tensor, extra: tuple[Tensor, ...], batch: Any) -> tuple[Tensor, Tensor]:
             found, loss = torch.func.grad_and_value(value)(theta, extra, batch)
@@ -123,6 +142,9 @@ class CompiledGradient(Gradient):
 
     def linearize(self, k: int, theta: Tensor) -> Linearization:  # type: ignore[override]
         """See `Gradient.linearize`."""
+        first = self._begun(theta)
+        if first is not None and self._chosen and self.compiled is None:
+            return first
         batch = self._batch(k)
         if not self._chosen:
             eager = self._choose(k, theta, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,35 @@ from revdistill.engine.loss.tree import Structure, check_form, contents, leaves,
 Loss = Callable[..., Tensor]
 Batches = Sequence[Any] | Mapping[str, Tensor] | DataLoader[Any] | Callable[[int], Any]
 Hyper = Tensor | Sequence[Any] | Mapping[Any, Any] | None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is left of batches and hyper without their tensors: no memory is held by it.
+
+    Attributes:
+        is_table: whether batches are a table.
+        batch: of the table, its names for one; None where its rows are plain tuples.
+        hyper: of hyper; None for None.
+    """
+
+    is_table: bool
+    batch: Structure | None
+    hyper: Structure | None
+
+    def arguments(self, batch: Any, hypers: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The loss's arguments after the parameters.
+
+        Args:
+            batch: tensors that stand for a row of the table, in its order; or what the function returned.
+            hypers: stand for the tensors of hyper, in the same order.
+
+        Returns:
+            The batch, in the form of the table; and with hyper, `hypers` in the form in which it was given.
+        """
+        if self.batch is not None:
+            batch = rebuild(self.batch, batch)
+        return (batch,) if self.hyper is None else (batch, rebuild(self.hyper, hypers))
 
 
 class Data:
@@ -31,27 +61,26 @@ class Data:
     Attributes:
         function: the function that gives the batches, None for a table.
         tensors: the table's tensors, () for a function. Gradients flow to those that require grad.
-        batch_structure: what is left of the table without its tensors, its names for one; None where its rows are plain
-            tuples.
         hypers: the tensors of `hyper` in order, () for None. Gradients flow to those that require grad.
-        hyper_structure: what is left of `hyper` without them; None for None.
+        form: what is left of both without their tensors.
     """
 
     def __init__(self, batches: Batches, hyper: Hyper, taken: int = 0) -> None:
         self._taken = taken
         self.function: Callable[[int], Any] | None = None
         self.tensors: tuple[Tensor, ...] = ()
-        self.batch_structure: Structure | None = None
+        batch_structure: Structure | None = None
         if is_table(batches):
             self.tensors = tuple(t for _, t in leaves(batches, "batches"))
             if type(batches) not in (tuple, list):
                 check_form(batches, "batches")
-                self.batch_structure = structure_of(batches)
+                batch_structure = structure_of(batches)
         else:
             self.function = function_of(batches)
         self._rows = [t.detach().unbind(0) for t in self.tensors]
         check_form(hyper, "hyper")
-        self.hyper_structure = None if hyper is None else structure_of(hyper)
+        hyper_structure = None if hyper is None else structure_of(hyper)
+        self.form = Form(self.function is None, batch_structure, hyper_structure)
         self.hypers: tuple[Tensor, ...] = () if hyper is None else tuple(t for _, t in leaves(hyper, "hyper"))
 
     def row(self, k: int) -> int:
@@ -95,15 +124,5 @@ class Data:
         return batch
 
     def arguments(self, batch: Any, hypers: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The loss's arguments after the parameters.
-
-        Args:
-            batch: tensors that stand for a row of the table, in its order; or what the function returned.
-            hypers: stand for `hypers`, in the same order.
-
-        Returns:
-            The batch, in the form of the table; and with hyper, `hypers` in the form in which it was given.
-        """
-        if self.batch_structure is not None:
-            batch = rebuild(self.batch_structure, batch)
-        return (batch,) if self.hyper_structure is None else (batch, rebuild(self.hyper_structure, hypers))
+        """See `Form.arguments`."""
+        return self.form.arguments(batch, hypers)

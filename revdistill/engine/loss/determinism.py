@@ -3,14 +3,13 @@
 Random numbers (seeded from (seed, step)), autocast, the number of threads, deterministic kernels, TensorFloat-32 off,
 the attention kernel that has second derivatives, and autograd on the calling thread. All of it is restored afterwards.
 
-torch keeps most of this for the whole process, so the unrolls of several threads take turns (`_TURN`), and a setting
+torch keeps most of this for the whole process, so the unrolls of several threads take turns (`turn`), and a setting
 that one of them made stays until the last of them has left (`_ProcessSetting`).
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,34 +23,11 @@ from revdistill.engine.loss.evaluation import Evaluation, Modules
 from revdistill.engine.loss.operators import CUBLAS_SETTINGS, CUBLAS_VARIABLE
 from revdistill.engine.loss.precision import without_tf32
 from revdistill.engine.loss.randomness import generators_of
+from revdistill.engine.loss.turn import turn
 
 # torch reads it once, at the process's first matrix product on a GPU, and refuses deterministic ones for good where it
 # was not set by then. So it is set as soon as this is imported, and stays.
 os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_SETTINGS[0])
-# Held by the thread that is in a pass. Re-entrant: a loss may hold an unroll of its own.
-_TURN = threading.RLock()
-
-
-def _forked() -> None:
-    """A child process has none of the other threads, and must not wait for them."""
-    global _TURN
-    if _TURN.acquire(blocking=False):
-        _TURN.release()  # nobody's, or that of the very thread that lives on here
-    else:
-        _TURN = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
-
-
-@contextmanager
-def _turn() -> Iterator[None]:
-    _TURN.acquire()
-    try:
-        yield
-    finally:
-        _TURN.release()  # by its name: a child process may have another
 
 
 @dataclass
@@ -103,7 +79,7 @@ class Determinism:
     def passage(self) -> Iterator[None]:
         """The context of a whole pass, forward or back. One thread at a time is in one; the others wait."""
         with ExitStack() as stack:
-            stack.enter_context(_turn())
+            stack.enter_context(turn())
             stack.enter_context(_threads(self.threads))
             # autograd runs backward on one thread per device. A thread whose turn it is must not wait for that one: it
             # may be in another unroll's way back, waiting for its turn.
@@ -147,7 +123,7 @@ class Determinism:
         generators = generators_of(self.device)
         for generator, state in zip(generators, self._caller.generators, strict=True):
             generator.set_state(state)
-        _TURN.release()
+        turn().release()
         try:
             with (
                 torch.autograd.set_multithreading_enabled(self._caller.multithreading),
@@ -155,7 +131,7 @@ class Determinism:
             ):
                 yield
         finally:
-            _TURN.acquire()
+            turn().acquire()
             self._caller.generators = [generator.get_state() for generator in generators]
 
     @contextmanager
@@ -223,13 +199,13 @@ class _ProcessSetting:
             self._hold()
 
     def _hold(self) -> None:
-        with _TURN:
+        with turn():
             if not self._holders:
                 self._in_force.enter_context(self._setting())
             self._holders += 1
 
     def _release(self) -> None:
-        with _TURN:
+        with turn():
             self._holders -= 1
             if not self._holders:
                 self._in_force.close()
@@ -252,8 +228,14 @@ def _threads(count: int) -> Iterator[None]:
 @contextmanager
 def _repeatable() -> Iterator[None]:
     # The only attention kernel with second derivatives; the fused ones cannot give a Hessian product.
-    with _deterministic(), sdpa_kernel(SDPBackend.MATH):
-        yield
+    # torch takes another way through attention where nothing is differentiated, but not while it is watched.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with _deterministic(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.errors import UnsupportedError
-from revdistill.engine.loss.graph import LEAF, graph_nodes, is_once_differentiable
+from revdistill.engine.loss.graph import LEAF, graph_nodes, is_custom, is_once_differentiable, nodes_from
 from revdistill.engine.loss.randomness import seeded
 
 # What is moved is moved by _FARTHEST roots of its precision, and by halves of that: rounding is small beside it.
@@ -27,11 +27,13 @@ class Functions:
         self._known_types: set[type] = {LEAF}
         self._known: set[Any] = set()
 
-    def check(self, nodes: Sequence[Any]) -> None:
-        """Check that every custom Function has second derivatives.
+    def check(self, nodes: Sequence[Any], first: Any) -> None:
+        """Check that every custom Function between the parameters and the loss has second derivatives. One that
+        only the data go through is differentiated once.
 
         Args:
             nodes: of the graph of a loss, which is not used up.
+            first: the node through which every path to the parameters goes.
 
         Raises:
             UnsupportedError: one has none, or its backward loses its graph.
@@ -39,6 +41,8 @@ class Functions:
         new = [node for node in nodes if type(node) not in self._known_types]  # each Function has a type of its own
         functions = set()
         for node in new:
+            if is_custom(node) and first not in nodes_from(node):
+                continue
             if is_once_differentiable(node):
                 raise UnsupportedError(
                     "the loss uses an operator marked once_differentiable, which has no second derivatives, and a "
@@ -57,9 +61,9 @@ def _function_of(node: Any) -> Any:
     """The class of the custom Function that made a node; None for operators, and for torch's Functions and those of
     this package, which tell themselves that they cannot be differentiated twice.
     """
-    cls = getattr(node, "_forward_cls", None)
-    if cls is None:
+    if not is_custom(node):
         return None
+    cls = node._forward_cls
     # torch.func makes a new class at every call, and a new type of node; its methods refer to the class that was given.
     for cell in getattr(cls.backward, "__closure__", None) or ():
         if isinstance(cell.cell_contents, type) and issubclass(cell.cell_contents, torch.autograd.Function):

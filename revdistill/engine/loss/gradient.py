@@ -142,10 +142,12 @@ class Gradient:
                 a parameter at some steps only, or changes its parameters or a module's frozen ones.
             UnusedParametersError: on the first call, see `Usage`.
         """
+        return self._begun(theta) or self._linearize(k, theta, self._batch(k))
+
+    def _begun(self, theta: Tensor) -> EagerLinearization | None:
+        """The first step's evaluation, where it was made before; then once."""
         first, self.first = self.first, None
-        if first is not None and torch.equal(first.leaf, theta):
-            return first  # type: ignore[no-any-return]
-        return self._linearize(k, theta, self._batch(k))
+        return first if first is not None and torch.equal(first.leaf, theta) else None
 
     def flush(self) -> None:
         """All steps have been evaluated: the checks that are still open. Raises: UnsupportedError."""

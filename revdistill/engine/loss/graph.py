@@ -22,9 +22,12 @@ def graph_nodes(value: Tensor, until: Iterable[Tensor] = ()) -> list[Any]:
     Returns:
         The nodes, each once, from the value on.
     """
-    if value.grad_fn is None:
-        return []
-    found: list[Any] = [value.grad_fn]
+    return [] if value.grad_fn is None else nodes_from(value.grad_fn, until)
+
+
+def nodes_from(node: Any, until: Iterable[Tensor] = ()) -> list[Any]:
+    """As `graph_nodes`, from one node on."""
+    found: list[Any] = [node]
     seen = {*found, *(t.grad_fn for t in until)}
     for node in found:  # which grows meanwhile
         for parent, _ in node.next_functions:
@@ -103,6 +106,11 @@ def _names_of_saved(kind: type) -> list[tuple[str, str]]:
     if "_raw_saved_tensors" in unpacked:  # of a custom Function
         unpacked["_raw_saved_tensors"] = "saved_tensors"
     return [(name, raw) for raw, name in sorted(unpacked.items()) if name in names]
+
+
+def is_custom(node: Any) -> bool:
+    """Whether a node is of a torch.autograd.Function written in Python."""
+    return getattr(node, "_forward_cls", None) is not None
 
 
 def is_once_differentiable(node: Any) -> bool:

@@ -91,19 +91,25 @@ class Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Reads(TorchFunctionMode):
-    """Notes what is read into Python past every operator."""
+    """Notes what is read into Python past every operator.
 
-    def __init__(self, marking: Marking) -> None:
+    Args:
+        marking: takes the notes.
+        addresses: whether to ask for an address is to read what is there; it may be given to other code.
+    """
+
+    def __init__(self, marking: Marking, *, addresses: bool = True) -> None:
         super().__init__()
         self._marking = marking
+        self._reads = (*_READS, Tensor.data_ptr) if addresses else _READS
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READS and args and isinstance(args[0], Tensor):
+        if func in self._reads and args and isinstance(args[0], Tensor):
             self._marking.read(self._marking.of(args[0]))
         return func(*args, **(kwargs or {}))
 
 
-_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr)
+_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
 _OVERWRITES = {"aten::copy_", "aten::zero_", "aten::fill_"}
 
 

@@ -48,9 +48,8 @@ def check_module(net: object, label: str = "net") -> None:
                 f"{where} was made by torch.jit, and cannot be called with other parameters than its own; give the "
                 "module that it was made from, and compile=True to rd.unroll"
             )
-        for key, value in (("forward", type(module).forward), *vars(module).items()):
-            if is_compiled(value):
-                raise UnsupportedError(COMPILED.format(f"{where}.{key} is a function that"))
+        if is_compiled(vars(module).get("forward", type(module).forward)):
+            raise UnsupportedError(COMPILED.format(f"{where}.forward is a function that"))
         if isinstance(module, _PARALLEL):
             raise UnsupportedError(
                 f"{where} is a {type(module).__name__}, which copies the module's own parameters; give the module "

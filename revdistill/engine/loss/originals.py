@@ -9,11 +9,13 @@ of all that a loss was ever evaluated at, is a power of two.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from revdistill.engine.errors import UnsupportedError
@@ -74,7 +76,7 @@ class Originals:
         """
         self.next = self._after(k)
         given = {memory_in(t)[0] for _, t in contents(batch, "") if isinstance(t, Tensor)} | self._given
-        with _Following(self._params, self._modules, given) as following, Reads(following):
+        with _Following(self._params, self._modules, given) as following, Reads(following, addresses=False):
             value = evaluate()
         names = following.was_read | (following.of(value) if isinstance(value, Tensor) else frozenset())
         if names:
@@ -105,7 +107,8 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
     def __init__(self, params: Mapping[str, Tensor], modules: Modules, given: AbstractSet[int]) -> None:
         super().__init__({})
         self._modules, self._given, self._known = modules, given, 0
-        self._names: dict[int, str] = {}
+        # By memory the names and the first and last bytes: frozen layers and buffers may lie in it too.
+        self._originals: dict[int, list[tuple[str, int, int]]] = {}
         self._add(params.items())
 
     def of(self, t: Tensor) -> frozenset[str]:
@@ -114,11 +117,27 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
         if len(replaced) > self._known:
             self._add(replaced)
             self._known = len(replaced)
-        name = self._names.get(memory_in(t)[0])
-        return super().of(t) if name is None else frozenset({name}) | super().of(t)
+        here = self._originals.get(memory_in(t)[0])
+        if here is None:
+            return super().of(t)
+        first, last = _bytes_of(t)
+        return frozenset(name for name, begin, end in here if first < end and begin < last)
+
+    def _mark(self, t: Tensor, names: frozenset[str]) -> None:
+        if memory_in(t)[0] not in self._originals:  # a view of an original: that is marked already
+            super()._mark(t, names)
 
     def _add(self, named: Iterable[tuple[str, Tensor]]) -> None:
         for name, t in named:
             memory = memory_in(t)[0]
-            if memory not in self._given:
-                self._names[memory] = name
+            if memory not in self._given and t.numel():
+                self._originals.setdefault(memory, []).append((name, *_bytes_of(t)))
+
+
+def _bytes_of(t: Tensor) -> tuple[int, int]:
+    """The first byte in its storage and the one behind the last; of what is sparse all that there are."""
+    if t.layout != torch.strided:
+        return 0, sys.maxsize
+    begin = int(t.storage_offset())
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return begin * t.element_size(), (begin + int(extent)) * t.element_size()

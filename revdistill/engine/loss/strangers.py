@@ -54,7 +54,7 @@ class Strangers:
             ValueError: it reaches a tensor that requires grad and was not passed to the unroll.
         """
         nodes = graph_nodes(value)
-        self._functions.check(nodes)
+        self._functions.check(nodes, first)
         passed = {id(leaf), *map(id, leaves)}
         strangers = [node for node in nodes if type(node) is LEAF and id(node.variable) not in passed]
         if strangers:

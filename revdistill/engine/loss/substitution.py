@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.checkpointing import Watched
 from revdistill.engine.loss.evaluation import evaluating, flags_of, set_flags
+from revdistill.engine.loss.turn import turn
 
 # (the dictionary that holds the module's own tensor, its key there, the name of the tensor to put in its place)
 _Place = tuple[dict[str, Any], str, str]
@@ -115,6 +116,7 @@ class _Held:
         @contextmanager
         def call() -> Iterator[None]:
             tensors = {**self._tensors, **{name: b.clone() for name, b in self._buffers.items()}}
+            turn().acquire()
             own, modes = [holder.get(key) for holder, key, _ in self._places], flags_of(self._modules)
             try:
                 set_flags(self._modules, flags)
@@ -125,6 +127,7 @@ class _Held:
                 set_flags(self._modules, modes)
                 for (holder, key, _), tensor in zip(self._places, own, strict=True):
                     holder[key] = tensor
+                turn().release()
 
         return call
 

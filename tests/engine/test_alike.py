@@ -16,6 +16,7 @@ import random
 import re
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -202,6 +203,24 @@ def test_only_what_a_hook_computes_may_differ() -> None:
         rd.stack_modules(nets, CE)
     for wrap in (nn.utils.spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)):
         rd.stack_modules([nn.Sequential(wrap(nn.Linear(5, 3))) for _ in range(2)], CE)
+
+
+def test_references_to_the_networks_own_modules_are_alike() -> None:
+    """Regression: a weak reference to what it is in was refused; keys that are tensors ended in torch's words."""
+    nets = []
+    for _ in range(2):
+        net = Own()
+        net.norm.owner = weakref.ref(net)  # type: ignore[assignment]
+        net.by_tensor = {net.layer.weight: 1, net.layer.bias: 2}
+        net.slope = 0.5
+        nets.append(net)
+    rd.stack_modules(nets, CE)
+    nets[1].by_tensor = {nets[1].layer.bias: 1, nets[1].layer.weight: 2}
+    with pytest.raises(ValueError, match="'by_tensor'"):
+        rd.stack_modules(nets, CE)
+    nets[1].by_tensor, nets[1].norm.owner = dict(nets[1].by_tensor.items()), weakref.ref(nets[0])
+    with pytest.raises(ValueError, match=r"'by_tensor'|'owner'"):
+        rd.stack_modules(nets, CE)
 
 
 def hook_that_does_nothing(layer: nn.Module, inputs: Any) -> None:

@@ -241,6 +241,14 @@ def test_a_rate_that_shows_the_velocitys_last_digits_is_refused(optimizer: Any) 
     run(lambda p, b: quadratic(p, b) * 1e-6, optimizer=rd.SGD(1e5), steps=3)
     run(lambda p, b: quadratic(p, b) * 1e-12, optimizer=rd.Adam(1e-3), steps=3)
     run(lambda p, b: quadratic(p, b) * 1e-8, optimizer=rd.SGD(1e7), steps=3, adjoint=rd.Reversible(fractional_bits=50))
+    large = {n: torch.full_like(p, 1e7).requires_grad_() for n, p in problem()[0].items()}
+    run(
+        lambda p, b: quadratic(p, b) * 1e-3,
+        params=large,
+        optimizer=rd.SGD(0.1),
+        steps=3,
+        adjoint=rd.Reversible(fractional_bits=20),
+    )
 
 
 def test_a_loss_that_ignores_params_is_refused() -> None:

@@ -112,15 +112,37 @@ def test_it_is_found_where_the_first_gradients_are_0(dtype: torch.dtype) -> None
         rd.unroll(loss, params, (X.to(dtype),), rd.SGD(0.1, 0.5), steps=2)
 
 
-def test_it_is_found_at_whichever_step_it_comes() -> None:
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_it_is_found_at_whichever_step_it_comes(adjoint: Any) -> None:
     f = function(square, by_numpy)
 
     def loss(p: dict[str, Tensor], batch: tuple[Tensor, int]) -> Tensor:
         h = batch[0] @ p["w"]
-        return (f(h) if batch[1] == 2 else h).square().mean()
+        return (f(h) if batch[1] == 5 else h).square().mean()
 
+    w = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(rd.UnsupportedError, match="loses its graph"):
-        rd.unroll(loss, {"w": torch.ones(4, 3, dtype=torch.float64)}, lambda k: (X[k], k), rd.SGD(0.1, 0.5), steps=3)
+        rd.unroll(loss, {"w": w}, lambda k: (X[k % 3], k), rd.SGD(0.1, 0.5), steps=8, adjoint=adjoint)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+@pytest.mark.parametrize("backward", [by_numpy, torch.autograd.function.once_differentiable(by_no_grad)])
+def test_what_only_data_go_through_is_differentiated_once(backward: Callable[..., Any], adjoint: Any) -> None:
+    """Regression: it was refused, though nothing is missing."""
+    f, x = function(square, backward), X.clone().requires_grad_()
+    found = []
+    for data in (lambda b: f(b), lambda b: b.square()):
+        w = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+        theta = rd.unroll(
+            lambda p, b, data=data: (data(b[0]) @ p["w"]).tanh().square().mean(),
+            {"w": w},
+            (x,),
+            rd.SGD(0.1, 0.5),
+            steps=4,
+            adjoint=adjoint,
+        )
+        found.append(torch.autograd.grad(theta["w"].square().sum(), x)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
 # --- right, and not refused

@@ -59,13 +59,13 @@ class Guard:
     def start(self, theta: Tensor, slots: Mapping[str, Tensor]) -> None:
         """Check the parameters and the running averages at the start (float, [numel]; no averages where all are 0)."""
         layout = self._update.layout
-        self._check_resolution()
         start = float(self._backend.largest(theta))
         if not math.isfinite(start):
             name = layout.first_nonfinite(theta)
             raise NonFiniteError(f"params[{name!r}] is not finite at the start", parameter=name, step=0)
         if not start < self._fixed.limit:
             self._raise_range(theta.double(), -1, THETA)
+        self._check_resolution(start)
         # A state's integers are finer than the floats that stand for them.
         slack = SLACK if slots else 1.0
         self._bounds = {THETA: start * slack} | dict.fromkeys(self._update.slots, 0.0)
@@ -76,14 +76,14 @@ class Guard:
             self._bounds[slot] = largest * slack + self._formats[slot].resolution
         self._notes, self._first_note = [], 0
 
-    def _check_resolution(self) -> None:
-        """Raise the RangeError of a rate that makes coarse steps of a velocity's last digits."""
+    def _check_resolution(self, largest: float) -> None:
+        """Raise the RangeError of a rate that makes coarse steps of a velocity's last digits. largest: parameter."""
         velocities = set(self._update.slots) - self._update.formats.keys()
         for move in self._update.moves:
             if move.target != THETA or velocities.isdisjoint(move.reads) or not isinstance(move, Add):
                 continue
             rate, k = move.factor.tables["lr"].largest()
-            if rate * self._fixed.resolution > _COARSEST:
+            if rate * self._fixed.resolution > _COARSEST * max(1.0, largest):
                 bits = self._fixed.fractional_bits
                 raise RangeError(
                     f"lr is {rate:g} at step {k + self._taken}: the velocity is kept in steps of 2^-{bits}, which this "

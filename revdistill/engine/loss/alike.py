@@ -7,6 +7,7 @@ import functools
 import math
 import threading
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -156,7 +157,7 @@ class _Same:
                 return True  # what a forward left behind
             return _described(a) == _described(b) and (a.is_meta or torch.equal(a, b))
         if isinstance(a, Mapping):
-            return list(a) == list(b) and all(self(a[key], b[key]) for key in a)
+            return len(a) == len(b) and all(map(self, a, b)) and all(map(self, a.values(), b.values()))
         if isinstance(a, (tuple, list, deque)):
             return len(a) == len(b) and all(map(self, a, b))
         if isinstance(a, types.FunctionType):
@@ -165,6 +166,10 @@ class _Same:
             return self((a.__name__, a.__self__), (b.__name__, b.__self__))
         if isinstance(a, types.MethodType):
             return self((a.__func__, a.__self__), (b.__func__, b.__self__))
+        if isinstance(a, weakref.ReferenceType):
+            return self(a(), b())
+        if isinstance(a, weakref.ProxyTypes):
+            return self(a.__repr__.__self__, b.__repr__.__self__)
         if isinstance(a, property):
             return self((a.fget, a.fset, a.fdel), (b.fget, b.fset, b.fdel))
         if isinstance(a, (staticmethod, classmethod)):

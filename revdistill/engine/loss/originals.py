@@ -56,8 +56,8 @@ class Originals:
         try:
             self._before = _evaluations.get(loss, 0)
             _evaluations[loss] = self._before + steps
-        except TypeError:  # nothing can be remembered of it
-            pass
+        except Exception:  # nothing can be remembered of it, whatever its __hash__ raises
+            self._before = 0
         self.next = self._after(-1)
 
     def watch(self, k: int, evaluate: Callable[[], Tensor], batch: Any) -> Tensor:
@@ -85,7 +85,7 @@ class Originals:
                 "criterion that calls the network does so, or a list that holds a layer's weight. It would be the "
                 "start's at every step, and no derivative would flow to it. Compute everything from the params that "
                 "the loss is given: make the criterion a module that holds the network, or write loss(params, batch) "
-                "with torch.func.functional_call; of what is to stay as it is at the start give a copy, "
+                "with torch.func.functional_call. What is to stay as it is at the start goes into hyper=, or is a copy: "
                 ".detach().clone()"
             )
         return value
@@ -109,7 +109,8 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
         self._modules, self._given, self._known = modules, given, 0
         # By memory the names and the first and last bytes: frozen layers and buffers may lie in it too.
         self._originals: dict[int, list[tuple[str, int, int]]] = {}
-        self._add(params.items())
+        # What was computed, by an outer unroll say, is in nobody's module.
+        self._add((name, t) for name, t in params.items() if t.is_leaf)
 
     def of(self, t: Tensor) -> frozenset[str]:
         """See `Marking.of`."""

@@ -10,13 +10,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 # What a tree is without its leaves: hashable, so that compiled functions can be kept by it.
 Structure = tuple[Any, ...]
 _LEAF: Structure = ("leaf",)
 _CODE = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
-_WHOLE = (Tensor, np.ndarray, np.generic, str, bytes, int, float, complex, nn.Module, Dataset, torch.Generator, *_CODE)
+_WHOLE = (
+    Tensor,
+    np.ndarray,
+    np.generic,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    nn.Module,
+    Dataset,
+    torch.Generator,
+    Optimizer,
+    *_CODE,
+)
 _MOST_OBJECTS = 10_000
 
 

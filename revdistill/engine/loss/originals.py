@@ -85,8 +85,8 @@ class Originals:
                 "criterion that calls the network does so, or a list that holds a layer's weight. It would be the "
                 "start's at every step, and no derivative would flow to it. Compute everything from the params that "
                 "the loss is given: make the criterion a module that holds the network, or write loss(params, batch) "
-                "with torch.func.functional_call. What is to stay as it is at the start goes into hyper=, or is a copy: "
-                ".detach().clone()"
+                "with torch.func.functional_call. What is to stay as it is at the start goes into hyper=, or is a "
+                "copy: .detach().clone()"
             )
         return value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -111,3 +111,18 @@ class Layout:
         """The name of the first parameter with an entry of `flat` that is not finite."""
         bad = (~torch.isfinite(flat)).nonzero()
         return self.name_at(int(bad[0])) if len(bad) else None
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape side by side.
+
+    Args:
+        tensors: [...] each.
+
+    Returns:
+        [E, ...], each with the strides that it had.
+    """
+    order = order_of(tensors[0])
+    if order is None:
+        return torch.stack(list(tensors))
+    return permuted_back(torch.stack([t.permute(order) for t in tensors]), order)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revdistill.engine import stack_modules
+from revdistill.engine.layout import stacked
 from revdistill.engine.loss.randomness import seeded
 from revdistill.outer import models
 
@@ -118,7 +119,7 @@ class NetworkStack:
         with seeded(seed, self._device):
             nets = [models.build(self.name, self._input_shape, self._classes) for _ in range(self.size)]
         states = [dict(net.named_parameters()) for net in nets]
-        return {name: torch.stack([s[name].detach() for s in states]).to(self._device) for name in self._shapes}
+        return {name: stacked([s[name].detach() for s in states]).to(self._device) for name in self._shapes}
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """The outputs [E, B, outputs] as in evaluation: dropout is off, BatchNorm uses the statistics of this batch."""

@@ -473,3 +473,16 @@ def test_what_was_dropped_is_not_evaluated_twice(monkeypatch: pytest.MonkeyPatch
         optimizer = rd.SGD(0.1, weight_decay=0.1)
         rd.unroll(loss, params, lambda k: (), optimizer, steps=4, compile=True)
     assert len(calls) == 4
+
+
+def test_each_unroll_goes_back_with_the_buffers_of_its_own_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: with those of the unroll that began last, and so with a ReversalError."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).eval()
+    loss, params = rd.from_module(net, nn.functional.cross_entropy)
+    _, _, batches = problem()
+    first = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=3, compile=True)
+    with torch.no_grad():
+        net[1].running_mean.add_(1.0)  # type: ignore[union-attr, operator]
+    rd.unroll(loss, params, batches, rd.SGD(0.1), steps=3, compile=True)
+    torch.stack([p.square().sum() for p in first.values()]).sum().backward()

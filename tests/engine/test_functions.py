@@ -126,6 +126,42 @@ def test_it_is_found_at_whichever_step_it_comes(adjoint: Any) -> None:
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_it_is_found_where_another_use_needs_another_derivative(adjoint: Any) -> None:
+    """Regression: a Function that had been looked at once was known."""
+    f = function(product, of_one_alone)  # the derivative by its second argument is lost
+
+    def loss(p: dict[str, Tensor], k: int) -> Tensor:
+        other = p["v"].sin() if k else torch.ones(3, dtype=torch.float64)
+        return f(other, p["w"]).square().sum() if not k else f(p["w"], other).square().sum()
+
+    params = {name: torch.ones(3, dtype=torch.float64, requires_grad=True) for name in ("w", "v")}
+    with pytest.raises(rd.UnsupportedError, match="loses its graph"):
+        rd.unroll(
+            lambda p, k: loss(p, k) + 0 * p["v"].sum(), params, lambda k: k, rd.SGD(0.1, 0.5), steps=2, adjoint=adjoint
+        )
+
+
+def test_what_a_context_holds_in_lists_is_looked_at_and_left_as_it_was() -> None:
+    """Regression: tensors in them were no inputs of the trial, and a backward that takes from one found it empty."""
+
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.kept = {"x": [x]}
+        return x.square()
+
+    def losing(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.kept["x"][0].detach() * g
+
+    def taking(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.kept["x"].pop() * g
+
+    with pytest.raises(rd.UnsupportedError, match=r"loses its graph: .*a tensor that was saved"):
+        training(function(forward, losing), rd.Reversible())
+    torch.testing.assert_close(
+        training(function(forward, taking), rd.Reversible()), training(torch.square, rd.Reversible())
+    )
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
 @pytest.mark.parametrize("backward", [by_numpy, torch.autograd.function.once_differentiable(by_no_grad)])
 def test_what_only_data_go_through_is_differentiated_once(backward: Callable[..., Any], adjoint: Any) -> None:
     """Regression: it was refused, though nothing is missing."""

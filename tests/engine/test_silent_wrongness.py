@@ -393,6 +393,17 @@ def test_a_loss_that_calls_backward_is_refused(adjoint: Any) -> None:
 
     unrolled(penalised, params, batches, adjoint).backward()
 
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for reached in (lambda b, h: 2 * h, lambda b, h: b[0].square().sum()):
+
+        def through_data(p: Params, b: tuple[Tensor, ...], h: Tensor, reached: Any = reached) -> Tensor:
+            reached(b, h).backward()
+            return quartic(p, b) * h
+
+        with pytest.raises(rd.UnsupportedError, match=r"calls \.backward\(\) itself"):
+            unrolled(through_data, params, batches, adjoint, hyper=scale)
+    assert scale.grad is None
+
 
 def jvp(p: Params, b: tuple[Tensor, ...]) -> Tensor:
     _, slope = torch.func.jvp(lambda z: (z * p["a"]).tanh(), (b[0],), (torch.ones_like(b[0]),))

@@ -141,7 +141,7 @@ class _Evaluations:
             parts, views = layout.parts_and_views(leaf)
             untouched = Untouched(leaf, views, problem.determinism.modules) if k in self._looks else None
             evaluate = partial(gradient.loss, views, *data.arguments(batch, data.hypers))
-            with _Backwards(leaf):
+            with _Backwards((leaf, *data.tensors, *data.hypers)):
                 value = evaluate() if k != gradient.originals.next else gradient.originals.watch(k, evaluate, batch)
             if untouched is not None:
                 untouched.check(self._open_looks)
@@ -159,16 +159,17 @@ class _Evaluations:
 
 
 class _Backwards:
-    """The context of a call of the loss, which must not call backward() through its parameters."""
+    """The context of a call of the loss, which must not call backward() through what it is given."""
 
-    def __init__(self, leaf: Tensor) -> None:
-        self._leaf = leaf
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        self._given = [t for t in given if t.requires_grad]
 
     def __enter__(self) -> None:
-        self._hook = self._leaf.register_hook(self._refuse)  # type: ignore[no-untyped-call]
+        self._hooks = [t.register_hook(self._refuse) for t in self._given]  # type: ignore[no-untyped-call]
 
     def __exit__(self, *_: object) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def _refuse(self, _: Tensor) -> None:
         raise UnsupportedError(BACKWARD_INSIDE)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.checkpointing import Watched
 from revdistill.engine.loss.evaluation import evaluating, flags_of
-from revdistill.engine.loss.marking import TORCHS_FORWARDS, Marking, Reads
+from revdistill.engine.loss.marking import TORCHS_FORWARDS, Marking, Reads, memory_in
 from revdistill.engine.loss.turn import turn
 
 Fresh = dict[str, Tensor]  # copies of the buffers, by name, that a call may write to
@@ -107,7 +107,8 @@ class Buffers:
             return loss(self._copies(self._current()))
         buffers = unroll.buffers.get(self)
         if buffers is None:
-            buffers = unroll.buffers[self] = self._compiled = self._current()
+            buffers = unroll.buffers[self] = self._current()
+            self.begin(buffers)
         if not buffers:
             return loss(buffers)
         modes = tuple(flags_of(self._modules()))
@@ -120,7 +121,7 @@ class Buffers:
         if harmless is None:
             return loss(self._copies(buffers))
         fresh = self._copies(buffers, harmless)
-        places = {name: b.data_ptr() for name, b in fresh.items()} if unroll.first_visit else {}
+        places = {name: memory_in(b)[0] for name, b in fresh.items()} if unroll.first_visit else {}
         value = loss(fresh)
         if not _is_loss(value):
             return value
@@ -133,6 +134,10 @@ class Buffers:
                     _message(harmless, "the loss of a later step than the first depends on what it finds there")
                 )
         return value
+
+    def begin(self, buffers: Fresh) -> None:
+        """See `HoldsBuffers`: what is compiled takes them from here."""
+        self._compiled = buffers
 
     def _current(self) -> Fresh:
         """As they are now, in new tensors."""
@@ -156,7 +161,7 @@ class Buffers:
             )
 
     def _changed(self, fresh: Fresh, places: Mapping[str, int], rebound: set[str]) -> set[str]:
-        changed = {name for name, b in fresh.items() if b._version or b.data_ptr() != places[name]}
+        changed = {name for name, b in fresh.items() if b._version or memory_in(b)[0] != places[name]}
         return changed | (rebound & fresh.keys())
 
     def _follow(
@@ -169,7 +174,7 @@ class Buffers:
     ) -> Tensor:
         """The loss, with the data followed."""
         fresh = self._copies(buffers)
-        places = {name: b.data_ptr() for name, b in fresh.items()}
+        places = {name: memory_in(b)[0] for name, b in fresh.items()}
         modules = self._modules()
         numbers = [_numbers(module) for module in modules]
         # Not exact: to compare what a checkpoint computes again is to read it.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ def set_flags(modules: list[nn.Module], flags: Flags) -> None:
         module.training = training
 
 
+class HoldsBuffers(Protocol):
+    """Whoever gives a module its buffers."""
+
+    def begin(self, buffers: dict[str, Tensor]) -> None:
+        """An evaluation begins, of an unroll at whose beginning they were these."""
+
+
 class Modules:
     """The modules that one unroll's loss calls.
 
@@ -68,7 +75,7 @@ class Modules:
         self._last = -1  # the last step that was evaluated
         self.first_visit = self.watching = self.at_last_step = False
         self._noted: dict[int, dict[str, int]] = {}
-        self.buffers: dict[Any, dict[str, Tensor]] = {}
+        self.buffers: dict[HoldsBuffers, dict[str, Tensor]] = {}
 
     def calls(self, net: nn.Module, modules: list[nn.Module], replaced: Collection[str]) -> None:
         """The loss is about to call `net`. modules: it and those in it; replaced: the names of what is replaced."""
@@ -104,6 +111,8 @@ class Modules:
         """Step k is evaluated: for the first time, or again and in the same modes."""
         self.first_visit, self.watching = k > self._last, False
         self.at_last_step = k == self._steps - 1
+        for owner, found in self.buffers.items():
+            owner.begin(found)
         for record in self._records.values():
             record.begin(None if self.first_visit else k)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revdistill.engine.layout import order_of, permuted_back
+from revdistill.engine.layout import stacked
 from revdistill.engine.loss.alike import check_alike
 from revdistill.engine.loss.buffers import Buffers, check_buffers
 from revdistill.engine.loss.criterion import Criterion
@@ -121,8 +121,8 @@ def stack_modules(
         raise ValueError("nets have no parameter that requires grad, so there is nothing to train")
     own = judge.params | judge.buffers()
     tensors = [dict(net.named_parameters()) | dict(net.named_buffers()) | own for net in nets]
-    params = {name: _stacked([t[name].detach() for t in tensors]).requires_grad_() for name in trained}
-    rest = {name: _stacked([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
+    params = {name: stacked([t[name].detach() for t in tensors]).requires_grad_() for name in trained}
+    rest = {name: stacked([t[name].detach() for t in tensors]) for name in tensors[0] if name not in params}
     buffer_names = {name for name, _ in first.named_buffers()} | judge.buffers().keys()
     for i, net in enumerate(nets):
         check_buffers(dict(net.named_buffers()) | judge.buffers(), f"nets[{i}]")
@@ -187,14 +187,6 @@ def _parts(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         return (), {name: batch[name] for name in names}, batch[last]
     *inputs, target = entries
     return tuple(inputs), {}, target
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """[E, ...], each with the strides that it had."""
-    order = order_of(tensors[0])
-    if order is None:
-        return torch.stack(tensors)
-    return permuted_back(torch.stack([t.permute(order) for t in tensors]), order)
 
 
 def _first(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.graph import LEAF, graph_nodes, is_custom, is_once_differentiable, nodes_from
@@ -38,10 +39,16 @@ class Functions:
         Raises:
             UnsupportedError: one has none, or its backward loses its graph.
         """
-        new = [node for node in nodes if type(node) not in self._known_types]  # each Function has a type of its own
         functions = set()
-        for node in new:
-            if is_custom(node) and first not in nodes_from(node):
+        for node in nodes:
+            if type(node) in self._known_types:
+                continue
+            if not is_custom(node):
+                self._known_types.add(type(node))
+                continue
+            # By what it is differentiated by, too: another use may need what the first did not.
+            use = (node._forward_cls, tuple(node.needs_input_grad))
+            if use in self._known or first not in nodes_from(node):
                 continue
             if is_once_differentiable(node):
                 raise UnsupportedError(
@@ -49,11 +56,10 @@ class Functions:
                     "hypergradient needs them; replace it by one built of differentiable operations"
                 )
             function = _function_of(node)
-            if function is not None and function not in self._known:
-                functions.add(function)
+            if function is not None and (function, use[1]) not in self._known:
+                functions.add((function, use[1]))
                 _check_backward(function, node)
-            if function is None or function is node._forward_cls:
-                self._known_types.add(type(node))
+            functions.add(use)
         self._known |= functions
 
 
@@ -110,9 +116,10 @@ class _Trial:
         self._node = node
         gradients = [_drawn(m.shape, m.dtype, m.device, draw) for m in node._input_metadata]
         saved = list(node.saved_tensors or ())
-        named = {name: value for name, value in vars(node).items() if isinstance(value, Tensor)}
-        given = [*gradients, *saved, *named.values()]
-        self._gradients, self._saved, self._names = len(gradients), len(saved), list(named)
+        # What it keeps besides, in lists and dicts too. Put together again these are new ones, to be changed at will.
+        rest, self._form = tree_flatten(dict(vars(node)))
+        given = [*gradients, *saved, *rest]
+        self._gradients, self._saved = len(gradients), len(saved)
         self._wanted = [_has_derivatives(t) and (i < len(gradients) or t.requires_grad) for i, t in enumerate(given)]
         self._device = gradients[0].device if gradients else torch.device("cpu")
         # A backward may well round to single precision within.
@@ -164,8 +171,7 @@ class _Trial:
         # A backward may write into what it is given, which autograd allows for no leaf.
         copies = [t.clone() if want else t for t, want in zip(inputs, self._wanted, strict=True)]
         gradients, rest = copies[: self._gradients], copies[self._gradients :]
-        named = dict(zip(self._names, rest[self._saved :], strict=True))
-        context = _Context(self._node, tuple(rest[: self._saved]), named)
+        context = _Context(self._node, tuple(rest[: self._saved]), tree_unflatten(rest[self._saved :], self._form))
         with torch.enable_grad(), seeded(0, self._device):
             found = self._node._forward_cls.backward(context, *gradients)
         results = found if isinstance(found, (tuple, list)) else (found,)
@@ -175,8 +181,8 @@ class _Trial:
 class _Context:
     """A node's context with other tensors. What a backward notes in it does not reach the node."""
 
-    def __init__(self, node: Any, saved: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        self.__dict__.update(vars(node) | named)
+    def __init__(self, node: Any, saved: tuple[Tensor, ...], attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
         self._node, self.saved_tensors, self.saved_variables = node, saved, saved
 
     def __getattr__(self, name: str) -> Any:

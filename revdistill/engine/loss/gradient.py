@@ -33,7 +33,7 @@ _NODE_BYTES = 1024
 
 
 BACKWARD_INSIDE = (
-    "the loss calls .backward() itself, and what that adds to the gradients of params would be dropped; return the sum "
+    "the loss calls .backward() itself, and what that adds to gradients would be dropped; return the sum "
     "of all terms, of which the unroll takes the gradient, or call torch.autograd.grad(..., create_graph=True) for a "
     "gradient that the loss is computed from"
 )
@@ -172,7 +172,7 @@ class Gradient:
             untouched = self._look(k, leaf, views)
             evaluate = partial(self.loss, views, *self.data.arguments(batch, hyper_leaves))
             value = evaluate() if k != self.originals.next else self.originals.watch(k, evaluate, batch)
-            if leaf.grad is not None:
+            if leaf.grad is not None or any(t.grad is not None for t in (*batch_leaves, *hyper_leaves)):
                 raise UnsupportedError(BACKWARD_INSIDE)
             if untouched is not None:
                 untouched.check(self._open_looks)

@@ -238,6 +238,9 @@ def test_a_rate_that_shows_the_velocitys_last_digits_is_refused(optimizer: Any) 
     lr = torch.tensor([0.1, 1e11, 0.1], dtype=torch.float64)
     with pytest.raises(rd.RangeError, match=r"lr is 1e\+11 at step 1: .*2\^-44.*the loss.*bits than 44"):
         run(lambda p, b: quadratic(p, b) * 1e-12, optimizer=optimizer(lr), steps=3)
+    with pytest.raises(rd.RangeError) as caught:
+        run(optimizer=optimizer({"a": 0.1, "b": lr}), steps=3)
+    assert (caught.value.parameter, caught.value.step) == ("b", 1)
     run(lambda p, b: quadratic(p, b) * 1e-6, optimizer=rd.SGD(1e5), steps=3)
     run(lambda p, b: quadratic(p, b) * 1e-12, optimizer=rd.Adam(1e-3), steps=3)
     run(lambda p, b: quadratic(p, b) * 1e-8, optimizer=rd.SGD(1e7), steps=3, adjoint=rd.Reversible(fractional_bits=50))

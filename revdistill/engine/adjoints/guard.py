@@ -82,14 +82,14 @@ class Guard:
         for move in self._update.moves:
             if move.target != THETA or velocities.isdisjoint(move.reads) or not isinstance(move, Add):
                 continue
-            rate, k = move.factor.tables["lr"].largest()
+            rate, k, position = move.factor.tables["lr"].largest()
             if rate * self._fixed.resolution > _COARSEST * max(1.0, largest):
                 bits = self._fixed.fractional_bits
                 raise RangeError(
                     f"lr is {rate:g} at step {k + self._taken}: the velocity is kept in steps of 2^-{bits}, which this "
                     f"rate makes steps of {rate * self._fixed.resolution:.1e} of params; multiply the loss by a factor "
                     f"and divide lr by it, or give the adjoint more fractional_bits than {bits}",
-                    parameter=self._update.layout.names[0],
+                    parameter=self._update.layout.name_at(position),
                     step=k + self._taken,
                     value=rate,
                 )

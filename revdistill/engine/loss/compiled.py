@@ -9,9 +9,7 @@ on other devices than the CPU, where to compare would be to wait for the device 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 from revdistill.engine.compiling import compiling, warn
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.layout import Layout
+from revdistill.engine.loss.compile_cache import CompiledFunction, CompiledProduct, compiled_of
 from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import EagerLinearization, Gradient, Linearization, Products
@@ -30,43 +29,6 @@ from revdistill.engine.loss.usage import Usage, Zeros
 
 # Normwise relative difference that reordered sums explain; a wrong kernel is off by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
-
-_CompiledGradient = Callable[..., tuple[Tensor, Tensor]]
-_CompiledProduct = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
-
-
-@dataclass
-class _Functions:
-    """The compiled functions of one loss, None where eager is right or faster.
-
-    They outlive an unroll, so that an outer loop compiles once. gradient_times: of the compiled and the eager gradient,
-    in seconds.
-    """
-
-    gradient: _CompiledGradient | None
-    product: _CompiledProduct | None
-    gradient_checked: bool = False
-    product_checked: bool = False
-    gradient_times: tuple[float, float] = (0.0, 0.0)
-
-    def drop_product(self) -> None:
-        """Without it a compiled gradient is evaluated twice per step and the eager one besides, for the product.
-
-        Where that takes longer than the eager one alone, the unrolls to come are eager.
-        """
-        self.product = None
-        compiled, eager = self.gradient_times
-        if 2 * compiled > eager:
-            self.gradient = None
-
-
-@dataclass
-class _OfLoss:
-    loss: weakref.ref[Loss]
-    functions: dict[Any, _Functions] = field(default_factory=dict)
-
-
-_functions: weakref.WeakKeyDictionary[Loss, _OfLoss] = weakref.WeakKeyDictionary()
 
 
 class CompiledGradient(Gradient):
@@ -89,27 +51,12 @@ class CompiledGradient(Gradient):
         super().__init__(loss, layout, data, determinism, steps, usage, originals)
         self.wanted = (*self._batch_wanted, *self._hyper_wanted)
         self._hypers = tuple(t.detach() for t in data.hypers)
-        self.functions = self._known()
-        self.compiled: _CompiledGradient | None = None
+        self.functions = compiled_of(loss, (layout, self.wanted, data.form), self._compile)
+        self.compiled: CompiledFunction | None = None
         self._chosen = self.functions.gradient is None
         self._zeros = Zeros(self.usage, layout)
 
-    def _known(self) -> _Functions:
-        """Those of this very loss: bound methods are equal, and each dies by itself."""
-        try:
-            loss = weakref.ref(self.loss)
-        except TypeError:  # of what is not referred to weakly nothing can be kept
-            return _Functions(*self._compile(lambda: self.loss))
-        known = _functions.get(self.loss)
-        if known is None or known.loss() is not self.loss:
-            _functions.pop(self.loss, None)
-            known = _functions[self.loss] = _OfLoss(loss)
-        key = (self.layout, self.wanted, self.data.form)
-        if key not in known.functions:
-            known.functions[key] = _Functions(*self._compile(loss))
-        return known.functions[key]
-
-    def _compile(self, loss_of: Callable[[], Loss | None]) -> tuple[_CompiledGradient, _CompiledProduct]:
+    def _compile(self, loss_of: Callable[[], Loss | None]) -> tuple[CompiledFunction, CompiledProduct]:
         """loss_of: gives the loss. The cache must keep neither its own key nor data alive."""
         layout, wanted, batches = self.layout, self.wanted, len(self.data.tensors)
         form = self.data.form
@@ -203,7 +150,7 @@ class CompiledGradient(Gradient):
 class CompiledLinearization:
     """The loss and its gradient at one theta and step, evaluated when first asked for: a `Linearization`."""
 
-    def __init__(self, owner: CompiledGradient, function: _CompiledGradient, k: int, theta: Tensor, batch: Any) -> None:
+    def __init__(self, owner: CompiledGradient, function: CompiledFunction, k: int, theta: Tensor, batch: Any) -> None:
         self._owner, self._function, self._k, self._theta, self._batch = owner, function, k, theta, batch
         self._arguments = owner.arguments(batch)
         self._from_product: Tensor | None = None
@@ -264,7 +211,7 @@ class CompiledLinearization:
     def _eager_product(self, vector: Tensor) -> Products:
         return self._owner.eager_product(self._k, self._theta, self._batch, vector)
 
-    def _compiled_product(self, function: _CompiledProduct, vector: Tensor) -> Products:
+    def _compiled_product(self, function: CompiledProduct, vector: Tensor) -> Products:
         wanted = self._owner.wanted
         with self._owner.determinism.step(self._k):
             found, products = function(self._theta, *self._arguments, vector.detach())
@@ -275,7 +222,7 @@ class CompiledLinearization:
         split = len(self._owner.data.tensors)
         return Products(products[0], extra[:split], extra[split:])
 
-    def _product_agrees(self, function: _CompiledProduct, vector: Tensor, eager: Products) -> bool:
+    def _product_agrees(self, function: CompiledProduct, vector: Tensor, eager: Products) -> bool:
         try:
             with compiling():
                 found = self._compiled_product(function, vector)
@@ -290,7 +237,7 @@ class CompiledLinearization:
                 return False
         return True
 
-    def _product_is_faster(self, function: _CompiledProduct, vector: Tensor) -> bool:
+    def _product_is_faster(self, function: CompiledProduct, vector: Tensor) -> bool:
         def first(products: Products) -> Tensor:
             return next((t for t in (products.theta, *products.batch, *products.hyper) if t is not None), vector)
 

@@ -59,10 +59,15 @@ class Table:
         """The largest of the groups' magnitudes at step k."""
         return self._bounds[k if len(self._bounds) > 1 else 0]
 
-    def largest(self) -> tuple[float, int]:
-        """The largest magnitude of all steps and groups, and its step; 0 without steps."""
+    def largest(self) -> tuple[float, int, int]:
+        """The largest magnitude of all steps and groups, its step, and the first entry of the flat buffer that it is
+        for; 0 without steps.
+        """
         bound, k = max(((bound, -k) for k, bound in enumerate(self._bounds)), default=(0.0, 0))
-        return bound, -k
+        if self.index is None or not self.host:
+            return bound, -k, 0
+        column = max(range(len(self.host[-k])), key=lambda column: abs(self.host[-k][column]))
+        return bound, -k, int((self.index == column).nonzero()[0]) if bool((self.index == column).any()) else 0
 
     @cached_property
     def _bounds(self) -> list[float]:

@@ -192,3 +192,89 @@ def test_a_frozen_transformer_computes_the_same_watched_or_not(adjoint: Any) -> 
     theta = rd.unroll(loss, {"w": w}, (X,), rd.SGD(0.1, 0.5), steps=10, adjoint=adjoint)
     theta["w"].sum().backward()
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@torch.library.custom_op("revdistill_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    """Without a derivative."""
+    return 2 * x
+
+
+LIBRARY = torch.library.Library("revdistill_tests", "FRAGMENT")
+LIBRARY.define("cubed(Tensor x) -> Tensor")
+LIBRARY.impl("cubed", lambda x: x * x * x, "CPU")  # its graph is that of the operators it is made of
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_an_operator_without_a_kernel_for_autograd_keeps_its_graph(adjoint: Any) -> None:
+    """Regression: under the mode that watches it had none, and a part of the gradient was missing."""
+    found = []
+    for cube in (torch.ops.revdistill_tests.cubed, lambda x: x * x * x):
+        w = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+        theta = rd.unroll(
+            lambda p, b, cube=cube: cube(p["w"]).sum() + p["w"].square().sum() + doubled(p["w"].detach()).sum(),
+            {"w": w},
+            lambda k: (),
+            rd.SGD(0.1, 0.5),
+            steps=4,
+            adjoint=adjoint,
+        )
+        found.append(torch.autograd.grad(theta["w"].sum(), w)[0])
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where it imports its compiler
+@pytest.mark.parametrize("adjoint", [rd.Reversible(graph_bytes=0), rd.Reversible()], ids=repr)
+def test_what_was_compiled_stays_so(adjoint: Any) -> None:
+    """Regression: the compiler gave the user's function up, after it had tried to trace what watches."""
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            compiled.append(1)
+            return graph(*args)
+
+        return run
+
+    teacher = torch.compile(lambda x: x.tanh().sum(1), backend=backend)
+    w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+
+    def loss(p: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
+            target = teacher(batch[0])
+        return (batch[0] @ p["w"] - target).square().mean()
+
+    theta = rd.unroll(loss, {"w": w}, (X,), rd.SGD(0.1, 0.5), steps=20, adjoint=adjoint)
+    theta["w"].sum().backward()
+    assert len(compiled) >= 20 - 5  # of 20 steps those with the numbers 1, 2, 4, 8 and 16 are watched
+    compiled.clear()
+    teacher(X[0])
+    assert compiled == [1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_operators_that_take_functions_are_fine() -> None:
+    def loss(p: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
+            scale = torch.cond(batch[0].sum() > 0, lambda x: x.sum(), lambda x: -x.sum(), (batch[0],))
+        return (p["w"] * scale).square().sum() + p["w"].sum()
+
+    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    rd.unroll(loss, {"w": w}, (X,), rd.SGD(1e-3, 0.5), steps=3)["w"].sum().backward()
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_with_backprop_the_originals_may_be_reached_with_a_gradient(adjoint: Any) -> None:
+    w = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+
+    def loss(p: dict[str, Tensor], batch: Any) -> Tensor:
+        return (p["w"] - 1.0).square().sum() + 0.5 * (p["w"] - w).square().sum()
+
+    if not isinstance(adjoint, rd.Backprop):
+        with pytest.raises((ValueError, rd.UnsupportedError), match=r"hyper="):
+            rd.unroll(loss, {"w": w}, lambda k: (), rd.SGD(0.1, 0.5), steps=2, adjoint=adjoint)
+        return
+    theta = rd.unroll(loss, {"w": w}, lambda k: (), rd.SGD(0.1, 0.5), steps=1, adjoint=adjoint)
+    (found,) = torch.autograd.grad(theta["w"].sum(), w)
+    torch.testing.assert_close(found, torch.full_like(w, 1 - 0.1 * (2 + 1) + 0.1))

@@ -141,8 +141,9 @@ class _Evaluations:
             parts, views = layout.parts_and_views(leaf)
             untouched = Untouched(leaf, views, problem.determinism.modules) if k in self._looks else None
             evaluate = partial(gradient.loss, views, *data.arguments(batch, data.hypers))
+            watched = k == gradient.originals.next
             with _Backwards((leaf, *data.tensors, *data.hypers)):
-                value = evaluate() if k != gradient.originals.next else gradient.originals.watch(k, evaluate, batch)
+                value = gradient.originals.watch(k, evaluate, batch, leaf) if watched else evaluate()
             if untouched is not None:
                 untouched.check(self._open_looks)
             check_loss(value)

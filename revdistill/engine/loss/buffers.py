@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.checkpointing import Watched
 from revdistill.engine.loss.evaluation import evaluating, flags_of
-from revdistill.engine.loss.marking import TORCHS_FORWARDS, Marking, Reads, memory_in
+from revdistill.engine.loss.marking import TORCHS_FORWARDS, CannotFollowError, Marking, Reads, memory_in
 from revdistill.engine.loss.turn import turn
+from revdistill.engine.loss.uncompiled import uncompiled
 
 Fresh = dict[str, Tensor]  # copies of the buffers, by name, that a call may write to
 
@@ -116,7 +117,11 @@ class Buffers:
             count = self._evaluations[modes] = self._evaluations.get(modes, 0) + 1
             harmless = self._harmless.get(modes)
             if harmless is None or (harmless and (unroll.at_last_step or count & (count - 1) == 0)):
-                return self._follow(loss, buffers, params, rebound, modes)
+                try:
+                    return self._follow(loss, buffers, params, rebound, modes)
+                except CannotFollowError:  # NaNs are to show it
+                    unroll.uncompiled.discard(unroll.step)
+                    self._harmless[modes] = set(buffers)
         harmless = self._harmless.get(modes)
         if harmless is None:
             return loss(self._copies(buffers))
@@ -177,8 +182,11 @@ class Buffers:
         places = {name: memory_in(b)[0] for name, b in fresh.items()}
         modules = self._modules()
         numbers = [_numbers(module) for module in modules]
+        unroll = evaluating()
+        assert unroll is not None
+        unroll.uncompiled.add(unroll.step)
         # Not exact: to compare what a checkpoint computes again is to read it.
-        with Watched(exact=False), Marking(fresh) as marking, Reads(marking):
+        with uncompiled(), Watched(exact=False), Marking(fresh) as marking, Reads(marking):
             value = loss(fresh)
             if not _is_loss(value):
                 return value

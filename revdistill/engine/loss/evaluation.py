@@ -66,13 +66,16 @@ class Modules:
         first_visit: whether the step is evaluated for the first time.
         at_last_step: whether it is the last one.
         watching: whether the evaluation is compared: see `watch`.
+        step: that is evaluated.
+        uncompiled: the steps that were evaluated under a dispatch mode, and are to be evaluated again alike.
         buffers: of modules, as they were when the unroll began; by who asks for them.
     """
 
     def __init__(self, steps: int = 0) -> None:
         self._records: dict[int, _Record] = {}
         self._steps = steps
-        self._last = -1  # the last step that was evaluated
+        self._last = self.step = -1  # the last step that was evaluated
+        self.uncompiled: set[int] = set()
         self.first_visit = self.watching = self.at_last_step = False
         self._noted: dict[int, dict[str, int]] = {}
         self.buffers: dict[HoldsBuffers, dict[str, Tensor]] = {}
@@ -110,7 +113,7 @@ class Modules:
     def begin(self, k: int) -> None:
         """Step k is evaluated: for the first time, or again and in the same modes."""
         self.first_visit, self.watching = k > self._last, False
-        self.at_last_step = k == self._steps - 1
+        self.step, self.at_last_step = k, k == self._steps - 1
         for owner, found in self.buffers.items():
             owner.begin(found)
         for record in self._records.values():

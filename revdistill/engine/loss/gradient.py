@@ -8,7 +8,7 @@ that is one bit different on the way back ruins the reversal (invariant 1 of the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.graph import graph_nodes, memory_of, saved_tensors
 from revdistill.engine.loss.originals import Originals
 from revdistill.engine.loss.strangers import Strangers
+from revdistill.engine.loss.uncompiled import uncompiled
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
 from revdistill.engine.loss.usage import UnusedParametersError, Usage
 
@@ -171,7 +172,7 @@ class Gradient:
             parts, views = self.layout.parts_and_views(leaf)
             untouched = self._look(k, leaf, views)
             evaluate = partial(self.loss, views, *self.data.arguments(batch, hyper_leaves))
-            value = evaluate() if k != self.originals.next else self.originals.watch(k, evaluate, batch)
+            value = self._evaluated(k, evaluate, batch)
             if leaf.grad is not None or any(t.grad is not None for t in (*batch_leaves, *hyper_leaves)):
                 raise UnsupportedError(BACKWARD_INSIDE)
             if untouched is not None:
@@ -188,6 +189,14 @@ class Gradient:
         if self.usage.to_spare:
             raise UnusedParametersError(self.usage.unused, found)
         return found
+
+    def _evaluated(self, k: int, evaluate: Callable[[], Tensor], batch: Any) -> Tensor:
+        if k == self.originals.next:
+            return self.originals.watch(k, evaluate, batch)
+        if k in self.determinism.modules.uncompiled:
+            with uncompiled():
+                return evaluate()
+        return evaluate()
 
     def _look(self, k: int, leaf: Tensor, views: dict[str, Tensor]) -> Untouched | None:
         """At the first evaluation of some steps."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,12 @@ TORCHS_FORWARDS: list[Any] = [
 ]
 TORCHS_FORWARDS += [nn.SyncBatchNorm.forward]
 _TORCHS_CODES = {forward.__code__ for forward in TORCHS_FORWARDS}
+
+
+class CannotFollowError(Exception):
+    """An operator has no kernel for autograd, and would lose its graph under a dispatch mode; or it takes functions
+    (torch.cond).
+    """
 
 
 class Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -36,6 +43,8 @@ class Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.was_read: set[str] = set()
         for name, t in sources.items():
             self._mark(t, frozenset({name}))
+
+    supports_higher_order_operators = True  # to be told of them
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -63,6 +72,8 @@ class Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload) or (func.namespace not in _TORCHS and _loses_the_graph(func)):
+            raise CannotFollowError
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         names = frozenset() if _takes_no_number(func) else self._of_all(_read_by(given))
         found = func(*args, **kwargs)
@@ -110,6 +121,7 @@ class Reads(TorchFunctionMode):
 
 
 _READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
+_TORCHS = {"aten", "prim", "prims"}
 _OVERWRITES = {"aten::copy_", "aten::zero_", "aten::fill_"}
 
 
@@ -117,6 +129,11 @@ def _takes_no_number(func: Any) -> bool:
     """Whether an operator makes a tensor of its argument's shape or dtype only."""
     name: str = func._schema.name.removeprefix("aten::")
     return name.startswith(("new_", "empty")) or name.endswith("_like")
+
+
+def _loses_the_graph(func: Any) -> bool:
+    keys = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
+    return not any(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in keys)
 
 
 def _read_by(given: dict[str, Any]) -> list[Any]:

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.evaluation import Modules
-from revdistill.engine.loss.marking import Marking, Reads, memory_in
+from revdistill.engine.loss.graph import LEAF, graph_nodes
+from revdistill.engine.loss.marking import CannotFollowError, Marking, Reads, memory_in
 from revdistill.engine.loss.tree import contents
+from revdistill.engine.loss.uncompiled import uncompiled
 
 _evaluations: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -60,13 +62,15 @@ class Originals:
             self._before = 0
         self.next = self._after(-1)
 
-    def watch(self, k: int, evaluate: Callable[[], Tensor], batch: Any) -> Tensor:
+    def watch(self, k: int, evaluate: Callable[[], Tensor], batch: Any, leaf: Tensor | None = None) -> Tensor:
         """Evaluate the loss of the step that is next.
 
         Args:
             k: the step.
             evaluate: returns the loss.
             batch: which the loss is given.
+            leaf: that the step's parameters are views of, where a gradient through the originals counts: what is
+                reached with one is no error then.
 
         Returns:
             What `evaluate` returned.
@@ -76,9 +80,18 @@ class Originals:
         """
         self.next = self._after(k)
         given = {memory_in(t)[0] for _, t in contents(batch, "") if isinstance(t, Tensor)} | self._given
-        with _Following(self._params, self._modules, given) as following, Reads(following, addresses=False):
-            value = evaluate()
+        self._modules.uncompiled.add(k)
+        try:
+            following = _Following(self._params, self._modules, given)
+            with uncompiled(), following, Reads(following, addresses=False):
+                value = evaluate()
+        except CannotFollowError:
+            self._modules.uncompiled.discard(k)
+            return evaluate()
         names = following.was_read | (following.of(value) if isinstance(value, Tensor) else frozenset())
+        if names and leaf is not None:
+            reached = {id(node.variable) for node in graph_nodes(value, until=(leaf,)) if type(node) is LEAF}
+            names -= {name for name, t in self._params.items() if id(t) in reached}
         if names:
             raise UnsupportedError(
                 f"the loss reads params[{min(names)!r}] as it was given to unroll, at step {k + self._taken}: a "
@@ -86,7 +99,7 @@ class Originals:
                 "start's at every step, and no derivative would flow to it. Compute everything from the params that "
                 "the loss is given: make the criterion a module that holds the network, or write loss(params, batch) "
                 "with torch.func.functional_call. What is to stay as it is at the start goes into hyper=, or is a "
-                "copy: .detach().clone()"
+                "copy made before rd.unroll is called: .detach().clone()"
             )
         return value
 

@@ -134,8 +134,8 @@ class _Trial:
     def lost(self) -> str | None:
         """What the results depend on without a path to it, in words; None where there is no such thing."""
         results = self._call(self._inputs)
-        for j, r in enumerate(results):
-            if r is None or not r.numel():
+        for j, (r, needed) in enumerate(zip(results, self._node.needs_input_grad, strict=False)):
+            if r is None or not needed or not r.numel():
                 continue
             reached = {id(node.variable) for node in graph_nodes(r) if type(node) is LEAF}
             for i, (t, want) in enumerate(zip(self._inputs, self._wanted, strict=True)):

@@ -172,6 +172,7 @@ def defined() -> Iterator[type[BaseException]]:
 def test_every_error_has_its_case_and_its_row_in_the_readme() -> None:
     inner = {
         "SuspicionError",
+        "CannotFollowError",
         "UnusedParametersError",
         "RevdistillError",
         "UserError",

@@ -140,7 +140,7 @@ def test_a_distillation_that_diverges_says_so_and_stops() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps is 0; accepted is an integer of at least 1"),
+        ({"steps": 0}, "steps is 0; accepted is an integer from 1 to 1,000,000"),
         ({"momentum": 1.5}, "momentum is 1.5; accepted is a number from 0 to 1"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1; accepted is a number of at least 0"),
         ({"lr": float("nan")}, "lr is nan"),

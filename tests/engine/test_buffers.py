@@ -447,7 +447,7 @@ def test_looks_become_rare_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -
     loss, params = rd.from_module(net, CE)
     for _ in range(2):
         unrolled(loss, params)
-    assert len(looks) == 6  # at the 1st, 2nd, 4th and 8th of 12 steps, and at the last of each unroll
+    assert len(looks) == 6  # at the 1st, 2nd, 4th and 8th of 12 steps, and at the last of both unrolls
     assert net[0].calls == 2 * STEPS
     loss(params, (X[0], Y[0]))  # outside an unroll nothing is looked at
     assert len(looks) == 6

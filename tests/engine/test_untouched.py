@@ -227,7 +227,7 @@ def test_a_gradient_penalty_may_make_its_leaf_in_the_loss(adjoint: Any) -> None:
     close(unrolled(loss, params, adjoint, lambda k: (X[k], Y[k])), expected)
     outside = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     if adjoint in FIXED:
-        with pytest.raises(ValueError, match=r"shape \[\] at step 0 that requires grad but was not passed"):
+        with pytest.raises(ValueError, match=r"shape \[\] that requires grad but was not passed"):
             unrolled(lambda p, b: loss(p, b) + outside * p["w"].square().sum(), params, adjoint, steps=1)
 
 

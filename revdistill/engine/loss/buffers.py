@@ -7,9 +7,9 @@ training.
 
 Which it is, is found by following the data: under a dispatch mode that marks the memory of what is computed from a
 buffer. Where neither the loss nor its gradient is marked by a changed buffer, and no marked number was read into
-Python, the buffer did not matter there. So it is at an unroll's last step, and at the steps whose number (of all that
-the module was ever evaluated at) is a power of two. At the others NaNs stand in its place, which show where they
-matter.
+Python, the buffer did not matter there. So it is at the steps whose number, of all that the module was ever evaluated
+at, is a power of two, and at the last step of each unroll whose number is one. At the others NaNs stand in its place,
+which show where they matter.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Buffers:
         self._compiled = self.sources
         self._harmless: dict[tuple[bool, ...], set[str]] = {}  # what was written, by the training modes
         self._evaluations: dict[tuple[bool, ...], int] = {}  # each step's first ones
+        self._unrolls = 0
 
     def evaluate(
         self, loss: Callable[[Fresh], Tensor], params: Mapping[str, Tensor], rebound: Callable[[], set[str]]
@@ -110,13 +111,14 @@ class Buffers:
         if buffers is None:
             buffers = unroll.buffers[self] = self._current()
             self.begin(buffers)
+            self._unrolls += 1
         if not buffers:
             return loss(buffers)
         modes = tuple(flags_of(self._modules()))
         if unroll.first_visit:
             count = self._evaluations[modes] = self._evaluations.get(modes, 0) + 1
             harmless = self._harmless.get(modes)
-            if harmless is None or (harmless and (unroll.at_last_step or count & (count - 1) == 0)):
+            if harmless is None or (harmless and self._is_due(count, last=unroll.at_last_step)):
                 try:
                     return self._follow(loss, buffers, params, rebound, modes)
                 except CannotFollowError:  # NaNs are to show it
@@ -156,6 +158,10 @@ class Buffers:
             n: torch.full_like(b, torch.nan) if n in spoilt and b.is_floating_point() else b for n, b in buffers.items()
         }
         return {name: b.clone() for name, b in self.sources.items()}
+
+    def _is_due(self, count: int, *, last: bool) -> bool:
+        """Whether an evaluation is followed again: ever more rarely, so that short unrolls do not pay for it each."""
+        return count & (count - 1) == 0 or (last and self._unrolls & (self._unrolls - 1) == 0)
 
     def _refuse_new(self, changed: set[str], modes: tuple[bool, ...]) -> None:
         """Raise the UnsupportedError of buffers that were not changed at the first step in these modes."""

@@ -31,8 +31,8 @@ _Noted = tuple[list[Tensor], list[int]]
 
 
 class KeptData:
-    """Fingerprints of batches and hyper, on the CPU, where memory is shared; and of frozen parameters and of what the
-    loss refers to beside them, everywhere.
+    """Fingerprints of batches, hyper and what the loss refers to beside them, on the CPU, where memory is shared; and
+    of frozen parameters, everywhere.
     """
 
     def __init__(self, data: Data, modules: Modules, backend: Backend, taken: int) -> None:
@@ -54,7 +54,7 @@ class KeptData:
         """
         self._note_data(k, batch)
         n, self._steps = self._steps, self._steps + 1
-        if n & (n - 1) == 0 or rest < 2:
+        if self._backend.interval == 1 and (n & (n - 1) == 0 or rest < 2):
             self._look(saved())
 
     def _look(self, saved: Iterable[Tensor]) -> None:

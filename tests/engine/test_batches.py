@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -317,3 +318,13 @@ def test_objects_that_refer_to_half_the_world_cost_little() -> None:
     assert found["batch.dataset"] is batch.dataset  # type: ignore[attr-defined]
     assert len(found) < 10_100
     assert len(list(contents(far, "batch"))) == 100_000
+
+
+def test_a_batch_may_refer_to_a_trainer() -> None:
+    """Regression: the parameters of an optimizer were taken for tensors of the batch."""
+    own = torch.ones(2, requires_grad=True)
+    batch = types.SimpleNamespace(x=torch.ones(2), trainer=types.SimpleNamespace(optimizer=torch.optim.SGD([own], 0.1)))
+    theta = rd.unroll(
+        lambda p, b: (p["w"] - b.x).square().sum(), {"w": torch.zeros(2)}, lambda k: batch, rd.SGD(0.1), steps=2
+    )
+    assert bool((theta["w"] > 0).all())

@@ -278,3 +278,18 @@ def test_with_backprop_the_originals_may_be_reached_with_a_gradient(adjoint: Any
     theta = rd.unroll(loss, {"w": w}, lambda k: (), rd.SGD(0.1, 0.5), steps=1, adjoint=adjoint)
     (found,) = torch.autograd.grad(theta["w"].sum(), w)
     torch.testing.assert_close(found, torch.full_like(w, 1 - 0.1 * (2 + 1) + 0.1))
+
+
+def test_a_loss_whose_hash_raises_is_looked_at_each_time() -> None:
+    class Unhashable:
+        def __hash__(self) -> int:
+            raise RuntimeError("not to be kept")
+
+        def __call__(self, p: dict[str, Tensor], batch: Any) -> Tensor:
+            return (p["w"] - w.detach()).square().sum()
+
+    w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    loss = Unhashable()
+    for _ in range(2):
+        with pytest.raises(rd.UnsupportedError, match=r"at step 0\b"):
+            rd.unroll(loss, {"w": w}, lambda k: (), rd.SGD(0.1), steps=2)

@@ -49,3 +49,27 @@ def test_xavier_start() -> None:
     assert float(params["conv2.weight"].std()) == pytest.approx((2 / (25 * (6 + 16))) ** 0.5, rel=0.02)
     assert torch.equal(stack.sample(1)["fc3.weight"], params["fc3.weight"])
     assert not torch.equal(stack.sample(2)["fc3.weight"], params["fc3.weight"])
+
+
+class Transposed(torch.nn.Module):
+    """Its weight is transposed in memory, and forward relies on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(3, 2).t())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, 2] -> [B, 3]."""
+        return x @ self.w.t().view(6).view(3, 2).t()
+
+
+def transposed_network(input_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+    return Transposed()
+
+
+def test_parameters_keep_their_strides() -> None:
+    """Regression: a stack of one's own networks was made contiguous, where rd.stack_modules keeps strides."""
+    stack = NetworkStack(f"{__name__}:transposed_network", 2, (2,), 3, torch.device("cpu"))
+    params = stack.sample(0)
+    assert params["w"].stride()[1:] == (1, 2)
+    assert stack.logits(params, torch.randn(4, 2)).shape == (2, 4, 3)

@@ -24,6 +24,7 @@ from revdistill.engine.integers.fingerprint import fingerprint_of
 from revdistill.engine.loss.data import Data
 from revdistill.engine.loss.evaluation import Modules
 from revdistill.engine.loss.graph import memory_of, parts_of
+from revdistill.engine.loss.looks import is_due
 from revdistill.engine.loss.tree import contents
 
 _CHUNK = 2**22  # words of 8 bytes
@@ -54,7 +55,7 @@ class KeptData:
         """
         self._note_data(k, batch)
         n, self._steps = self._steps, self._steps + 1
-        if self._backend.interval == 1 and (n & (n - 1) == 0 or rest < 2):
+        if self._backend.interval == 1 and (is_due(n) or rest < 2):
             self._look(saved())
 
     def _look(self, saved: Iterable[Tensor]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.checkpointing import Watched
 from revdistill.engine.loss.evaluation import evaluating, flags_of
+from revdistill.engine.loss.looks import is_due
 from revdistill.engine.loss.marking import TORCHS_FORWARDS, CannotFollowError, Marking, Reads, memory_in
 from revdistill.engine.loss.turn import turn
 from revdistill.engine.loss.uncompiled import uncompiled
@@ -160,8 +161,8 @@ class Buffers:
         return {name: b.clone() for name, b in self.sources.items()}
 
     def _is_due(self, count: int, *, last: bool) -> bool:
-        """Whether an evaluation is followed again: ever more rarely, so that short unrolls do not pay for it each."""
-        return count & (count - 1) == 0 or (last and self._unrolls & (self._unrolls - 1) == 0)
+        """Whether an evaluation is followed again. last: of its unroll; short unrolls are not to pay for it each."""
+        return is_due(count) or (last and is_due(self._unrolls))
 
     def _refuse_new(self, changed: set[str], modes: tuple[bool, ...]) -> None:
         """Raise the UnsupportedError of buffers that were not changed at the first step in these modes."""

@@ -77,8 +77,3 @@ def compiled_of(
     if key not in known.kept:
         known.kept[key] = Compiled(*make(reference))
     return known.kept[key]
-
-
-def forms_of(loss: Loss) -> int:
-    """How many forms of a loss are kept."""
-    return len(_of[loss].kept) if loss in _of else 0

@@ -25,6 +25,7 @@ from revdistill.engine import (
     UnrollStats,
     UnsupportedError,
     from_module,
+    jacobian,
     stack_modules,
     unroll,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "attribute",
     "epochs",
     "from_module",
+    "jacobian",
     "schedule_lr",
     "stack_modules",
     "unroll",

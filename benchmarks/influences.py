@@ -156,19 +156,18 @@ def tracin(net: torch.nn.Module, checkpoints: Checkpoints, examples: Examples, q
     """[n]: -lr times the product of the example's gradient with that of the queries' mean loss, summed over
     checkpoints (Pruthi et al. 2020): positive is harmful, as a metagradient is.
     """
-    total = torch.zeros(len(examples[0]))
-    for params in checkpoints:
+    total, ones = torch.zeros(len(examples[0])), torch.ones(len(examples[0]), requires_grad=True)
+    for checkpoint in checkpoints:
+        params = {name: p.clone().requires_grad_() for name, p in checkpoint.items()}
 
-        def mean_loss(p: Params) -> Tensor:
-            return F.cross_entropy(torch.func.functional_call(net, p, (queries[0],)), queries[1])
+        def losses(asked: Examples, params: Params = params) -> Tensor:
+            return F.cross_entropy(torch.func.functional_call(net, params, (asked[0],)), asked[1], reduction="none")
 
-        def each_loss(p: Params) -> Tensor:
-            logits = torch.func.functional_call(net, p, (examples[0],))
-            return F.cross_entropy(logits, examples[1], reduction="none")
-
-        direction = torch.func.grad(mean_loss)(params)
-        with torch.no_grad():
-            total -= lr * torch.func.jvp(each_loss, (params,), (direction,))[1]
+        leaves = list(params.values())
+        direction = torch.autograd.grad(losses(queries).mean(), leaves)
+        # the derivative by each example's weight of the weighted gradient's product with the direction
+        gradient = torch.autograd.grad((ones * losses(examples)).sum(), leaves, create_graph=True)
+        total -= lr * torch.autograd.grad(gradient, ones, direction)[0]
     return total
 
 

@@ -106,8 +106,8 @@ def section(results: dict[str, Any], where: str) -> str:
     parts = [
         f"`python benchmarks/flipped.py --data-dir DIR`, on {where}; {seconds / 60:.0f} minutes of one core in all. "
         "5,000 MNIST images, 500 clean held-out ones, 500 others to stop early by; MLP 784-128-64-10 with GELU, "
-        "SGD(.01, .9), means and standard deviations over 3 draws of data, flips and starts. Retrained: without as many "
-        "as were flipped, by a training of its own, accuracy on 10,000 test images.",
+        "SGD(.01, .9), means and standard deviations over 3 draws of data, flips and starts. Retrained: without as "
+        "many as were flipped, by a training of its own, accuracy on 10,000 test images.",
         flips_table(results),
         "*Weights of every label*: each example is trained on as one of every class c with weight V_ic, V one-hot; one "
         "way back gives dL/dV [n, C]. Its given label's column is the score; a label is worth what it harms more than "

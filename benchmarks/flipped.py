@@ -11,8 +11,10 @@ Writes results/flipped.json; `python benchmarks/report.py` makes the tables. hid
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from influences import (
     CLASSES,
+    Ask,
     Examples,
     Found,
     Recipe,
@@ -46,11 +49,12 @@ from revdistill.outer.data import DATA_DIR, Dataset, load
 
 TRAININGS = 5  # of every method that goes back through several; learning the weights takes as many
 PLAIN = 10  # of the plain rivals
-TEMPERATURE = 3.0  # of the queries' loss: without it, a few queries that come out wrong decide
+SOFT = Ask(3.0, along=True)  # the temperature: without it, a few queries that come out wrong decide
 SMOOTH = Recipe(500, 16, 0.01)
 LONGER = Recipe(500, 16, 0.02)  # what ranks best by its loss; metagradients of so large a rate are noisy
 MEMORISING = Recipe(100, 10, 0.05)
 RETRAINING = Recipe(100, 6, 0.02)  # what the cleaned data are for
+RETRAININGS = 2
 RECIPES = {"smooth": SMOOTH, "longer": LONGER, "memorising": MEMORISING, "retraining": RETRAINING}
 EARLY = 4  # epochs of LONGER after which loss is "early"
 SEEDS = 3
@@ -111,13 +115,16 @@ def by_metagradients(task: Task, recipes: dict[str, Recipe], seed: int) -> dict[
     y, ones = task.examples[1], one_hot(task.examples[1])
 
     def one(recipe: Recipe, s: int) -> Found:
-        return metagradient(task.examples, ones, task.held, recipe, seed + s, (1.0, TEMPERATURE))
+        return metagradient(task.examples, ones, task.held, recipe, seed + s, (Ask(), SOFT))
 
     several = [one(recipes["smooth"], s) for s in range(TRAININGS)]
     plain, soft = (torch.stack([normalised(found.bars[i]) for found in several]).mean(0) for i in range(2))
+    first = several[0].bars
     return {
-        "metagradient": given(several[0].bars[0], y),
+        "metagradient": given(first[0], y),
         "memorising": given(one(recipes["memorising"], 0).bars[0], y),
+        "soft": given(first[1], y),
+        "labels": against_the_best_other(first[1], y),
         "mean": given(plain, y),
         "mean_soft": given(soft, y),
         "mean_labels": against_the_best_other(soft, y),
@@ -134,7 +141,7 @@ def by_learned_weights(task: Task, smooth: Recipe, seed: int) -> dict[str, Tenso
     best, scores = float("inf"), -weights
     latent = weights
     for s in range(TRAININGS):
-        found = metagradient(task.examples, ones * weights[:, None], task.held, smooth, seed + s, (TEMPERATURE,))
+        found = metagradient(task.examples, ones * weights[:, None], task.held, smooth, seed + s, (SOFT,))
         loss = float(F.cross_entropy(outputs(found.net, found.theta, task.second[0]), task.second[1]))
         if s > 0 and loss < best:
             best, scores = loss, -latent
@@ -154,7 +161,7 @@ def in_turn(task: Task, smooth: Recipe, seed: int) -> dict[str, Tensor]:
         keep = torch.ones(n, dtype=torch.bool)
         keep[out] = False
         queries = (torch.cat([x[out], task.held[0]]), torch.cat([y[out], task.held[1]]))
-        found = metagradient((x[keep], y[keep]), one_hot(y[keep]), queries, smooth, seed + s, (TEMPERATURE,))
+        found = metagradient((x[keep], y[keep]), one_hot(y[keep]), queries, smooth, seed + s, (SOFT,))
         scores[keep] += normalised(found.bars[0])
         losses[keep] += found.losses
         outside[out] = F.cross_entropy(outputs(found.net, found.theta, x[out]), y[out], reduction="none")
@@ -166,13 +173,11 @@ def in_turn(task: Task, smooth: Recipe, seed: int) -> dict[str, Tensor]:
     }
 
 
-def flips(data: Dataset, share: float, quick: bool) -> Iterator[dict[str, Any]]:
-    """For each seed, what every method found."""
-    sizes = (300, 60, 60) if quick else (5000, 500, 500)
+def flips(data: Dataset, share: float, seed: int, quick: bool) -> dict[str, Any]:
+    """What every method found."""
     recipes = {name: Recipe(r.batch_size, 2, r.lr) if quick else r for name, r in RECIPES.items()}
-    for seed in range(1 if quick else SEEDS):
-        task = flipped_task(data, share, sizes, seed)
-        yield {"share": share, "seed": seed} | compared(task, recipes, 1 if quick else EARLY, 100 * seed)
+    task = flipped_task(data, share, (300, 60, 60) if quick else (5000, 500, 500), seed)
+    return {"share": share} | compared(task, recipes, 1 if quick else EARLY, 100 * seed)
 
 
 def compared(task: Task, recipes: dict[str, Recipe], early: int, seed: int) -> dict[str, Any]:
@@ -194,8 +199,12 @@ def compared(task: Task, recipes: dict[str, Recipe], early: int, seed: int) -> d
     found["labels_in_turn_and_loss"] = (labels - labels.min()) * found.pop("loss_half")
 
     def without(leave_out: Tensor) -> float:
-        net, checkpoints = train((x[~leave_out], y[~leave_out]), recipes["retraining"], 50 + seed)
-        return accuracy(net, checkpoints[-1], task.test)
+        return statistics.mean(
+            accuracy(net, checkpoints[-1], task.test)
+            for net, checkpoints in (
+                train((x[~leave_out], y[~leave_out]), recipes["retraining"], 50 + seed + s) for s in range(RETRAININGS)
+            )
+        )
 
     return {
         "with_all": without(torch.zeros(len(y), dtype=torch.bool)),
@@ -205,19 +214,19 @@ def compared(task: Task, recipes: dict[str, Recipe], early: int, seed: int) -> d
     }
 
 
-def harm(data: Dataset, quick: bool) -> Iterator[dict[str, Any]]:
-    """For each case and seed."""
+def harm(data: Dataset, case: str, seed: int, quick: bool) -> dict[str, Any]:
+    """What is found of one case of hidden_harm.py."""
     recipe = Recipe(50, 20, 0.02) if quick else hidden_harm.TRAINING
-    for name, case in hidden_harm.CASES.items():
-        for seed in range(1 if quick else SEEDS):
-            found = hidden_harm.measured(case(data, 600 if quick else 5000, seed), recipe, seed, data)
-            yield {"case": name, "seed": seed} | found
+    made = hidden_harm.CASES[case](data, 600 if quick else 5000, seed)
+    return hidden_harm.measured(made, recipe, seed, data)
 
 
-PARTS: dict[str, Callable[[Dataset, bool], Iterator[dict[str, Any]]]] = {
-    "flips_10": lambda data, quick: flips(data, 0.1, quick),
-    "flips_20": lambda data, quick: flips(data, 0.2, quick),
-    "harm": harm,
+PARTS: dict[str, Callable[[Dataset, int, bool], dict[str, Any]]] = {
+    "flips_10": lambda data, seed, quick: flips(data, 0.1, seed, quick),
+    "flips_20": lambda data, seed, quick: flips(data, 0.2, seed, quick),
+    "poisoned": lambda data, seed, quick: harm(data, "poisoned", seed, quick),
+    "near_duplicates": lambda data, seed, quick: harm(data, "near_duplicates", seed, quick),
+    "other_distribution": lambda data, seed, quick: harm(data, "other_distribution", seed, quick),
 }
 
 
@@ -226,26 +235,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path(DATA_DIR))
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SEEDS)))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = load("mnist", options.data_dir)
-    for part in options.only:
-        began, runs = time.process_time(), []
-        for run in PARTS[part](data, options.quick):
-            runs.append(run)
-            print({name: value for name, value in run.items() if name != "methods"}, flush=True)
-            for name, figures in run["methods"].items():
-                print(f"  {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
-            if not options.quick:  # after each: what is stopped has not been for nothing
-                keep(part, {"runs": runs, "cpu_seconds": time.process_time() - began})
+    for part, seed in itertools.product(options.only, options.seeds[:1] if options.quick else options.seeds):
+        began = time.process_time()
+        run = {"seed": seed} | PARTS[part](data, seed, options.quick) | {"cpu_seconds": time.process_time() - began}
+        print(part, {name: value for name, value in run.items() if name != "methods"}, flush=True)
+        for name, figures in run["methods"].items():
+            print(f"  {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
+        if not options.quick:  # after each: what is stopped has not been for nothing
+            keep(part, run)
 
 
-def keep(part: str, found: dict[str, Any]) -> None:
-    """Into results/flipped.json, beside what it holds."""
+def keep(part: str, run: dict[str, Any]) -> None:
+    """Into results/flipped.json, beside the runs of other parts and seeds."""
+    results = load_results("flipped") or {}
+    others = [other for other in results.get(part, []) if other["seed"] != run["seed"]]
     recipes = {name: asdict(recipe) for name, recipe in (RECIPES | {"harm": hidden_harm.TRAINING}).items()}
-    kept = (load_results("flipped") or {}) | {part: found, "recipes": recipes}
-    save("flipped", kept | {"machine": machine("cpu", 1), "versions": versions()})
+    results |= {part: sorted([*others, run], key=lambda other: int(other["seed"])), "recipes": recipes}
+    save("flipped", results | {"machine": machine("cpu", 1), "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from influences import (
+    Ask,
     Examples,
     Recipe,
     accuracy,
@@ -143,12 +144,13 @@ def measured(case: Case, recipe: Recipe, seed: int, data: Dataset) -> dict[str, 
     wrong = outputs(net, theta, case.candidates[0]).argmax(1) != case.candidates[1]
     chosen = wrong.nonzero()[:QUERIES, 0] if case.only_wrong else torch.arange(min(500, len(wrong)))
     queries = (case.candidates[0][chosen], case.candidates[1][chosen])
-    bars = metagradient(case.examples, one_hot(y), queries, recipe, seed).bars[0]
+    end, along = metagradient(case.examples, one_hot(y), queries, recipe, seed, (Ask(), Ask(along=True))).bars
     found = {
         "training_loss": F.cross_entropy(outputs(net, theta, x), y, reduction="none"),
         "tracin": tracin(net, checkpoints, case.examples, queries, recipe.lr),
-        "scores": given(bars, y),
-        "labels": against_the_best_other(bars, y),
+        "scores": given(end, y),
+        "along": given(along, y),
+        "labels": against_the_best_other(along, y),
     }
     test = (data.x_test.flatten(1), data.y_test)
 

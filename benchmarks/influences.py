@@ -35,6 +35,16 @@ class Recipe:
         return rd.epochs(n, min(self.batch_size, n), self.epochs, seed)
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What is differentiated: the queries' mean loss at a temperature; at the end of training, or, `along` it, the mean
+    of that after each epoch of its second half (which costs no pass more).
+    """
+
+    temperature: float = 1.0
+    along: bool = False
+
+
 def network(seed: int) -> torch.nn.Module:
     """784-128-64-10, GELU: smooth."""
     torch.manual_seed(seed)
@@ -112,11 +122,9 @@ def metagradient(
     queries: Examples,
     recipe: Recipe,
     seed: int,
-    temperatures: tuple[float, ...] = (1.0,),
+    asks: tuple[Ask, ...] = (Ask(),),
 ) -> Found:
-    """Train on the examples with these weights of each label [n, C], and differentiate the mean loss of the queries, at
-    each of the temperatures, through all of it.
-    """
+    """Train with these weights of each label of each example [n, C]; differentiate what is asked through all of it."""
     net = network(seed)
     x, y = examples
     params = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -127,11 +135,19 @@ def metagradient(
         return -(batch[1] * log_p).sum() / len(log_p)
 
     order = recipe.order(len(x), seed)
-    theta = rd.unroll(loss, params, rd.Minibatches((x, table), order), rd.SGD(recipe.lr, 0.9), steps=len(order))
-    logits = torch.func.functional_call(net, theta, (queries[0],))
-    measured = torch.stack([F.cross_entropy(logits / t, queries[1]) * t for t in temperatures])
-    bars = rd.jacobian(measured, table)
-    theta = {name: p.detach() for name, p in theta.items()}
+    per_epoch = len(order) // recipe.epochs
+    at = [per_epoch * epoch for epoch in range(max(1, recipe.epochs // 2), recipe.epochs + 1)]
+    batches, optimizer = rd.Minibatches((x, table), order), rd.SGD(recipe.lr, 0.9)
+    saved = rd.unroll(loss, params, batches, optimizer, steps=len(order), save_at=at)
+    logits = [
+        torch.func.functional_call(net, {k: p[i] for k, p in saved.items()}, (queries[0],)) for i in range(len(at))
+    ]
+    measured = []
+    for ask in asks:
+        t, asked = ask.temperature, logits if ask.along else logits[-1:]
+        measured.append(torch.stack([F.cross_entropy(z / t, queries[1]) * t for z in asked]).mean())
+    bars = rd.jacobian(torch.stack(measured), table)
+    theta = {name: p[-1].detach() for name, p in saved.items()}
     log_p = outputs(net, theta, x).log_softmax(1)
     return Found(bars, -log_p.gather(1, y[:, None])[:, 0], log_p, net, theta)
 

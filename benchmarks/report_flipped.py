@@ -88,10 +88,10 @@ def harm_table(results: dict[str, Any]) -> str:
             of = [run["methods"][method] for run in runs]
             cells = [_spread((f[key] for f in of), form) for key, form in (("auroc", ".3f"), ("precision", ".0%"))]
             rows.append(
-                [title if method == "training_loss" else "", name, *cells, _spread((f["mended"] for f in of), ".0%")]
+                [title if method == "training_loss" else "", name, *cells, _spread((f["mended"] for f in of), ".1%")]
             )
         for reference, name in (("with_all", "nothing left out"), ("without_the_guilty", "exactly those left out")):
-            mean = _spread((run[reference]["mended"] for run in runs), ".0%")
+            mean = _spread((run[reference]["mended"] for run in runs), ".1%")
             rows.append([f"({mended})" if reference == "with_all" else "", name, "", "", mean])
     header = [
         "what is wrong, and what asks",

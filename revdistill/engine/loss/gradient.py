@@ -252,7 +252,7 @@ class EagerLinearization:
 
     @property
     def nbytes(self) -> int:
-        """The memory of theta, of the graph's nodes, and of what they hold beside rows of a table and hyper, in bytes."""
+        """The memory of theta, of the graph's nodes, and of what they hold beside a table and hyper, in bytes."""
         there, own = (self.batch_leaves, ()) if self.views else ((), self.batch_leaves)
         data: set[int] = {memory_of(t)[0] for t in (*there, *self.hyper_leaves)}
         storages: dict[int, int] = dict(map(memory_of, (*own, *self.saved())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Minibatches:
 
     def _check_data(self) -> tuple[int, torch.device]:
         """n, and where the data are."""
-        data = self.data
+        data: Any = self.data
         if isinstance(data, (tuple, list, Mapping)) and not data:
             raise ValueError(f"{_DATA} is empty; it must hold at least one tensor [n, ...]")
         if not is_table(data):

@@ -78,7 +78,7 @@ def each_loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
     """NonLinearNet, written out: one logit for two classes."""
     hidden = torch.relu(x @ params["1.weight"].T + params["1.bias"])
     logit = (hidden @ params["3.weight"].T + params["3.bias"])[:, 0]
-    return torch.nn.functional.binary_cross_entropy_with_logits(logit, y.float(), reduction="none")
+    return torch.nn.functional.binary_cross_entropy_with_logits(logit, y.to(x.dtype), reduction="none")
 
 
 def test_the_check_in_chunks_is_the_check_of_the_library(tmp_path: Path) -> None:

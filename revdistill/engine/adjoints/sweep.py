@@ -90,7 +90,7 @@ class Sweep:
             bars.flat[THETA].add_(products.theta)
         for bar, product in zip(self._batches, products.batch, strict=False):
             if bar is not None and product is not None:
-                bar[self.problem.data.row(k)].add_(product)
+                self.problem.data.add_to(bar, k, product)
         for bar, product in zip(self._hypers, products.hyper, strict=True):
             if bar is not None and product is not None:
                 bar.add_(product)

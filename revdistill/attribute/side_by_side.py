@@ -124,7 +124,9 @@ def _why_not(run: Run) -> str:
 class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Whether what is evaluated inside convolves."""
 
-    found = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -125,6 +125,11 @@ def test_means_and_intervals() -> None:
     assert 0.02 < found.interval[1] - found.interval[0] < 0.5
     assert found.interval == checked(scores, noisy, dropped).interval
     assert found.interval != checked(scores, noisy, dropped, seed=1).interval
+    alike = scores[:1].expand(10, -1)
+    noisy_alike = exact[:, :1] + noisy - exact  # the mean over the queries has less noise than each of them
+    found_alike = checked(alike, noisy_alike, dropped)
+    assert found_alike.mean_query_interval[0] > found_alike.mean
+    assert found_alike.mean_query_interval[0] < found_alike.mean_query < found_alike.mean_query_interval[1]
     alone = checked(scores[:1], noisy[:, :1], dropped)
     assert alone.mean == pytest.approx(alone.mean_query)
     wide = alone.interval[1] - alone.interval[0]

@@ -27,11 +27,16 @@ class Batching:
     """
 
     def __init__(self, chunk_size: int = CHUNK_SIZE) -> None:
-        self._chunk_size = chunk_size
-        self._at_once, self._compared = chunk_size > 1, False
+        self.chunk_size = chunk_size
+        self._at_once, self._compared = True, False
 
-    def __call__(self, product: Product, vectors: Tensor) -> Iterator[tuple[slice, list[Tensor | None]]]:
-        """The products, chunk by chunk.
+    def chunks(self, count: int) -> Iterator[slice]:
+        """The rows of `count` vectors, those of a chunk together."""
+        for first in range(0, count, self.chunk_size):
+            yield slice(first, min(first + self.chunk_size, count))
+
+    def __call__(self, product: Product, vectors: Tensor) -> list[Tensor | None]:
+        """The products of a chunk.
 
         Args:
             product: of one vector [n]; may be called any number of times. What it returns None for, it does so for
@@ -39,13 +44,8 @@ class Batching:
             vectors: [K, n].
 
         Returns:
-            For each chunk of rows the rows, and what product returns, with the chunk's rows as the first dimension.
+            What product returns, with a first dimension of K.
         """
-        for first in range(0, len(vectors), self._chunk_size):
-            rows = slice(first, min(first + self._chunk_size, len(vectors)))
-            yield rows, self._chunk(product, vectors[rows])
-
-    def _chunk(self, product: Product, vectors: Tensor) -> list[Tensor | None]:
         if self._at_once and len(vectors) > 1:
             try:
                 found = _at_once(product, vectors)

@@ -103,7 +103,8 @@ def _up_to_the_unrolls(
         return found + [bar for bars in captured for bar in (bars[0] if bars else ())]
 
     identity = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
-    chunks = [found for _, found in Batching(chunk_size)(product, identity)]
+    batching = Batching(chunk_size)
+    chunks = [batching(product, identity[rows]) for rows in batching.chunks(len(identity))]
     columns = [None if column[0] is None else torch.cat(column) for column in zip(*chunks, strict=True)]
     direct, rest = columns[: len(inputs)], iter(columns[len(inputs) :])
     bars = [tuple(next(rest) for _ in range(length)) or None for length in lengths]

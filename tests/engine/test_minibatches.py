@@ -434,6 +434,8 @@ def test_compiled_functions_get_the_gathered_batches(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.filterwarnings("default")  # of the compiler's own imports
+@pytest.mark.filterwarnings("error::revdistill.CompileWarning")
 def test_smaller_batches_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "best_times", lambda first, second: (1.0, 2.0))  # compiled is kept
     task = Task()

@@ -363,7 +363,7 @@ def test_no_steps_work_grows_with_the_data(adjoint: Any) -> None:
         def loss(p: Theta, batch: tuple[Tensor, Tensor]) -> Tensor:
             return (batch[0] * torch.tanh(batch[1] @ p["a"])).mean()
 
-        order = torch.tensor([[0, n - 1, 5, 7], [3, 3, n - 2, -1]])
+        order = torch.tensor([[0, n - 1, 5, 7], [3, 3, n - 2, -1]]).repeat(5, 1)
         batches = rd.Minibatches((w, x), order)
         with Seen(n) as found:
             theta = rd.unroll(loss, start, batches, rd.SGD(0.1, 0.5), steps=steps, adjoint=adjoint, seed=0)
@@ -380,7 +380,7 @@ def test_no_steps_work_grows_with_the_data(adjoint: Any) -> None:
 
 def test_different_examples_are_added_in_no_order() -> None:
     """torch's index_add adds in any order on CUDA, whose bits are others each time."""
-    for order, adds in ((ORDER[[0, 3, 5]], 0), (ORDER[[1]], 2 * 3)):
+    for order, adds in ((ORDER[[0, 2, 3]], 0), (ORDER[[1]], 2 * 3)):
         task = Task()
         with Seen(10**9) as seen:
             task.gradients(task.unroll(steps=3, order=order))
@@ -434,6 +434,8 @@ def test_compiled_functions_get_the_gathered_batches(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.filterwarnings("default")  # of the compiler's own imports
+@pytest.mark.filterwarnings("error::revdistill.CompileWarning")
 def test_smaller_batches_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "best_times", lambda first, second: (1.0, 2.0))  # compiled is kept
     task = Task()

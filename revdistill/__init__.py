@@ -23,6 +23,7 @@ from revdistill.engine import (
     UnrollStats,
     UnsupportedError,
     from_module,
+    jacobian,
     stack_modules,
     unroll,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "ScheduleLR",
     "UnsupportedError",
     "from_module",
+    "jacobian",
     "schedule_lr",
     "stack_modules",
     "unroll",

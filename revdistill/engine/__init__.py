@@ -16,6 +16,7 @@ from revdistill.engine.errors import (
     UnsupportedError,
 )
 from revdistill.engine.integers.fixedpoint import FixedPoint
+from revdistill.engine.jacobian import jacobian
 from revdistill.engine.loss.from_module import from_module, stack_modules
 from revdistill.engine.optimizer_state import OptimizerState
 from revdistill.engine.optimizers.adam import Adam, AdamW
@@ -47,6 +48,7 @@ __all__ = [
     "UnrollStats",
     "UnsupportedError",
     "from_module",
+    "jacobian",
     "stack_modules",
     "unroll",
 ]

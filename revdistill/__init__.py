@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from revdistill._checkout import find_the_command
+from revdistill.attribute.attribution import Attribution
+from revdistill.attribute.metagradient import attribute
 from revdistill.engine import (
     SGD,
     Adam,
@@ -27,6 +29,7 @@ from revdistill.engine import (
     stack_modules,
     unroll,
 )
+from revdistill.outer.orders import epochs
 
 if TYPE_CHECKING:
     from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
@@ -40,6 +43,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "ArtifactError",
+    "Attribution",
     "Backprop",
     "BackwardNorms",
     "Checkpoint",
@@ -56,6 +60,8 @@ __all__ = [
     "Schedule",
     "ScheduleLR",
     "UnsupportedError",
+    "attribute",
+    "epochs",
     "from_module",
     "jacobian",
     "schedule_lr",

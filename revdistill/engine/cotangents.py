@@ -96,17 +96,16 @@ def _is_close(found: Tensor, right: Tensor) -> bool:
     return difference <= _TOLERANCE.get(right.dtype, 1e-3) * max(scale, torch.finfo(right.dtype).tiny)
 
 
-def gradients(value: Tensor, inputs: Sequence[Tensor], bar: Tensor) -> list[Tensor]:
-    """dL/d(inputs), from the graph of a value that all of them are part of.
+def many(value: Tensor, inputs: Sequence[Tensor], bars: Tensor) -> Sequence[Tensor]:
+    """dL/d(inputs) of K losses at once, from the graph of a value that all of them are part of.
 
     Args:
         value: [n].
         inputs: tensors.
-        bar: dL/d(value), [n], or [K, n] of K losses at once.
+        bars: dL/d(value), [K, n].
 
     Returns:
-        Of each input its shape, with K before it where bar has it.
+        Of each input [K, *shape].
     """
-    if bar.ndim == value.ndim:
-        return list(torch.autograd.grad(value, inputs, bar))
-    return list(torch.func.vmap(lambda row: torch.autograd.grad(value, inputs, row, retain_graph=True))(bar))
+    found: Sequence[Tensor] = torch.func.vmap(lambda b: torch.autograd.grad(value, inputs, b, retain_graph=True))(bars)
+    return found

@@ -36,5 +36,7 @@ class Amplification:
 
 def _norm(bar: Tensor, many: bool) -> Tensor:
     """Float64 [], or [K]."""
-    norm: Tensor = torch.linalg.vector_norm(bar.flatten(1) if many else bar, dim=1 if many else None, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(
+        bar.flatten(1) if many else bar, dim=1 if many else None, dtype=torch.float64
+    )
     return norm

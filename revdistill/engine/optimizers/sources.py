@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from revdistill.engine.cotangents import gradients
+from revdistill.engine.cotangents import many
 from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.select import root
 from revdistill.engine.integers.state import THETA as THETA
@@ -139,7 +139,8 @@ class Source(ABC):
             leaves = {id(t): t.row_of(k, t.values.detach()).clone().requires_grad_() for t in learned.values()}
             value = self.value(inputs, Differentiable(k, bar.dtype, leaves))
         value_bar = (bar * factor).to(value.dtype)
-        found = iter(gradients(value, [*inputs.values(), *leaves.values()], value_bar))
+        read = [*inputs.values(), *leaves.values()]
+        found = iter(torch.autograd.grad(value, read, value_bar) if bar.ndim == 1 else many(value, read, value_bar))
         for name in inputs:
             bars.flat[name].add_(next(found))
         for name, table in learned.items():

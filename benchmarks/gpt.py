@@ -7,6 +7,7 @@ little between versions of Python, therefore `text_of` says which and gives its 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import math
@@ -41,6 +42,7 @@ def docstrings(module: str) -> list[str]:
     return [text for text in found if text]
 
 
+@functools.cache
 def text_of(modules: tuple[str, ...] = MODULES) -> tuple[str, dict[str, Any]]:
     """The text, and what must be said of it: whose docstrings, of which Python, how long, its SHA-256."""
     text = "\n\n".join(doc for module in modules for doc in docstrings(module))

@@ -107,28 +107,28 @@ def by_remainders(theta: Tensor, gradient: Gradient, steps: int) -> tuple[list[T
     beta1, beta2 = BETAS
     stores = Remainders(beta1, len(theta)), Remainders(beta2, len(theta))
     whole = (theta * SCALE).round().long()
-    m, v, passed = torch.zeros_like(whole), torch.ones_like(whole), [whole / SCALE]
+    m, v, passed = torch.zeros_like(whole), torch.ones_like(whole), [whole.double() / SCALE]
 
     def update(m: Tensor, v: Tensor, step: int) -> Tensor:
-        found = direction(m / SCALE, v / SCALE, step).clamp(-bound(step), bound(step))
+        found = direction(m.double() / SCALE, v.double() / SCALE, step).clamp(-bound(step), bound(step))
         return (RATE * found * SCALE).round().long()
 
     def entered(g: Tensor) -> tuple[Tensor, Tensor]:
         return ((1 - beta1) * g * SCALE).round().long(), ((1 - beta2) * g * g * SCALE).ceil().long()
 
     for k in range(steps):
-        to_m, to_v = entered(gradient(whole / SCALE, k))
+        to_m, to_v = entered(gradient(whole.double() / SCALE, k))
         m, v = stores[0].decay(m) + to_m, -stores[1].decay(-v) + to_v  # v's decay rounds up
         whole = whole - update(m, v, k + 1)
-        passed.append(whole / SCALE)
+        passed.append(whole.double() / SCALE)
 
     def back() -> Any:
         there, first, second = whole, m, v
         for k in reversed(range(steps)):
             there = there + update(first, second, k + 1)
-            to_m, to_v = entered(gradient(there / SCALE, k))
+            to_m, to_v = entered(gradient(there.double() / SCALE, k))
             first, second = stores[0].undo(first - to_m), -stores[1].undo(-(second - to_v).clamp_min(0))
-            yield k, there / SCALE
+            yield k, there.double() / SCALE
 
     return passed, back, stores
 

@@ -78,7 +78,7 @@ def _how_many(run: Run) -> int:
     params = {name: p.detach().requires_grad_() for name, p in run.params.items()}
     saved: dict[int, Tensor] = {}
     saving = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t)
-    with torch.enable_grad(), seeded(run.seed, run.device), _Convolutions() as convolutions, saving:
+    with torch.enable_grad(), seeded(run.seed, run.device), _Convolutions() as convolutions, saving:  # type: ignore[no-untyped-call]
         run.loss(params, batch)
     # As `NetworkStack.parts` has it: on a CPU the grouped convolutions of a stack take longer.
     if convolutions.found and run.device.type == "cpu":

@@ -63,7 +63,13 @@ def check(problem: str, setting: str, adjoint: Any, **options: Any) -> None:
     assert worst_error(found, {name: expected[name] for name in leaves}) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("problem", "setting"), list(itertools.product(PROBLEMS, SETTINGS)))
+ALL = list(itertools.product(PROBLEMS, SETTINGS))
+FEW = [(problem, setting) for problem, setting in ALL if setting == "adamw groups" or problem == "tanh_mlp"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "setting"), [pytest.param(*case, marks=() if case in FEW else pytest.mark.slow) for case in ALL]
+)
 def test_each_row_is_autograds(problem: str, setting: str) -> None:
     check(problem, setting, rd.Checkpoint() if setting in WITHOUT_WAY_BACK else rd.Reversible(graph_bytes=0))
 
@@ -113,7 +119,7 @@ def same_as_single_rows(leaves: dict[str, Tensor], run: Any, result: Any = lambd
         {"optimizer": lambda lr: rd.SGD(lr, 0.8, max_norm=torch.tensor(0.2, requires_grad=True))},
         {"optimizer": lambda lr: rd.Adam(lr, eps=1e-3, max_norm=0.2)},
     ],
-    ids=str,
+    ids=["save_at", "clip_back", "max_norm", "adam max_norm"],
 )
 def test_with_options(options: dict[str, Any]) -> None:
     leaves, run = small(**options)

@@ -117,7 +117,7 @@ class Sweep:
             self.bars.flat[THETA][rows].add_(products.theta)
         for bar, product in zip(self._batches, products.batch, strict=False):
             if bar is not None and product is not None:
-                bar[rows].select(0 if self._batching is None else 1, self.problem.data.row(k)).add_(product)
+                self.problem.data.add_to(bar[rows], k, product, dim=0 if self._batching is None else 1)
         for bar, product in zip(self._hypers, products.hyper, strict=True):
             if bar is not None and product is not None:
                 bar[rows].add_(product)

@@ -167,7 +167,7 @@ class Gradient:
         settle(self._open_looks)
 
     def _batch(self, k: int) -> Any:
-        """Step k's batch, detached where it is of a table."""
+        """Step k's batch, detached where no function gives it."""
         if self.data.function is None:
             return self.data.rows(k)
         with self.determinism.outside():
@@ -196,7 +196,15 @@ class Gradient:
                 self._strangers.check(k, value, leaf, parts[0].grad_fn, (*batch_leaves, *hyper_leaves), again)
             gradient = self.usage.gradient(k, value, parts)
         found = EagerLinearization(
-            value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k, given
+            value.detach(),
+            leaf,
+            batch_leaves,
+            hyper_leaves,
+            gradient,
+            self.determinism,
+            k,
+            given,
+            self.data.gives_views,
         )
         if self.usage.to_spare:
             raise UnusedParametersError(self.usage.unused, found)
@@ -235,6 +243,7 @@ class EagerLinearization:
     determinism: Determinism
     k: int
     batch: Any = None
+    views: bool = True  # whether the batch's leaves lie in memory that is there without them
 
     @property
     def gradient(self) -> Tensor:
@@ -243,9 +252,10 @@ class EagerLinearization:
 
     @property
     def nbytes(self) -> int:
-        """The memory of theta, of the graph's nodes, and of what they hold beside the batch and hyper, in bytes."""
-        data: set[int] = {memory_of(t)[0] for t in (*self.batch_leaves, *self.hyper_leaves)}
-        storages: dict[int, int] = dict(map(memory_of, self.saved()))
+        """The memory of theta, of the graph's nodes, and of what they hold beside a table and hyper, in bytes."""
+        there, own = (self.batch_leaves, ()) if self.views else ((), self.batch_leaves)
+        data: set[int] = {memory_of(t)[0] for t in (*there, *self.hyper_leaves)}
+        storages: dict[int, int] = dict(map(memory_of, (*own, *self.saved())))
         held = sum(size for memory, size in storages.items() if memory not in data)
         return self.leaf.nbytes + held + _NODE_BYTES * len(graph_nodes(self.graph))
 

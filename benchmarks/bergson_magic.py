@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -132,7 +133,13 @@ def by_ours(net: Any, setting: Setting, data: Any, save_mode: str, report: dict[
     params = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = rd.AdamW(setting.rate, eps=setting.eps, eps_root=setting.eps_root, weight_decay=setting.weight_decay)
     found = rd.attribute(
-        losses, params, (chunks,), optimizer, order=torch.from_numpy(data["order"]), queries=(queries,), seed=0
+        losses,
+        params,
+        (chunks,),
+        optimizer,
+        order=torch.from_numpy(data["order"]),
+        queries=(queries,),
+        adjoint=rd.Reversible(graph_bytes=0),  # keep no graphs, as bergson keeps none
     )
     report["losses"] = found.losses.tolist()
     return found.scores.numpy()
@@ -168,7 +175,10 @@ def main() -> None:
         "bytes": peak.nbytes,
         "parameters": sum(p.numel() for p in net.parameters()),
         "setting": asdict(setting),
-        "versions": {name: version(name) for name in ("torch", "transformers", "bergson")},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "bergson", "revdistill")},
+        },
     }
     print(json.dumps(report))
 

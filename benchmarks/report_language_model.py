@@ -54,8 +54,8 @@ def scores_part(found: dict[str, Any]) -> str:
         f"The mean held-out loss is {found['held_out_loss']:.3f} nats per character; the weight of a chunk has a "
         f"derivative of {found['typical']:.1e} there (median of magnitudes; the largest {found['largest']:.1e}). Over "
         f"{apart['steps']} steps the metagradient in float32 differs from plain autograd's in float64 by "
-        f"{apart['relative']:.0e} of its norm.\n\nOf {len(found['queries'])} held-out chunks that were asked about, the "
-        f"one with the most helpful chunk, {_code(query['text'])}, loss {query['loss']:.3f}:\n\n"
+        f"{apart['relative']:.0e} of its norm.\n\nOf {len(found['queries'])} held-out chunks that were asked about, "
+        f"the one with the most helpful chunk, {_code(query['text'])}, loss {query['loss']:.3f}:\n\n"
         + table(["", "dL/dw", "chunk"], rows)
     )
 
@@ -117,14 +117,14 @@ def bergson_part(found: dict[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]
-    made = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    made = ", ".join(f"{name} {first['versions'][name]}" for name in ("bergson", "transformers"))
     return (
         f"A GPT-2 from a configuration ({first['parameters']:,} parameters, embedding not tied), {size['train']:,} "
         f"chunks, batch {size['batch']}, T = {size['steps']}, the same start and order, AdamW; {made}, one thread. "
         "Training, the way back and, of bergson, its files are in the time:\n\n"
         + table(["", "queries", "time", "extra peak memory", "on disk"], rows)
-        + f"\n\nThe scores agree: they differ by {agreement['difference']:.0e} of their norm, the lowest correlation of "
-        f"a query is {min(agreement['pearson']):.6f} (rank correlation {min(agreement['spearman']):.6f})."
+        + f"\n\nThe scores of the two differ by {agreement['difference']:.0e} of their norm; the lowest correlation "
+        f"of a query is {min(agreement['pearson']):.6f} (rank correlation {min(agreement['spearman']):.6f})."
     )
 
 
@@ -133,7 +133,9 @@ def adam_part(found: dict[str, Any]) -> str:
     rows = []
     for row in found["rows"]:
         lost = f"lost after {row['lost_after']} steps back" if row["lost_after"] else ""
-        error = "not finite" if row["error"] is None else "0, bit for bit" if not row["error"] else f"{row['error']:.0e}"
+        error = (
+            "not finite" if row["error"] is None else "0, bit for bit" if not row["error"] else f"{row['error']:.0e}"
+        )
         rows.append(
             [
                 WAYS[row["who"]],
@@ -148,12 +150,12 @@ def adam_part(found: dict[str, Any]) -> str:
     ours = f", ours {adam['bits']['kept']:.4f} (T = {adam['bits']['steps']:,})" if adam else ""
     header = ["way back", "error of theta_0", "state, bytes", "bits per step put away", "bits per step reserved"]
     return (
-        f"A GPT of {found['parameters']:,} parameters, T = {found['steps']:,}, Adam with betas .9 and .999; all but the "
-        f"first column per parameter:\n\n"
+        f"A GPT of {found['parameters']:,} parameters, T = {found['steps']:,}, Adam with betas .9 and .999; all but "
+        "the first column per parameter:\n\n"
         + table(header, rows)
-        + f"\n\nIn the long run the restated store needs {restated['bits_in_the_long_run']:.4f} bits per parameter and "
-        f"step{ours}; the entropy bound is {found['ideal']:.4f}. `reversible_data_attribution` trains a second time, in "
-        "float64, to fill its buffers, and does not compare where its way back ends with the start; its scores are "
+        + f"\n\nIn the long run the restated store needs {restated['bits_in_the_long_run']:.4f} bits per parameter "
+        f"and step{ours}; the entropy bound is {found['ideal']:.4f}. `reversible_data_attribution` trains a second time, "
+        "in float64, to fill its buffers, and does not compare where its way back ends with the start; its scores are "
         "first-order: terms above five times the largest of the first 100 steps back are clamped, denominators kept "
         "above 1e-4. The restatement is of its state arithmetic only."
     )

@@ -6,8 +6,10 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import bergson_magic
 import gpt
 import language_model
 import numpy as np
@@ -16,6 +18,7 @@ import report_language_model
 import reversible_adam
 import torch
 from measuring import load
+from torch.nn import functional as F
 
 SIZE = gpt.Size(
     width=8, layers=1, heads=2, length=8, train=12, held_out=4, batch=3, steps=6, rate=0.005, warm_up=2, eps=1e-3
@@ -102,6 +105,27 @@ def test_the_parts_give_what_the_report_needs(run: gpt.Run, monkeypatch: pytest.
     assert len(results["lds"]["found"]["spearman_queries"]) == 2
     written = report_language_model.section(json.loads(json.dumps(results)), lambda part: "a machine")
     assert written.count("On a machine.") == 5
+
+
+def test_ours_beside_bergson_is_the_same_training(run: gpt.Run) -> None:
+    setting = bergson_magic.Setting(rate=0.01)
+    net = gpt.network(replace(SIZE, length=9))
+    net.register_forward_hook(lambda net, x, logits: SimpleNamespace(logits=logits))  # as transformers returns them
+    data = {"chunks": run.train.numpy(), "queries": run.held_out[:2].numpy(), "order": run.order[:3].numpy()}
+    report: dict[str, Any] = {}
+    scores = bergson_magic.by_ours(net, setting, data, "", report)
+
+    def losses(rows: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(net(rows).logits[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none").mean(1)
+
+    optimizer = torch.optim.AdamW(net.parameters(), setting.rate, eps=setting.eps, weight_decay=setting.weight_decay)
+    for rows in run.order[:3]:
+        optimizer.zero_grad()
+        losses(run.train[rows]).mean().backward()
+        optimizer.step()
+    assert np.allclose(report["losses"], losses(run.held_out[:2]).detach(), rtol=1e-5)
+    assert scores.shape == (2, 12)
+    assert (scores[:, run.order[:3].unique()] != 0).all()
 
 
 def test_the_committed_results_are_reported() -> None:

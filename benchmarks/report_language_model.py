@@ -154,10 +154,10 @@ def adam_part(found: dict[str, Any]) -> str:
         "the first column per parameter:\n\n"
         + table(header, rows)
         + f"\n\nIn the long run the restated store needs {restated['bits_in_the_long_run']:.4f} bits per parameter "
-        f"and step{ours}; the entropy bound is {found['ideal']:.4f}. `reversible_data_attribution` trains a second time, "
-        "in float64, to fill its buffers, and does not compare where its way back ends with the start; its scores are "
-        "first-order: terms above five times the largest of the first 100 steps back are clamped, denominators kept "
-        "above 1e-4. The restatement is of its state arithmetic only."
+        f"and step{ours}; the entropy bound is {found['ideal']:.4f}. `reversible_data_attribution` trains a second "
+        "time, in float64, to fill its buffers, and does not compare where its way back ends with the start; its "
+        "scores are first-order: terms above five times the largest of the first 100 steps back are clamped, "
+        "denominators kept above 1e-4, ratios of them below 5. The restatement is of its state arithmetic only."
     )
 
 

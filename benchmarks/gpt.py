@@ -118,7 +118,8 @@ class GPT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Characters [B, L] -> logits of the next ones [B, L, CHARACTERS]."""
-        hidden = self.tokens(x) + self.places.weight[: x.shape[1]]
+        # of size about 1 at the start: as small as the weights are, they are moved far by each step, and training leaps
+        hidden = (self.tokens(x) + self.places.weight[: x.shape[1]]) * math.sqrt(self.tokens.embedding_dim)
         for block in self.blocks:
             hidden = block(hidden)
         return F.linear(self.norm(hidden), self.tokens.weight)

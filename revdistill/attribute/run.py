@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from revdistill.attribute.arguments import NOT_REDUCED, Tensors, check_each, examples
-from revdistill.engine import Adjoint, Backprop, Minibatches, NonFiniteError, Optimizer, UnsupportedError, unroll
+from revdistill.engine import Adjoint, Minibatches, NonFiniteError, Optimizer, UnsupportedError, unroll
 from revdistill.engine.arguments import check_arguments
 from revdistill.engine.loss.randomness import draw_seed, seeded
 from revdistill.engine.loss.tree import leaves
@@ -181,9 +181,4 @@ def _check_unrolls(**given: Any) -> None:
         raise UnsupportedError(
             "loss is of rd.stack_modules, which sums over networks and examples; attribute each network by the loss of "
             f"rd.from_module, and {NOT_REDUCED}"
-        )
-    if isinstance(given["adjoint"], Backprop):
-        raise UnsupportedError(
-            "adjoint is rd.Backprop(), which keeps the graphs of all steps; leave it out, or give rd.Reversible(), "
-            "rd.Checkpoint() or rd.StoreAll()"
         )

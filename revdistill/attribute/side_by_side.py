@@ -78,7 +78,7 @@ def _how_many(run: Run) -> int:
     params = {name: p.detach().requires_grad_() for name, p in run.params.items()}
     saved: dict[int, Tensor] = {}
     saving = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t)
-    with torch.enable_grad(), seeded(run.seed, run.device), _Convolutions() as convolutions, saving:  # type: ignore[no-untyped-call]
+    with torch.enable_grad(), seeded(run.seed, run.device), _Convolutions() as convolutions, saving:
         run.loss(params, batch)
     # As `NetworkStack.parts` has it: on a CPU the grouped convolutions of a stack take longer.
     if convolutions.found and run.device.type == "cpu":
@@ -124,7 +124,9 @@ def _why_not(run: Run) -> str:
 class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Whether what is evaluated inside convolves."""
 
-    found = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -68,13 +68,17 @@ def test_scores_are_what_leaving_out_does_to_the_plain_loop(run: gpt.Run) -> Non
     torch.testing.assert_close(mean[0], scores[0], rtol=1e-9, atol=1e-12)
 
 
-def test_a_retraining_is_without_its_chunks_and_is_read_again(run: gpt.Run, tmp_path: Path) -> None:
+def test_a_retraining_is_without_its_chunks_and_is_read_again(
+    run: gpt.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "DROPPED", 0.25)
     scratch = language_model.Scratch(tmp_path, run)
     found = language_model.retrainings(run, scratch, 2)
     weights = torch.ones(12)
     weights[language_model.dropped(run, 1)] = 0
     by_hand = run.losses(gpt.train_by_hand(run, weights, SIZE.steps), run.held_out).detach()
     assert np.allclose(found[2], by_hand)
+    assert not np.allclose(found[2], found[0])
     for file in tmp_path.iterdir():
         np.save(file, np.zeros(4))
     assert not language_model.retrainings(run, scratch, 2).any()

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 import report_cuda
 import report_images
+import report_language_model
 import report_study
 import report_tuning
 from measuring import HERE, MIB, RESULTS, load
@@ -320,6 +321,9 @@ def main() -> None:
             "## Training schedules (Maclaurin et al. 2015)",
             report_tuning.schedules_section(schedules, where(schedules)),
         ]
+    language = load("language_model")
+    if language:
+        parts += ["## A language model", report_language_model.section(language, where)]
     bits = load("bits")
     if bits:
         draw_bits(bits, RESULTS / "bits.png")

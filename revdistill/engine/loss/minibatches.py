@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.loss.batches import is_table
-from revdistill.engine.loss.tree import leaves
+from revdistill.engine.loss.tree import check_form, leaves
 from revdistill.engine.tensors import check_tensor
 
 _DATA, _ORDER = "Minibatches: data", "Minibatches: order"
@@ -68,7 +68,8 @@ class Minibatches:
             if isinstance(data, (tuple, list, Mapping)):
                 entries = data.values() if isinstance(data, Mapping) else data
                 what = f" with a {next(type(t).__name__ for t in entries if not isinstance(t, Tensor))} in it"
-            raise TypeError(f"{_DATA} must be a tuple (or dict) of tensors [n, ...], got a {type(data).__name__}{what}")
+            raise TypeError(f"{_DATA} must be a tuple (or dict) of tensors [n, ...], got {type(data).__name__}{what}")
+        check_form(data, _DATA)
         (first_label, first), *_ = named = list(leaves(data, _DATA))
         for label, t in named:
             check_tensor(label, t)
@@ -127,14 +128,12 @@ class Indices:
     Args:
         minibatches: whose order it is.
         device: of the data.
-
-    Attributes:
-        order: int64 [T, B], a copy: what is done to the other one does not reach the way back.
     """
 
     def __init__(self, minibatches: Minibatches, device: torch.device) -> None:
         order = minibatches.order.cpu()
-        self.order = minibatches.order.to(device, copy=True)
+        # A copy: a change of the other one must not reach the way back.
+        self._order = minibatches.order.to(device, copy=True)
         self._lengths: list[int] = (order >= 0).sum(1).tolist()
         in_order = order.sort(1).values
         repeats = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
@@ -146,7 +145,7 @@ class Indices:
 
     def __getitem__(self, row: int) -> Tensor:
         """The numbers of the examples in this row of the order, int64 [B] or fewer."""
-        return self.order[row, : self._lengths[row]]
+        return self._order[row, : self._lengths[row]]
 
     def add_to(self, bar: Tensor, row: int, product: Tensor, dim: int) -> None:
         """Add what is of a batch to what is of the data.

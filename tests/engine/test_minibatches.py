@@ -333,7 +333,7 @@ def test_a_dict_that_cannot_be_put_together_again_is_named() -> None:
 
 
 class Seen(TorchDispatchMode):
-    """The operators that read or made a tensor of n rows, by name; and all of them."""
+    """The operators that read or made a tensor of n rows, but for views, by name; and all of them."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -347,7 +347,7 @@ class Seen(TorchDispatchMode):
         made = [t for t in torch.utils._pytree.tree_leaves(found) if isinstance(t, Tensor)]
         gathers = name == "aten::index_select" and made[0].numel() < self.n
         in_place = name in ("aten::index_add_", "aten::index_copy_")
-        if any(t.numel() >= self.n for t in tensors) and not gathers and not in_place:
+        if any(t.numel() >= self.n for t in tensors) and not (gathers or in_place or func.is_view):
             self.dense[name] += 1
         return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -250,6 +252,14 @@ def test_the_order_is_what_it_was(adjoint: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(task.gradients(theta), expected, strict=True))
     with pytest.raises(ValueError, match="data or order was changed"):
         rd.unroll(weighted, task.params, batches, rd.SGD(LR, MOMENTUM), steps=STEPS, adjoint=adjoint)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda batches: pickle.loads(pickle.dumps(batches))])
+def test_copies_serve_as_well(copied: Any) -> None:
+    task = Task()
+    batches = copied(rd.Minibatches((task.w.detach(), task.x.detach(), task.y), ORDER))
+    theta = rd.unroll(weighted, task.params, batches, rd.SGD(LR, MOMENTUM), steps=STEPS)
+    assert all(torch.equal(theta[name], p) for name, p in task.unroll().items())
 
 
 def test_data_of_another_length_are_refused_at_the_unroll() -> None:

@@ -240,7 +240,7 @@ def scatter(check: Check, losses: np.ndarray) -> Figure:
     low, high = check.interval
     figure.suptitle(
         f"LDS {check.mean:.3f} ({low:.3f} to {high:.3f}); of the mean loss {check.mean_query:.3f}: "
-        f"{check.actual.shape[1]} trainings, each without {check.drop:.3g} of the examples",
+        f"{check.actual.shape[1]} trainings, each without {100 * check.drop:.3g} % of the examples",
         fontsize=10,
     )
     return figure

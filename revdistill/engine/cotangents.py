@@ -57,11 +57,16 @@ class Batching:
     """
 
     def __init__(self, chunk_size: int = CHUNK_SIZE) -> None:
-        self._chunk_size = chunk_size
-        self._at_once, self._compared = chunk_size > 1, False
+        self.chunk_size = chunk_size
+        self._at_once, self._compared = True, False
 
-    def __call__(self, product: Product, *vectors: Rows) -> Iterator[tuple[slice, list[Tensor | None]]]:
-        """The products, chunk by chunk.
+    def chunks(self, count: int) -> Iterator[slice]:
+        """The rows of `count` vectors, those of a chunk together."""
+        for first in range(0, count, self.chunk_size):
+            yield slice(first, min(first + self.chunk_size, count))
+
+    def __call__(self, product: Product, *vectors: Tensor) -> list[Tensor | None]:
+        """The products of a chunk.
 
         Args:
             product: of one vector [n], or of one of each of `vectors`; may be called any number of times. Returns
@@ -69,15 +74,8 @@ class Batching:
             vectors: [K, n]; where product takes several tensors, K of each.
 
         Returns:
-            For each chunk of rows the rows, and what product returns, with the chunk's rows as the first dimension;
-            None where it is 0 for all of them.
+            What product returns, with a first dimension of K; None where it is 0 for all of them.
         """
-        count = len(vectors[0])
-        for first in range(0, count, self._chunk_size):
-            rows = slice(first, min(first + self._chunk_size, count))
-            yield rows, self._chunk(product, [v[rows] for v in vectors])
-
-    def _chunk(self, product: Product, vectors: Sequence[Tensor]) -> list[Tensor | None]:
         if self._at_once and len(vectors[0]) > 1:
             try:
                 found = _at_once(product, vectors)

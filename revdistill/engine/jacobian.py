@@ -120,7 +120,9 @@ class _Graph:
         def product(*bars: Tensor) -> Sequence[Tensor | None]:
             return torch.autograd.grad(start, list(targets), bars, allow_unused=True, retain_graph=True)
 
-        columns = _together(batching(product, *vectors), len(vectors[0]))
+        count = len(vectors[0])
+        chunks = ((rows, batching(product, *(v[rows] for v in vectors))) for rows in batching.chunks(count))
+        columns = _together(chunks, count)
         yield from ((edge, t) for edge, t in zip(targets, columns, strict=True) if t is not None)
 
 

@@ -14,11 +14,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from revdistill.cli import main as command
+from revdistill.cli.texts import check_lines
 
 import revdistill as rd
 from revdistill.attribute import plots
 from revdistill.attribute.attributing import Attributing
+from revdistill.attribute.check import Check, random_subsets
 from revdistill.attribute.found import read_config
 from revdistill.attribute.result import read
 from revdistill.outer.directory import read_metrics
@@ -121,6 +124,23 @@ def test_what_is_said(finished: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "resuming after step 8 of 8" in out
     assert str(finished / "plots/check.png") in shown[1]
     assert invoke("show", str(finished / "attribution.h5"), capsys=capsys)[1] == shown[1]
+
+
+def test_what_helps_is_said_where_the_check_is_bad() -> None:
+    scores, losses = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)), torch.ones(3)
+    dropped = random_subsets(20, 0.2, 30, 0)
+    actual = losses - (scores @ dropped.T.float()).T
+    for true, smoothness, said in (
+        (actual, 0.9, ""),
+        (actual, 0.2, "training is not smooth"),
+        (actual[torch.arange(29, -1, -1)], 0.9, "an LDS below 0.8"),
+    ):
+        check = Check.of(scores, losses, dropped, true, drop=0.2, seed=0, smoothness=smoothness)
+        lines = check_lines(check)
+        assert "30 trainings, each without 20 % of the examples" in lines[0]
+        assert len(lines) == 2 + bool(said)
+        assert lines[-1].startswith(said or "smoothness 0.90")
+        assert not said or "GELU or softplus" in lines[-1]
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -375,14 +375,16 @@ def test_a_wrong_batching_rule_is_noticed() -> None:
             return 3 * x.flip(0), 0
 
     vectors = torch.randn(5, 2, dtype=torch.float64)
+    batching = Batching(2)
     with pytest.warns(UserWarning, match="not those of one"):
-        chunks = list(Batching(2)(lambda v: [Wrong.apply(v), None], vectors))
-    assert torch.cat([found[0] for _, found in chunks]).equal(3 * vectors)
-    assert [found[1] for _, found in chunks] == [None] * 3
+        chunks = [batching(lambda v: [Wrong.apply(v), None], vectors[rows]) for rows in batching.chunks(5)]
+    assert torch.cat([found[0] for found in chunks]).equal(3 * vectors)
+    assert [found[1] for found in chunks] == [None] * 3
     vectors = torch.cat([torch.zeros(2, 2, dtype=torch.float64), vectors])  # of zeros it would make what is right
+    batching = Batching(2)
     with pytest.warns(UserWarning, match="not those of one"):
-        chunks = list(Batching(2)(lambda v: [Wrong.apply(v)], vectors))
-    assert torch.cat([found[0] for _, found in chunks]).equal(3 * vectors)
+        chunks = [batching(lambda v: [Wrong.apply(v)], vectors[rows]) for rows in batching.chunks(7)]
+    assert torch.cat([found[0] for found in chunks]).equal(3 * vectors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
+from revdistill.engine.adjoints.memory import keep_freed_memory
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
@@ -138,6 +139,8 @@ class Unrolled:
         with torch.no_grad(), self.problem.determinism.passage():
             result_bars = self.form.with_tensors(tuple(bar.contiguous() for bar in bars))
             batching = Batching(self.chunk_size) if many else None
+            if many:
+                keep_freed_memory()
             sweep = Sweep(self.problem, result_bars, recording.stats._amplification, batching)
             try:
                 return recording.backward(sweep)

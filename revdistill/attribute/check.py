@@ -133,7 +133,7 @@ def random_subsets(n: int, drop: float, count: int, seed: int) -> Tensor:
         TypeError, ValueError: drop is no share.
     """
     size = dropped_at_once(drop, n)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     masks = torch.zeros(count, n, dtype=torch.bool)
     for mask in masks:
         mask[torch.randperm(n, generator=generator)[:size]] = True

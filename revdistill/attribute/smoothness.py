@@ -60,4 +60,4 @@ def alike(start: Tensor, half: Tensor, out: Tensor) -> float:
 
 def _flat(theta: Params) -> Tensor:
     """[R, numel]"""
-    return torch.cat([t.flatten(1) for t in theta.values()], 1)
+    return torch.cat([t.reshape(len(t), -1) for t in theta.values()], 1)  # a parameter may be one number

@@ -15,7 +15,7 @@ import revdistill as rd
 from revdistill.attribute.check import Check, random_subsets, spearman
 from revdistill.attribute.retraining import retrain
 from revdistill.attribute.smoothness import smoothness
-from tests.attribute.small import attributed
+from tests.attribute.small import attributed, loss, params
 
 N, K = 40, 5
 
@@ -85,6 +85,13 @@ def test_nothing_moves() -> None:
     assert math.isnan(checked.mean)
     assert math.isnan(checked.mean_query)
     assert all(map(math.isnan, checked.interval))
+
+
+def test_a_parameter_of_one_number() -> None:
+    """A temperature, say."""
+    start = params() | {"t": torch.ones((), dtype=torch.float64)}
+    found = attributed(params=start, loss=lambda p, b: loss(p, b) * p["t"].square())
+    assert 0 < found.check(0.3, 3).smoothness <= 1
 
 
 def test_rank_correlation() -> None:

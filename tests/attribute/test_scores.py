@@ -140,6 +140,18 @@ def test_epochs() -> None:
     assert rd.epochs(3, 8, 2).shape == (2, 3)  # never more than there are
 
 
+def test_losses_that_are_alike_are_no_mean() -> None:
+    """Of a last layer of zeros, and of one example twice."""
+    start = params() | {"c": torch.zeros(5, 4, dtype=torch.float64)}
+    assert attributed(params=start).scores.any()
+    assert attributed(order=torch.tensor([[0, 0], [1, 2]])).scores.any()
+
+
+def test_any_seed_will_do() -> None:
+    found = attributed(seed=2**70 + 3)
+    assert found.check(0.3, 3, seed=2**70 + 5).seed == 2**70 + 5
+
+
 def bad(**changes: Any) -> Any:
     return changes
 
@@ -155,7 +167,21 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"loss must return one .* shape \[3\], got shape \[\].*reduction='none'",
     ),
-    "loss of a column": (bad(loss=lambda p, b: loss(p, b)[:, None]), ValueError, r"got shape \[3, 1\]"),
+    "mean made as long": (
+        bad(loss=lambda p, b: summed(p, b).repeat(len(b[0]))),
+        ValueError,
+        "the same number, .* for all examples of a batch, two of which alone have .*reduction='none'",
+    ),
+    "loss of a column": (
+        bad(loss=lambda p, b: loss(p, b)[:, None]),
+        ValueError,
+        r"got shape \[3, 1\].*mean over the other dimensions",
+    ),
+    "squeezed": (
+        bad(loss=lambda p, b: loss(p, b).squeeze(), order=torch.tensor([[0, 1]] * 5 + [[2, -1]])),
+        ValueError,
+        r"shape \[1\], got shape \[\].*with one example too: keep the first dimension",
+    ),
     "loss is a float": (bad(loss=lambda p, b: 1.0), TypeError, "loss must return a tensor .* got float"),
     "loss is no function": (bad(loss=3), TypeError, "loss must be callable as loss"),
     "loss takes hyper": (bad(loss=lambda p, b, h: None), TypeError, "its signature is"),

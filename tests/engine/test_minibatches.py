@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -252,6 +254,14 @@ def test_the_order_is_what_it_was(adjoint: Any) -> None:
         rd.unroll(weighted, task.params, batches, rd.SGD(LR, MOMENTUM), steps=STEPS, adjoint=adjoint)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda batches: pickle.loads(pickle.dumps(batches))])
+def test_copies_serve_as_well(copied: Any) -> None:
+    task = Task()
+    batches = copied(rd.Minibatches((task.w.detach(), task.x.detach(), task.y), ORDER))
+    theta = rd.unroll(weighted, task.params, batches, rd.SGD(LR, MOMENTUM), steps=STEPS)
+    assert all(torch.equal(theta[name], p) for name, p in task.unroll().items())
+
+
 def test_data_of_another_length_are_refused_at_the_unroll() -> None:
     data = {"x": torch.ones(3)}
     batches = rd.Minibatches(data, torch.tensor([[0, 2]]))
@@ -333,7 +343,7 @@ def test_a_dict_that_cannot_be_put_together_again_is_named() -> None:
 
 
 class Seen(TorchDispatchMode):
-    """The operators that read or made a tensor of n rows, by name; and all of them."""
+    """The operators that read or made a tensor of n rows, but for views, by name; and all of them."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -347,7 +357,7 @@ class Seen(TorchDispatchMode):
         made = [t for t in torch.utils._pytree.tree_leaves(found) if isinstance(t, Tensor)]
         gathers = name == "aten::index_select" and made[0].numel() < self.n
         in_place = name in ("aten::index_add_", "aten::index_copy_")
-        if any(t.numel() >= self.n for t in tensors) and not gathers and not in_place:
+        if any(t.numel() >= self.n for t in tensors) and not (gathers or in_place or func.is_view):
             self.dense[name] += 1
         return found
 

@@ -52,6 +52,10 @@ class Minibatches:
         object.__setattr__(self, "order", self.order.clone())
         object.__setattr__(self, "_checked", (n, self.order._version))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what comes out of a pickle, is made and checked anew."""
+        return type(self), (self.data, self.order)
+
     def check(self) -> None:
         """Check again what may have changed since. Raises: as the class does."""
         n, _ = self._check_data()

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from revdistill._checkout import find_the_command
+from revdistill.attribute.attribution import Attribution
+from revdistill.attribute.metagradient import attribute
 from revdistill.engine import (
     SGD,
     Adam,
@@ -12,6 +14,7 @@ from revdistill.engine import (
     BackwardNorms,
     Checkpoint,
     CompileWarning,
+    Minibatches,
     NonFiniteError,
     OptimizerState,
     RangeError,
@@ -23,9 +26,11 @@ from revdistill.engine import (
     UnrollStats,
     UnsupportedError,
     from_module,
+    jacobian,
     stack_modules,
     unroll,
 )
+from revdistill.outer.orders import epochs
 
 if TYPE_CHECKING:
     from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
@@ -39,10 +44,12 @@ __all__ = [
     "Adam",
     "AdamW",
     "ArtifactError",
+    "Attribution",
     "Backprop",
     "BackwardNorms",
     "Checkpoint",
     "CompileWarning",
+    "Minibatches",
     "NonFiniteError",
     "OptimizerState",
     "RMSprop",
@@ -55,7 +62,10 @@ __all__ = [
     "Schedule",
     "ScheduleLR",
     "UnsupportedError",
+    "attribute",
+    "epochs",
     "from_module",
+    "jacobian",
     "schedule_lr",
     "stack_modules",
     "unroll",

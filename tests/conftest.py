@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from revdistill.engine.adjoints import adjoint
+from revdistill.engine.adjoints import fixed_point
 from tests import standin
 
 
@@ -46,10 +46,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Each unroll's own record of itself, as it is made."""
     seen: list[Any] = []
 
-    class Watched(adjoint.Unrolled):
+    class Watched(fixed_point.Unrolled):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             seen.append(self)
 
-    monkeypatch.setattr(adjoint, "Unrolled", Watched)
+    monkeypatch.setattr(fixed_point, "Unrolled", Watched)
     return seen

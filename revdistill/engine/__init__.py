@@ -16,7 +16,9 @@ from revdistill.engine.errors import (
     UnsupportedError,
 )
 from revdistill.engine.integers.fixedpoint import FixedPoint
+from revdistill.engine.jacobian import jacobian
 from revdistill.engine.loss.from_module import from_module, stack_modules
+from revdistill.engine.loss.minibatches import Minibatches
 from revdistill.engine.optimizer_state import OptimizerState
 from revdistill.engine.optimizers.adam import Adam, AdamW
 from revdistill.engine.optimizers.optimizer import Optimizer
@@ -35,6 +37,7 @@ __all__ = [
     "Checkpoint",
     "CompileWarning",
     "FixedPoint",
+    "Minibatches",
     "NonFiniteError",
     "Optimizer",
     "OptimizerState",
@@ -47,6 +50,7 @@ __all__ = [
     "UnrollStats",
     "UnsupportedError",
     "from_module",
+    "jacobian",
     "stack_modules",
     "unroll",
 ]

@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from revdistill.engine.adjoints.adjoint import Adjoint
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.batches import function_of, is_table
 from revdistill.engine.loss.gradient import check_arity
+from revdistill.engine.loss.minibatches import Minibatches
 from revdistill.engine.loss.tree import leaves
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.scalars import as_float, is_integer, is_real
-
-# What holds its numbers itself; a subclass (DTensor, FakeTensor) may hold them elsewhere.
-PLAIN: set[type] = {Tensor, nn.Parameter}
+from revdistill.engine.tensors import check_plain, check_tensor
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
@@ -119,7 +117,7 @@ def _check_params(params: Any) -> torch.device:
         if not isinstance(name, str):
             raise TypeError(f"params must have str keys, got {name!r}")
         label = f"params[{name!r}]"
-        _check_tensor(label, p)
+        check_tensor(label, p)
         if p.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{label} has dtype {p.dtype}; accepted are torch.float32 and torch.float64")
     first_name, first = next(iter(params.items()))
@@ -145,6 +143,11 @@ def _check_params(params: Any) -> torch.device:
 
 
 def _check_batches(batches: Any, device: torch.device) -> None:
+    if isinstance(batches, Minibatches):
+        batches.check()
+        for label, t in leaves(batches.data, "batches.data"):
+            _check_device(label, t, device)
+        return
     if isinstance(batches, (tuple, list, Mapping)) and not batches:
         raise ValueError("batches is empty; it must hold at least one tensor [s, ...]")
     if not is_table(batches):
@@ -152,7 +155,7 @@ def _check_batches(batches: Any, device: torch.device) -> None:
         return
     first: Tensor | None = None
     for label, t in leaves(batches, "batches"):
-        _check_tensor(label, t)
+        check_tensor(label, t)
         if not t.ndim or not len(t):
             raise ValueError(
                 f"{label} has shape {list(t.shape)}; its first dimension must be the number of batches, at least 1"
@@ -177,33 +180,8 @@ def _check_hyper(hyper: Any, device: torch.device) -> None:
     if not isinstance(hyper, (Tensor, tuple, list, Mapping)):
         raise TypeError(f"hyper must be a tensor, or nested tuples, lists and dicts of tensors, got {_kind(hyper)}")
     for label, t in leaves(hyper, "hyper"):
-        _check_tensor(label, t)
+        check_tensor(label, t)
         _check_device(label, t, device)
-
-
-def _check_tensor(label: str, t: Any) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{label} must be a tensor, got {_kind(t)}")
-    if is_lazy(t):
-        raise ValueError(f"{label} has no shape yet (a lazy module makes it); run one batch through the module first")
-    check_plain(label, t)
-    if t.layout != torch.strided:
-        raise ValueError(f"{label} has layout {t.layout}; accepted are dense tensors: call .to_dense()")
-    if t.is_meta:
-        raise ValueError(f"{label} is on device meta and holds no numbers; make it on a real device")
-    if t.is_inference():
-        raise UnsupportedError(
-            f"{label} was made in torch.inference_mode() and cannot be differentiated; make it outside, or clone it"
-        )
-
-
-def check_plain(label: str, t: Tensor) -> None:
-    """Raise TypeError where t is a subclass of torch.Tensor."""
-    if type(t) not in PLAIN:
-        raise TypeError(
-            f"{label} is a {_kind(t)}, a subclass of torch.Tensor whose numbers the engine cannot read; give a plain "
-            "tensor (of a DTensor, full_tensor(); of a module in FSDP, the module before it was sharded)"
-        )
 
 
 def _check_device(label: str, t: Tensor, device: torch.device) -> None:

@@ -108,9 +108,9 @@ class Layout:
         return next(name for name, stop in zip(self.names, self.stops, strict=True) if position < stop)
 
     def first_nonfinite(self, flat: Tensor) -> str | None:
-        """The name of the first parameter with an entry of `flat` that is not finite."""
+        """The name of the first parameter with an entry of `flat` [..., numel] that is not finite."""
         bad = (~torch.isfinite(flat)).nonzero()
-        return self.name_at(int(bad[0])) if len(bad) else None
+        return self.name_at(int(bad[0, -1])) if len(bad) else None
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revdistill.engine.arguments import check_plain
 from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.optimizers.start import Start
 from revdistill.engine.scalars import is_integer
+from revdistill.engine.tensors import check_plain
 
 _NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 _TORCHS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.loss.data import Data
@@ -66,10 +67,23 @@ class Problem:
         return self.clip_back is not None or self.on_step_back is not None
 
     def look_back(self, k: int, theta_bar: Tensor) -> Tensor:
-        """dL/d(theta_k) [numel] as it is carried on: its norm told, and scaled down to `clip_back`."""
-        norm = float(torch.linalg.vector_norm(theta_bar.detach(), dtype=torch.float64))
+        """dL/d(theta_k) [numel] as it is carried on: its norm told, and scaled down to `clip_back`.
+
+        Of K losses at once, [K, numel], the largest norm is told, and each is scaled by its own.
+        """
+        if torch._C._functorch.is_batchedtensor(theta_bar):
+            raise UnsupportedError(
+                "adjoint=rd.Backprop() looks at the norm of one dL/dtheta_k at a time: with clip_back or on_step_back, "
+                "call backward() for each output, or leave the adjoint out"
+            )
+        many = theta_bar.ndim > 1
+        norms = torch.linalg.vector_norm(theta_bar.detach(), dim=-1 if many else None, dtype=torch.float64)
+        norm = float(norms.max())
         if self.on_step_back is not None:
             self.on_step_back(self.number(k), norm)
         if self.clip_back is None or not norm > self.clip_back:
             return theta_bar
-        return theta_bar * (self.clip_back / norm)
+        if not many:
+            return theta_bar * (self.clip_back / norm)
+        factors: Tensor = (self.clip_back / norms).clamp(max=1.0)
+        return theta_bar * factors.to(theta_bar.dtype)[:, None]

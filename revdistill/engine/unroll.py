@@ -149,9 +149,9 @@ def unroll(
         params: name -> float32 or float64 tensor, all of one dtype and device. Every entry is trained, whether or not
             it requires grad, which only says whether a gradient to its start is wanted. Leave frozen parameters out, as
             `from_module` does: an nn.Parameter with requires_grad=False beside others is warned about.
-        batches: a tuple (or dict) of tensors [s, ...], step k gets `tuple(t[k % s] for t in batches)`; or what is not
-            differentiated: a list of batches (tuples or dicts), step k gets `batches[k % len(batches)]`, a DataLoader
-            without shuffling, or a deterministic function k -> batch.
+        batches: a tuple (or dict) of tensors [s, ...], step k gets `tuple(t[k % s] for t in batches)`; `Minibatches`
+            of a data set; or what is not differentiated: a list of batches (tuples or dicts), step k gets
+            `batches[k % len(batches)]`, a DataLoader without shuffling, or a deterministic function k -> batch.
         optimizer: `SGD(...)`, `Adam(...)`, `AdamW(...)` or `RMSprop(...)`; its tensors may require grad.
         steps: T, at least 0.
         hyper: a tensor, or nested tuples, lists and dicts of tensors, given to the loss as they are.

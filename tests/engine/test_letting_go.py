@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import revdistill as rd
-from revdistill.engine.adjoints import adjoint as adjoints
+from revdistill.engine.adjoints import fixed_point
 from revdistill.engine.adjoints.trajectory import Trajectory
 
 ADJOINTS: list[Any] = [rd.Reversible(graph_bytes=0), rd.Reversible(), rd.Checkpoint(), rd.StoreAll()]
@@ -42,7 +42,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
         monkeypatch.setattr(cls, "__init__", watched)
 
     watch(Trajectory)
-    watch(adjoints.Unrolled)
+    watch(fixed_point.Unrolled)
     return seen
 
 

@@ -116,8 +116,7 @@ class _Evaluations:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        # unbind once: its backward is one stack, where indexing step by step would fill a zero tensor per step.
-        self._rows: Sequence[Sequence[Tensor]] = [t.unbind(0) for t in problem.data.tensors]
+        self._batches = problem.data.batches_of(problem.data.tensors)
         self._looks, self._open_looks = looked_at(problem.steps), OpenLooks()
         self._functions = Functions()
 
@@ -129,7 +128,7 @@ class _Evaluations:
             return first  # type: ignore[no-any-return]
         data, layout, usage = problem.data, problem.update.layout, gradient.usage
         if data.function is None:
-            batch: Any = tuple(r[data.row(k)] for r in self._rows)
+            batch: Any = self._batches.batch(data.row(k))
         else:
             with problem.determinism.outside():
                 batch = data.from_function(k)

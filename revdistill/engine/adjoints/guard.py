@@ -199,13 +199,16 @@ class FiniteWatch:
         self._notes: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def look(self, k: int, x: Tensor, loss: Tensor | None = None) -> None:
-        """x: float [numel], not empty; loss: 0-dim. Neither requires grad."""
+        """x: float [numel] or [K, numel], not empty; loss: 0-dim. Neither requires grad."""
         if self._backend.interval == 1:
-            fine = math.isfinite(self._backend.largest(x))
+            # A sum reads many rows at a third of the cost, and is finite where all of them are, or it overflows.
+            fine = (x.ndim > 1 and math.isfinite(x.sum())) or math.isfinite(self._backend.largest(x))
             if not fine or not (loss is None or math.isfinite(float(loss))):
                 self._fail(k, None if fine else self._layout.first_nonfinite(x))
             return
-        bad, where = torch.max(x - x, 0)  # 0 for what is finite, else NaN, which is the largest; of these the first
+        bad, where = torch.max(
+            (x - x).view(-1), 0
+        )  # 0 for what is finite, else NaN, which is the largest; of these the first
         self._notes.append((k, bad, where, bad if loss is None else loss))
         if len(self._notes) >= self._backend.interval:
             self.flush()
@@ -221,4 +224,4 @@ class FiniteWatch:
         ).tolist()  # float64 holds the positions
         for k, (bad, where, loss) in zip(steps, rows, strict=True):
             if not (math.isfinite(bad) and math.isfinite(loss)):
-                self._fail(k, None if math.isfinite(bad) else self._layout.name_at(int(where)))
+                self._fail(k, None if math.isfinite(bad) else self._layout.name_at(int(where) % self._layout.numel))

@@ -65,6 +65,7 @@ class KeptData:
         common = found.keys() & self._seen - self._outside.keys()
         if common:
             known = [*self._data.tensors, *self._data.hypers]
+            known += [] if self._data.indices is None else [self._data.indices.order]
             known += [t for tensors, _ in self._rows.values() for t in tensors]
             known += [p for _, p, _ in self._frozen.values()]
             for memory in common.difference(memory_of(t)[0] for t in known):
@@ -82,7 +83,7 @@ class KeptData:
             self._hypers = _noted(self._data.hypers)
         if self._data.function is not None:
             self._rows[k] = _noted(list(_tensors(batch)))
-        elif self._data.tensors and self._data.row(k) not in self._rows:
+        elif self._data.gives_views and self._data.row(k) not in self._rows:
             self._rows[self._data.row(k)] = _noted(self._data.rows(k))
 
     def check(self, k: int) -> None:
@@ -106,7 +107,7 @@ class KeptData:
                     "Change it after backward() only; what changes from step to step goes into batches or hyper="
                 )
         hypers, self._hypers = self._hypers, None
-        row = k if self._data.function is not None else self._data.row(k) if self._data.tensors else None
+        row = k if self._data.function is not None else self._data.row(k) if self._data.gives_views else None
         batch = None if row is None else self._rows.pop(row, None)
         if any(noted is not None and _noted(noted[0])[1] != noted[1] for noted in (hypers, batch)):
             raise ReversalError(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from revdistill.engine.adjoints.adjoint import FixedPointAdjoint, Recording, UnrollStats
+from revdistill.engine.adjoints.adjoint import UnrollStats
+from revdistill.engine.adjoints.fixed_point import FixedPointAdjoint, Recording
 from revdistill.engine.adjoints.kept_data import KeptData
 from revdistill.engine.adjoints.memory import free_bytes
 from revdistill.engine.adjoints.repeated import NONDETERMINISTIC, Repeated

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from revdistill.engine.adjoints.adjoint import FixedPointAdjoint, Recording, UnrollStats
+from revdistill.engine.adjoints.adjoint import UnrollStats
+from revdistill.engine.adjoints.fixed_point import FixedPointAdjoint, Recording
 from revdistill.engine.adjoints.repeated import Repeated
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep

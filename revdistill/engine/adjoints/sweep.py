@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from types import EllipsisType
 from typing import NoReturn
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from revdistill.engine.adjoints.amplification import Amplification
 from revdistill.engine.adjoints.guard import FiniteWatch
 from revdistill.engine.adjoints.result import Result
+from revdistill.engine.cotangents import Batching
 from revdistill.engine.errors import NonFiniteError
-from revdistill.engine.loss.gradient import Linearization
+from revdistill.engine.loss.gradient import Linearization, Products
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
@@ -22,7 +24,7 @@ from revdistill.engine.progress import Bar
 @dataclass(frozen=True)
 class Hypergradients:
     """theta: float [numel], None where the way back ends before theta_0, and so slots; tables: float64 by name;
-    batches, hypers: like the tensors, None where not wanted.
+    batches, hypers: like the tensors, None where not wanted. Of K losses at once all have a first dimension of K.
     """
 
     theta: Tensor | None
@@ -37,29 +39,38 @@ class Sweep:
 
     Args:
         problem: what was unrolled.
-        bars: dL/d(the unroll's result), of the same shapes.
+        bars: dL/d(the unroll's result), of the same shapes; of K losses at once with a first dimension of K.
         amplification: told how much longer dL/dtheta gets on the way.
+        batching: how the products of K losses are evaluated; None for one loss.
     """
 
-    def __init__(self, problem: Problem, bars: Result, amplification: Amplification) -> None:
-        self.problem = problem
+    def __init__(
+        self, problem: Problem, bars: Result, amplification: Amplification, batching: Batching | None = None
+    ) -> None:
+        self.problem, self._batching = problem, batching
         result_bar, self._average_bar, self._amplification = bars.theta, bars.average, amplification
         update, data = problem.update, problem.data
         # theta's bars at the steps where the loss sees it: each enters when the way back is there
         self._entering: dict[int, Tensor] = {}
-        rows = [result_bar] if problem.save_at is None else result_bar
+        rows = [result_bar] if problem.save_at is None else result_bar.unbind(-2)
         for k, bar in zip(problem.save_at or [problem.steps], rows, strict=True):
             self._entering[k] = self._entering[k] + bar if k in self._entering else bar
-        zero = torch.zeros(update.layout.numel, dtype=result_bar.dtype, device=result_bar.device)
+        first = () if batching is None else (len(result_bar),)
+        zero = torch.zeros(*first, update.layout.numel, dtype=result_bar.dtype, device=result_bar.device)
         flat = {THETA: self._entering.pop(problem.steps, zero).clone(), GRADIENT: torch.zeros_like(zero)}
         flat |= {name: torch.zeros_like(zero) for name in update.slots}
         flat |= {name: bar.clone() for name, bar in bars.slots.items()}
         self._enter_average(problem.steps, flat[THETA])
-        amplification.begin(bars.tensors())
-        tables = {name: torch.zeros_like(t.values) for name, t in update.tables.items() if t.values.requires_grad}
-        self.bars = Bars(flat, tables)
-        self._batches = [torch.zeros_like(t) if t.requires_grad else None for t in data.tensors]
-        self._hypers = [torch.zeros_like(t) if t.requires_grad else None for t in data.hypers]
+        amplification.begin(bars.tensors(), many=batching is not None)
+
+        def zeros(t: Tensor) -> Tensor | None:
+            if not t.requires_grad:
+                return None
+            return torch.zeros(first + t.shape, dtype=t.dtype, device=t.device) if first else torch.zeros_like(t)
+
+        tables = {name: zeros(table.values) for name, table in update.tables.items()}
+        self.bars = Bars(flat, {name: table for name, table in tables.items() if table is not None})
+        self._batches, self._hypers = list(map(zeros, data.tensors)), list(map(zeros, data.hypers))
         fail = partial(_stopped_being_finite, problem.start.taken)
         self._watch = FiniteWatch(update.layout, problem.backend, fail)
         self.wants_slots = update.vjp_reads_slots
@@ -85,15 +96,11 @@ class Sweep:
             move.vjp(k, values, bars)
         if self._clipping is not None:
             self._clipping.vjp(k, linear.gradient, bars)
-        products = linear.product(bars.flat[GRADIENT])
-        if products.theta is not None:
-            bars.flat[THETA].add_(products.theta)
-        for bar, product in zip(self._batches, products.batch, strict=False):
-            if bar is not None and product is not None:
-                bar[self.problem.data.row(k)].add_(product)
-        for bar, product in zip(self._hypers, products.hyper, strict=True):
-            if bar is not None and product is not None:
-                bar.add_(product)
+        if self._batching is None:
+            self._add(k, ..., linear.product(bars.flat[GRADIENT]))
+        else:
+            for chunk, products in linear.products(bars.flat[GRADIENT], self._batching):
+                self._add(k, chunk, products)
         if k in self._entering:
             bars.flat[THETA].add_(self._entering.pop(k))
         self._enter_average(k, bars.flat[THETA])
@@ -103,6 +110,17 @@ class Sweep:
                 whole = bars.flat[THETA]
                 bars.flat[THETA] = self.problem.look_back(k, whole)
                 self._clipped = self._clipped or bars.flat[THETA] is not whole
+
+    def _add(self, k: int, rows: slice | EllipsisType, products: Products) -> None:
+        """rows: of the losses, those that the products are of."""
+        if products.theta is not None:
+            self.bars.flat[THETA][rows].add_(products.theta)
+        for bar, product in zip(self._batches, products.batch, strict=False):
+            if bar is not None and product is not None:
+                self.problem.data.add_to(bar[rows], k, product, dim=0 if self._batching is None else 1)
+        for bar, product in zip(self._hypers, products.hyper, strict=True):
+            if bar is not None and product is not None:
+                bar[rows].add_(product)
 
     def to_start_of_step(self, k: int, slots: dict[str, Tensor]) -> None:
         """On to before step k: through the decays of the slots. slots: before step k."""

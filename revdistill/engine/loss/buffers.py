@@ -135,9 +135,9 @@ class Buffers:
             return value
         if unroll.first_visit:
             self._refuse_new(self._changed(fresh, places, rebound()) - self._not_read, modes)
-        if harmless and value.device.type == "cpu" and bool(value.isnan()):
+        if harmless and value.device.type == "cpu" and bool(value.isnan().any()):
             unspoilt = loss(self._copies(buffers))
-            if not bool(unspoilt.isnan()):
+            if not torch.equal(unspoilt.isnan(), value.isnan()):
                 raise UnsupportedError(
                     _message(harmless, "the loss of a later step than the first depends on what it finds there")
                 )
@@ -200,7 +200,7 @@ class Buffers:
             wanted = [p for p in params.values() if p.requires_grad]
             found: tuple[Tensor | None, ...] = ()
             if value.requires_grad and wanted:
-                found = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
+                found = torch.autograd.grad(value.sum(), wanted, retain_graph=True, allow_unused=True)
         changed = self._changed(fresh, places, rebound())
         # By value, too: torch's kernels do not count what they write.
         changed |= {name for name, b in fresh.items() if not torch.equal(b, buffers[name])}
@@ -237,8 +237,8 @@ class Buffers:
 
 
 def _is_loss(value: object) -> bool:
-    """Whether it is a scalar; what is none is refused by whoever asked for it."""
-    return isinstance(value, Tensor) and not value.ndim
+    """Whether it is a number, or one for each example; what is none is refused by whoever asked for it."""
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.compiling import compiling, warn
+from revdistill.engine.cotangents import Batching
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.layout import Layout
 from revdistill.engine.loss.compile_cache import CompiledFunction, CompiledProduct, compiled_of
@@ -142,9 +143,9 @@ class CompiledGradient(Gradient):
             return (*batch, *self._hypers), None
         return self._hypers, batch
 
-    def eager_product(self, k: int, theta: Tensor, batch: Any, vector: Tensor) -> Products:
-        """The product by eager autograd, which evaluates the eager gradient first."""
-        return self._linearize(k, theta, batch).product(vector)
+    def eager(self, k: int, theta: Tensor, batch: Any) -> EagerLinearization:
+        """The eager form of a linearization, evaluated anew."""
+        return self._linearize(k, theta, batch)
 
 
 class CompiledLinearization:
@@ -208,8 +209,12 @@ class CompiledLinearization:
                 return eager
         return self._compiled_product(functions.product, vector)
 
+    def products(self, vectors: Tensor, batching: Batching) -> Iterator[tuple[slice, Products]]:
+        """See `Linearization.products`: by eager autograd, whose graph serves all vectors."""
+        return self._owner.eager(self._k, self._theta, self._batch).products(vectors, batching)
+
     def _eager_product(self, vector: Tensor) -> Products:
-        return self._owner.eager_product(self._k, self._theta, self._batch, vector)
+        return self._owner.eager(self._k, self._theta, self._batch).product(vector)
 
     def _compiled_product(self, function: CompiledProduct, vector: Tensor) -> Products:
         wanted = self._owner.wanted

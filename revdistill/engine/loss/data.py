@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from revdistill.engine.loss.batches import function_of, is_table
+from revdistill.engine.loss.minibatches import Gathered, Indices, Minibatches
 from revdistill.engine.loss.tree import Structure, check_form, contents, leaves, rebuild, structure_of
 
 Loss = Callable[..., Tensor]
-Batches = Sequence[Any] | Mapping[str, Tensor] | DataLoader[Any] | Callable[[int], Any]
+Batches = Sequence[Any] | Mapping[str, Tensor] | Minibatches | DataLoader[Any] | Callable[[int], Any]
 Hyper = Tensor | Sequence[Any] | Mapping[Any, Any] | None
 
 
@@ -22,7 +23,7 @@ class Form:
     """What is left of batches and hyper without their tensors: no memory is held by it.
 
     Attributes:
-        is_table: whether batches are a table.
+        is_table: whether batches are rows of tensors: of a table, or Minibatches.
         batch: of the table, its names for one; None where its rows are plain tuples.
         hyper: of hyper; None for None.
     """
@@ -51,7 +52,7 @@ class Data:
 
     Args:
         batches: a table, which is a tuple or dict of tensors [s, ...] whose row k % s is step k's batch; or a function
-            k -> batch, a list of batches or a DataLoader without shuffling.
+            k -> batch, a list of batches or a DataLoader without shuffling; or Minibatches.
         hyper: a tensor, nested tuples, lists and dicts of tensors, or None; the loss gets it in its own types.
         taken: steps that the training has behind it: steps count from 0 here, and batches from there.
 
@@ -59,8 +60,9 @@ class Data:
         TypeError: a dict, tuple or list of a type of its own cannot be put together with other tensors.
 
     Attributes:
-        function: the function that gives the batches, None for a table.
-        tensors: the table's tensors, () for a function. Gradients flow to those that require grad.
+        function: the function that gives the batches, None for a table and for Minibatches.
+        tensors: the tensors of these, () for a function. Gradients flow to those that require grad.
+        indices: the order of Minibatches, otherwise None.
         hypers: the tensors of `hyper` in order, () for None. Gradients flow to those that require grad.
         form: what is left of both without their tensors.
     """
@@ -69,28 +71,54 @@ class Data:
         self._taken = taken
         self.function: Callable[[int], Any] | None = None
         self.tensors: tuple[Tensor, ...] = ()
+        self.indices: Indices | None = None
         batch_structure: Structure | None = None
-        if is_table(batches):
-            self.tensors = tuple(t for _, t in leaves(batches, "batches"))
-            if type(batches) not in (tuple, list):
-                check_form(batches, "batches")
-                batch_structure = structure_of(batches)
+        table = batches.data if isinstance(batches, Minibatches) else batches
+        if is_table(table):
+            self.tensors = tuple(t for _, t in leaves(table, "batches"))
+            if type(table) not in (tuple, list):
+                check_form(table, "batches")
+                batch_structure = structure_of(table)
         else:
             self.function = function_of(batches)
-        self._rows = [t.detach().unbind(0) for t in self.tensors]
+        if isinstance(batches, Minibatches):
+            self.indices = Indices(batches, self.tensors[0].device)
+        self._batches = self.batches_of([t.detach() for t in self.tensors])
         check_form(hyper, "hyper")
         hyper_structure = None if hyper is None else structure_of(hyper)
         self.form = Form(self.function is None, batch_structure, hyper_structure)
         self.hypers: tuple[Tensor, ...] = () if hyper is None else tuple(t for _, t in leaves(hyper, "hyper"))
 
+    @property
+    def gives_views(self) -> bool:
+        """Whether a step's batch lies in the memory of `tensors`."""
+        return bool(self.tensors) and self.indices is None
+
     def row(self, k: int) -> int:
-        """The row of the table that step k uses."""
-        return (k + self._taken) % len(self.tensors[0])
+        """The row of the table, or of the order, that step k uses."""
+        return (k + self._taken) % len(self.tensors[0] if self.indices is None else self.indices)
 
     def rows(self, k: int) -> tuple[Tensor, ...]:
-        """Step k's batch of the table, detached; () where a function gives the batches."""
-        k += self._taken
-        return tuple(rows[k % len(rows)] for rows in self._rows)
+        """Step k's batch of tensors, detached; () where a function gives the batches."""
+        return self._batches.batch(self.row(k)) if self.tensors else ()
+
+    def batches_of(self, tensors: Sequence[Tensor]) -> _Views | Gathered:
+        """The batches of tensors that stand for `tensors`, by the row."""
+        return _Views(tensors) if self.indices is None else Gathered(self.indices, tensors)
+
+    def add_to(self, bar: Tensor, k: int, product: Tensor, dim: int = 0) -> None:
+        """Add dL/d(a tensor of step k's batch) to dL/d(the one of `tensors`).
+
+        Args:
+            bar: of the shape of the tensor, changed in place; with K cotangents [K, *shape].
+            k: the step.
+            product: of the shape of the tensor in the batch; with K cotangents [K, *shape].
+            dim: where bar counts rows: 0, or 1 with K cotangents.
+        """
+        if self.indices is None:
+            bar.select(dim, self.row(k)).add_(product)
+        else:
+            self.indices.add_to(bar, self.row(k), product, dim)
 
     def from_function(self, k: int) -> Any:
         """Step k's batch, where a function gives the batches.
@@ -126,3 +154,16 @@ class Data:
     def arguments(self, batch: Any, hypers: Sequence[Tensor]) -> tuple[Any, ...]:
         """See `Form.arguments`."""
         return self.form.arguments(batch, hypers)
+
+
+class _Views:
+    """The rows of tensors, split once: the backward of that is one stack, where indexing step by step would fill a zero
+    tensor per step.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._rows = [t.unbind(0) for t in tensors]
+
+    def batch(self, row: int) -> tuple[Tensor, ...]:
+        """This row of each."""
+        return tuple(rows[row] for rows in self._rows)

@@ -8,7 +8,7 @@ that is one bit different on the way back ruins the reversal (invariant 1 of the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from revdistill.engine.cotangents import Batching
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.integers.fingerprint import Fingerprints
 from revdistill.engine.layout import Layout
@@ -87,6 +88,17 @@ class Linearization(Protocol):
             The derivatives of <gradient, vector>. To be called once: the graph is used up.
         """
 
+    def products(self, vectors: Tensor, batching: Batching) -> Iterator[tuple[slice, Products]]:
+        """The products with many vectors, over the one graph.
+
+        Args:
+            vectors: [K, numel].
+            batching: how they are evaluated.
+
+        Returns:
+            Of each chunk its rows, and the derivatives of <gradient, vector> for each of them, on a first dimension.
+        """
+
 
 class Gradient:
     """The gradient of one loss over the steps of one unroll, by eager autograd.
@@ -155,7 +167,7 @@ class Gradient:
         settle(self._open_looks)
 
     def _batch(self, k: int) -> Any:
-        """Step k's batch, detached where it is of a table."""
+        """Step k's batch, detached where no function gives it."""
         if self.data.function is None:
             return self.data.rows(k)
         with self.determinism.outside():
@@ -184,7 +196,15 @@ class Gradient:
                 self._strangers.check(k, value, leaf, parts[0].grad_fn, (*batch_leaves, *hyper_leaves), again)
             gradient = self.usage.gradient(k, value, parts)
         found = EagerLinearization(
-            value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k, given
+            value.detach(),
+            leaf,
+            batch_leaves,
+            hyper_leaves,
+            gradient,
+            self.determinism,
+            k,
+            given,
+            self.data.gives_views,
         )
         if self.usage.to_spare:
             raise UnusedParametersError(self.usage.unused, found)
@@ -223,6 +243,7 @@ class EagerLinearization:
     determinism: Determinism
     k: int
     batch: Any = None
+    views: bool = True  # whether the batch's leaves lie in memory that is there without them
 
     @property
     def gradient(self) -> Tensor:
@@ -231,9 +252,10 @@ class EagerLinearization:
 
     @property
     def nbytes(self) -> int:
-        """The memory of theta, of the graph's nodes, and of what they hold beside the batch and hyper, in bytes."""
-        data: set[int] = {memory_of(t)[0] for t in (*self.batch_leaves, *self.hyper_leaves)}
-        storages: dict[int, int] = dict(map(memory_of, self.saved()))
+        """The memory of theta, of the graph's nodes, and of what they hold beside a table and hyper, in bytes."""
+        there, own = (self.batch_leaves, ()) if self.views else ((), self.batch_leaves)
+        data: set[int] = {memory_of(t)[0] for t in (*there, *self.hyper_leaves)}
+        storages: dict[int, int] = dict(map(memory_of, (*own, *self.saved())))
         held = sum(size for memory, size in storages.items() if memory not in data)
         return self.leaf.nbytes + held + _NODE_BYTES * len(graph_nodes(self.graph))
 
@@ -243,13 +265,30 @@ class EagerLinearization:
 
     def product(self, vector: Tensor) -> Products:
         """See `Linearization.product`."""
-        leaves = (self.leaf, *self.batch_leaves, *self.hyper_leaves)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found: Iterator[Tensor | None] = iter([None] * len(wanted))
-        if self.graph.requires_grad:  # a loss that is linear in theta has no second derivative at all
-            with self.determinism.step(self.k):
-                found = iter(torch.autograd.grad(self.graph, wanted, grad_outputs=vector, allow_unused=True))
-        values = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        return self._arranged(self._vjp(vector))
+
+    def products(self, vectors: Tensor, batching: Batching) -> Iterator[tuple[slice, Products]]:
+        """See `Linearization.products`."""
+        for rows, found in batching(partial(self._vjp, keep_graph=True), vectors):
+            yield rows, self._arranged(found)
+
+    @property
+    def _leaves(self) -> tuple[Tensor, ...]:
+        return (self.leaf, *self.batch_leaves, *self.hyper_leaves)
+
+    def _vjp(self, vector: Tensor, *, keep_graph: bool = False) -> Sequence[Tensor | None]:
+        """Of each leaf that wants one."""
+        wanted = [leaf for leaf in self._leaves if leaf.requires_grad]
+        if not self.graph.requires_grad:  # a loss that is linear in theta has no second derivative at all
+            return [None] * len(wanted)
+        with self.determinism.step(self.k):
+            return torch.autograd.grad(
+                self.graph, wanted, grad_outputs=vector, allow_unused=True, retain_graph=keep_graph
+            )
+
+    def _arranged(self, found: Sequence[Tensor | None]) -> Products:
+        rest = iter(found)
+        values = [next(rest) if leaf.requires_grad else None for leaf in self._leaves]
         split = 1 + len(self.batch_leaves)
         return Products(values[0], tuple(values[1:split]), tuple(values[split:]))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from revdistill.engine.cotangents import many
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.hyperparameters import Table, Value, above_zero, resolve
 from revdistill.engine.optimizers.sources import GRADIENT, Bars
@@ -77,7 +78,8 @@ class Clipping:
             leaf = gradient.detach().requires_grad_()
             row = self.table.row_of(k, self.table.values.detach()).clone().requires_grad_()
             value = self.value(leaf, row)
-        gradient_bar, row_bar = torch.autograd.grad(value, [leaf, row], bar.to(value.dtype))
+        back = torch.autograd.grad if bar.ndim == 1 else many
+        gradient_bar, row_bar = back(value, [leaf, row], bar.to(value.dtype))
         bar.copy_(gradient_bar)
         if NAME in bars.tables:
             self.table.row_of(k, bars.tables[NAME]).add_(row_bar)

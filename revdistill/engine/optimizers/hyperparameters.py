@@ -47,8 +47,8 @@ class Table:
         return self.row_of(k, self.values.detach()).index_select(0, self.index)
 
     def row_of(self, k: int, like: Tensor) -> Tensor:
-        """Step k's row of a tensor of the shape of `values`: [G], a view."""
-        return like[k if len(self.host) > 1 else 0]
+        """Step k's row of a tensor [..., T or 1, G], of the shape of `values` but for its first dimensions: a view."""
+        return like.select(-2, k if len(self.host) > 1 else 0)
 
     def leaf(self, k: int) -> Tensor:
         """Step k's values, differentiable where the table is: float64 [], or [numel]."""
@@ -78,12 +78,18 @@ class Table:
         return self.values.requires_grad or any(map(any, self.host))
 
     def accumulate(self, k: int, a: Tensor, b: Tensor, gradient: Tensor, *, factor: float = 1.0) -> None:
-        """gradient[k] += factor * <a, b>, group by group; gradient has the shape of `values`."""
+        """gradient[k] += factor * <a, b>, group by group.
+
+        a, b: [numel]; gradient has the shape of `values`. For K gradients at once a, or both, are [K, numel], and
+        gradient is [K, ...].
+        """
         row = self.row_of(k, gradient)
-        if self.index is None:
+        if self.index is not None:
+            row.index_add_(-1, self.index, (a * b).to(row.dtype), alpha=factor)
+        elif a.ndim == 1:
             row.add_(torch.dot(a, b), alpha=factor)
         else:
-            row.index_add_(0, self.index, (a * b).to(row.dtype), alpha=factor)
+            row.add_((a @ b if b.ndim == 1 else torch.linalg.vecdot(a, b))[:, None], alpha=factor)
 
     def segments(self, layout: Layout) -> list[tuple[slice, int]]:
         """(part of the flat buffer, column) for runs of neighbours that share a column."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from revdistill.engine.cotangents import many
 from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.select import root
 from revdistill.engine.integers.state import THETA as THETA
@@ -26,7 +27,7 @@ class Bars:
     """dL/d(...) during the way back.
 
     flat: float [numel] for theta, the slots and the gradient; tables: float64, shaped like the table of each
-    hyperparameter that wants a gradient.
+    hyperparameter that wants a gradient. With K losses at once all have a first dimension of K.
     """
 
     flat: dict[str, Tensor]
@@ -138,11 +139,12 @@ class Source(ABC):
             leaves = {id(t): t.row_of(k, t.values.detach()).clone().requires_grad_() for t in learned.values()}
             value = self.value(inputs, Differentiable(k, bar.dtype, leaves))
         value_bar = (bar * factor).to(value.dtype)
-        gradients = iter(torch.autograd.grad(value, [*inputs.values(), *leaves.values()], value_bar))
+        read = [*inputs.values(), *leaves.values()]
+        found = iter(torch.autograd.grad(value, read, value_bar) if bar.ndim == 1 else many(value, read, value_bar))
         for name in inputs:
-            bars.flat[name].add_(next(gradients))
+            bars.flat[name].add_(next(found))
         for name, table in learned.items():
-            table.row_of(k, bars.tables[name]).add_(next(gradients))
+            table.row_of(k, bars.tables[name]).add_(next(found))
         return value.detach()
 
 

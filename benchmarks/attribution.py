@@ -2,15 +2,15 @@
 the same trainings: {SGD, AdamW} x {ReLU, GELU} x {MLP, LeNet} x two rates, 5,000 MNIST images, 50 queries.
 
 Per cell, retrainings without random subsets of 1, 5 and 10 % of the examples are made in plain torch (`leave_out.py`).
-An LDS is, per query, the Spearman rank correlation of predicted and true losses over the retrainings; the figure is the
-mean over the queries, with a 95 % interval by bootstrap over queries and retrainings both. Beside it the LDS of the mean
-loss, the time of an attribution of all queries, the smoothness that `Attribution.check` tells, and its rank
+An LDS is, per query, the Spearman rank correlation of predicted and true losses over the retrainings; the figure is
+the mean over the queries, with a 95 % interval by bootstrap over queries and retrainings both. Beside it the LDS of the
+mean loss, the time of an attribution of all queries, the smoothness that `Attribution.check` tells, and its rank
 correlation with the LDS over the cells. The rivals are in `attribution_rivals.py`; one that is not installed is left
 out, and the results say so.
 
     python -m pip install traker==0.3.2
-    python benchmarks/attribution.py --data-dir DIR                   all: hours on one core, most of them retrainings
-    python benchmarks/attribution.py --data-dir DIR --again ours      the same retrainings, the scores of rd.attribute anew
+    python benchmarks/attribution.py --data-dir DIR                 all: hours on one core, most of them retrainings
+    python benchmarks/attribution.py --data-dir DIR --again ours    rd.attribute's scores anew, for the same retrainings
 
 What was computed is kept in --cache, retrainings and scores, and is not computed again; with a larger --retrainings
 only what is missing is added. Writes results/attribution.json; `python benchmarks/report.py` makes the table of it.
@@ -42,7 +42,7 @@ from leave_out import (
     train,
     truth,
 )
-from measuring import arguments_of, machine, save, versions
+from measuring import arguments_of, load, machine, save, versions
 from torch import Tensor
 
 import revdistill as rd
@@ -126,8 +126,9 @@ def figures(scored: Scored, dropped: Tensor, actual: Tensor, drop: float) -> dic
     return best
 
 
-def grid_cell(cell: Cell, images: Images, options: argparse.Namespace) -> dict[str, Any]:
+def grid_cell(cell: Cell, inputs: dict[str, Images], options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one training."""
+    images = inputs[cell.inputs]
     count = options.retrainings[ARCHITECTURES.index(cell.architecture)]
     methods = {}
     for name in (OURS, *RIVALS):
@@ -175,18 +176,18 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True, help="the folder that holds mnist/")
     parser.add_argument("--cache", type=Path, default=Path("runs/attribution"), help="what was computed before")
     parser.add_argument("--again", nargs="+", default=[], choices=[OURS, *RIVALS], help="scores to compute anew")
-    parser.add_argument("--cells", help="only those whose name contains this; writes no results")
+    parser.add_argument("--cells", default="", help="only those whose name contains this; the others' results stay")
     parser.add_argument(
         "--retrainings", type=int, nargs=6, default=[100] * 6, metavar="R", help="MLP 1, 5, 10 %%, LeNet 1, 5, 10 %%"
     )
     options = parser.parse_args()
     options.retrainings = (options.retrainings[:3], options.retrainings[3:])
     torch.set_num_threads(1)
-    images = mnist(options.data_dir)
-    chosen = [cell for cell in cells() if not options.cells or options.cells in cell.name]
-    found = [grid_cell(cell, images, options) for cell in chosen]
-    if options.cells:
-        return
+    inputs = mnist(options.data_dir)
+    chosen = {cell.name: grid_cell(cell, inputs, options) for cell in cells() if options.cells in cell.name}
+    before = {Cell.of(entry).name: entry for entry in (load("attribution") or {"cells": []})["cells"]}
+    found = [(before | chosen)[cell.name] for cell in cells() if cell.name in before | chosen]
+    images = inputs["pixels"]
     results = {
         "machine": machine("cpu", 1),
         "versions": versions(),

@@ -11,6 +11,7 @@ from statistics import geometric_mean
 from typing import Any
 
 import matplotlib as mpl
+import report_attribution
 import report_cuda
 import report_images
 import report_language_model
@@ -324,6 +325,16 @@ def main() -> None:
     language = load("language_model")
     if language:
         parts += ["## A language model", report_language_model.section(language, where)]
+    grid, costs = load("attribution"), load("attribution_cost")
+    if grid:
+        report_attribution.draw(grid, RESULTS / "attribution.png")
+        parts += [
+            "## Attribution: which training example did this",
+            "![LDS against smoothness](results/attribution.png)",
+            report_attribution.section(grid, where(grid)),
+        ]
+    if costs:
+        parts += ["## Attribution: one and 100 queries", report_attribution.cost_section(costs, where(costs))]
     bits = load("bits")
     if bits:
         draw_bits(bits, RESULTS / "bits.png")
@@ -345,6 +356,10 @@ def main() -> None:
         fill(MAIN_README, "adam", report_tuning.adam_summary(adam, where(adam)))
     if schedules:
         fill(MAIN_README, "schedules", report_tuning.schedules_table(schedules))
+    if grid and "<!-- attribution:" in MAIN_README.read_text():
+        fill(MAIN_README, "attribution", report_attribution.summary(grid, where(grid)))
+    if costs and "<!-- attribution-cost:" in MAIN_README.read_text():
+        fill(MAIN_README, "attribution-cost", report_attribution.cost_table(costs))
     if gpu and "<!-- cuda:" in MAIN_README.read_text():
         fill(MAIN_README, "cuda", report_cuda.summary(gpu))
     if study:

@@ -334,6 +334,7 @@ def main() -> None:
             "text": run.said,
             "size": {**asdict(run.size), "parameters": sum(p.numel() for p in run.net.parameters())},
         }
+        results |= {"machine": machine("cpu", 1), "versions": versions()}  # of the last part
         measured = found["rows"][0]["versions"] if part == "bergson" else versions()
         results[part] = {"machine": machine("cpu", 1), "versions": measured, "found": found}
         save(NAME, results)

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 import report_attribution
 import report_cuda
+import report_flipped
 import report_images
 import report_language_model
 import report_study
@@ -25,6 +26,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 MAIN_README = HERE.parent / "README.md"
+ATTRIBUTION_PAGE = HERE.parent / "docs" / "attribution.md"
 OURS = {
     "reversible-default": "C3",
     "reversible": "C0",
@@ -335,6 +337,9 @@ def main() -> None:
         ]
     if costs:
         parts += ["## Attribution: one and 100 queries", report_attribution.cost_section(costs, where(costs))]
+    flips = load("flipped")
+    if flips:
+        parts += ["## Labels that are wrong, and other harm", report_flipped.section(flips, where(flips))]
     bits = load("bits")
     if bits:
         draw_bits(bits, RESULTS / "bits.png")
@@ -360,6 +365,8 @@ def main() -> None:
         fill(MAIN_README, "attribution", report_attribution.summary(grid, where(grid)))
     if costs and "<!-- attribution-cost:" in MAIN_README.read_text():
         fill(MAIN_README, "attribution-cost", report_attribution.cost_table(costs))
+    if flips:
+        fill(ATTRIBUTION_PAGE, "flipped", report_flipped.summary(flips, where(flips)))
     if gpu and "<!-- cuda:" in MAIN_README.read_text():
         fill(MAIN_README, "cuda", report_cuda.summary(gpu))
     if study:

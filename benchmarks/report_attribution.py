@@ -114,9 +114,11 @@ def section(results: dict[str, Any], where: str) -> str:
 
 
 def summary(results: dict[str, Any], where: str) -> str:
-    """The table of the main README: at the smallest drop, beside the best of the others, and ours at all drops."""
+    """The table of the main README: at the smaller rates, beside the best of the others, and ours at all drops."""
     rows = []
     for cell in results["cells"]:
+        if cell["lr"] not in (0.01, 0.001) or cell["inputs"] != INPUTS[0]:
+            continue
         rival = best_rival(cell, 0)
         rows.append(
             [

@@ -11,8 +11,11 @@ from statistics import geometric_mean
 from typing import Any
 
 import matplotlib as mpl
+import report_attribution
 import report_cuda
+import report_flipped
 import report_images
+import report_language_model
 import report_study
 import report_tuning
 from measuring import HERE, MIB, RESULTS, load
@@ -23,6 +26,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 MAIN_README = HERE.parent / "README.md"
+ATTRIBUTION_PAGE = HERE.parent / "docs" / "attribution.md"
 OURS = {
     "reversible-default": "C3",
     "reversible": "C0",
@@ -320,6 +324,22 @@ def main() -> None:
             "## Training schedules (Maclaurin et al. 2015)",
             report_tuning.schedules_section(schedules, where(schedules)),
         ]
+    language = load("language_model")
+    if language:
+        parts += ["## A language model", report_language_model.section(language, where)]
+    grid, costs = load("attribution"), load("attribution_cost")
+    if grid:
+        report_attribution.draw(grid, RESULTS / "attribution.png")
+        parts += [
+            "## Attribution: which training example did this",
+            "![LDS against smoothness](results/attribution.png)",
+            report_attribution.section(grid, where(grid)),
+        ]
+    if costs:
+        parts += ["## Attribution: one and 100 queries", report_attribution.cost_section(costs, where(costs))]
+    flips = load("flipped")
+    if flips:
+        parts += ["## Labels that are wrong, and other harm", report_flipped.section(flips, where(flips))]
     bits = load("bits")
     if bits:
         draw_bits(bits, RESULTS / "bits.png")
@@ -341,6 +361,12 @@ def main() -> None:
         fill(MAIN_README, "adam", report_tuning.adam_summary(adam, where(adam)))
     if schedules:
         fill(MAIN_README, "schedules", report_tuning.schedules_table(schedules))
+    if grid and "<!-- attribution:" in MAIN_README.read_text():
+        fill(MAIN_README, "attribution", report_attribution.summary(grid, where(grid)))
+    if costs and "<!-- attribution-cost:" in MAIN_README.read_text():
+        fill(MAIN_README, "attribution-cost", report_attribution.cost_table(costs))
+    if flips:
+        fill(ATTRIBUTION_PAGE, "flipped", report_flipped.summary(flips, where(flips)))
     if gpu and "<!-- cuda:" in MAIN_README.read_text():
         fill(MAIN_README, "cuda", report_cuda.summary(gpu))
     if study:

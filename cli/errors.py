@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from revdistill.attribute.found import FILE_NAME as ATTRIBUTING
+from revdistill.attribute.result import FILE_NAME as ATTRIBUTION
 from revdistill.distill.artifact import FILE_NAME, Artifact, read
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.engine import ArtifactError
@@ -74,7 +76,7 @@ def read_run(run: Path) -> tuple[Path, Artifact]:
             raise ValueError(
                 f"RUN is {str(run)!r}, which does not exist; accepted is a directory made by revdistill train"
             )
-        if not path.exists() or path.name == SCHEDULE:
+        if not path.exists() or path.name in (SCHEDULE, ATTRIBUTION):
             raise ValueError(
                 f"RUN is {str(run)!r}, which holds no {FILE_NAME}{_but(run)}; accepted is a directory of a finished "
                 "revdistill train"
@@ -87,13 +89,29 @@ def _but(run: Path) -> str:
     where = shlex.quote(str(run))
     if schedule_in(run):
         return f" but a tuning's {SCHEDULE} (revdistill show {where} prints it, rd.schedule_lr trains along it)"
-    for name, noun, command in ((TUNING, "tuning", "tune"), (CHECKPOINT, "run", "train")):
+    if attribution_in(run):
+        return f" but an attribution's {ATTRIBUTION} (revdistill show {where} prints it)"
+    unfinished = (
+        (TUNING, "a tuning", "tune"),
+        (CHECKPOINT, "a run", "train"),
+        (ATTRIBUTING, "an attribution", "attribute"),
+    )
+    for name, noun, command in unfinished:
         if (run / name).exists():
-            return f" but the {name} of a {noun} that is not finished (revdistill {command} --resume --out {where})"
+            return f" but the {name} of {noun} that is not finished (revdistill {command} --resume --out {where})"
     return ""
 
 
 def schedule_in(run: Path) -> Path | None:
     """A tuning's result, in this directory or this file itself."""
-    path = run / SCHEDULE if run.is_dir() else run
-    return path if path.name == SCHEDULE and path.exists() else None
+    return _result_in(run, SCHEDULE)
+
+
+def attribution_in(run: Path) -> Path | None:
+    """An attribution's result, likewise."""
+    return _result_in(run, ATTRIBUTION)
+
+
+def _result_in(run: Path, name: str) -> Path | None:
+    path = run / name if run.is_dir() else run
+    return path if path.name == name and path.exists() else None

@@ -14,6 +14,7 @@ import revdistill
 from revdistill.engine import RevdistillError
 from revdistill.outer.job import NotSavedError
 
+from .attribute import attribute
 from .data import data
 from .errors import UserError
 from .evaluate import evaluate
@@ -33,16 +34,17 @@ def cli() -> None:
     revdistill show runs/digits                what came out, with pictures
     revdistill evaluate runs/digits            train fresh networks on it
     revdistill tune --learn lr,momentum        learn a training schedule for a model
+    revdistill attribute --check               which training examples helped, and which harmed
     revdistill data photos.npz                 what would be read of your own data
     """
 
 
 _NO_MEMORY = (
-    "revdistill: not enough memory; fewer of --steps, --epochs, --per-class, --inits or --restarts need less, and so "
-    "does a smaller --batch-size or a smaller network"
+    "revdistill: not enough memory; fewer of --steps, --epochs, --per-class, --inits, --restarts or --queries need "
+    "less, and so does a smaller --batch-size or a smaller network"
 )
 
-for command in (train, evaluate, show, tune, data, verify):
+for command in (train, evaluate, show, tune, attribute, data, verify):
     cli.add_command(command)
 
 

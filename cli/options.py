@@ -88,8 +88,11 @@ def _device_name(name: str) -> str:
 ARCHITECTURE = _Checked("name", models.canonical)
 DEVICE = _Checked("device", _device_name)
 
-_OTHER_NAMES = [f"{f.title}: {f.momentum_name}" for f in OPTIMIZERS.values() if f.momentum_name != "momentum"]
-MOMENTUM = f"momentum ({', '.join(_OTHER_NAMES)})"
+_called: dict[str, list[str]] = {}  # what other optimizers call it, and which these are
+for _family in OPTIMIZERS.values():
+    if _family.momentum_name != "momentum":
+        _called.setdefault(_family.momentum_name, []).append(_family.title)
+MOMENTUM = f"momentum ({'; '.join(f'{name} of ' + ' and '.join(titles) for name, titles in _called.items())})"
 
 arch = click.option(
     "--arch",
@@ -117,9 +120,11 @@ dataset = click.option(
 device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 
 
-def kept(noun: str, default: str) -> Callable[[FC], FC]:
-    """--out, --resume and --save-every, of a run (or tuning: `noun`) that is kept in a directory."""
-    options: tuple[Callable[[FC], FC], ...] = (
+def kept(noun: str, default: str, *, save_every: bool = True) -> Callable[[FC], FC]:
+    """--out, --resume and, unless each step is saved, --save-every, of a run (or tuning: `noun`) that is kept in a
+    directory.
+    """
+    options: list[Callable[[FC], FC]] = [
         click.option(
             "--out",
             type=Place(file_okay=False),
@@ -135,10 +140,10 @@ def kept(noun: str, default: str) -> Callable[[FC], FC]:
             show_default=True,
             help="Seconds between checkpoints.",
         ),
-    )
+    ]
 
     def decorate(command: FC) -> FC:
-        for option in reversed(options):  # as decorators are: from the last one up
+        for option in reversed(options if save_every else options[:-1]):  # as decorators are: from the last one up
             command = option(command)
         return command
 

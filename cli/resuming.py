@@ -1,4 +1,4 @@
-"""What `train` and `tune` share: a run that was stopped, and one that is resumed."""
+"""What `train`, `tune` and `attribute` share: a run that was stopped, and one that is resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from revdistill.outer.directory import DirectoryInUseError
 from revdistill.outer.image_files import FROM_FILES
-from revdistill.outer.job import InterruptedRunError
+from revdistill.outer.job import InterruptedRunError, Job
 
 from .errors import UserError
 
@@ -36,18 +36,27 @@ def check_agrees(ctx: click.Context, noun: str, out: Path, saved: Any, values: d
 
 
 @contextmanager
-def stopping(ctx: click.Context, config: Any, out: Path, data_dir: Path) -> Iterator[None]:
+def stopping(
+    ctx: click.Context, job: Job[Any], dataset: str, data_dir: Path, step: str = "outer step"
+) -> Iterator[None]:
     """Run the work inside. Where it is told to stop, say which command goes on with it, and exit with the signal's
     code.
+
+    Args:
+        ctx: of the command.
+        job: that is run.
+        dataset: its name.
+        data_dir: where that may be.
+        step: what a step of the job is called.
     """
     try:
         yield
     except DirectoryInUseError as error:
         raise UserError(f"--out: {error}") from error
     except InterruptedRunError as stopped:
-        click.echo(f"stopped after outer step {stopped.outer_step} of {config.outer_steps}; go on with:", err=True)
-        where = f" --data-dir {shlex.quote(str(data_dir))}" if config.dataset in FROM_FILES else ""
-        click.echo(f"  revdistill {ctx.command.name} --resume --out {shlex.quote(str(out))}{where}", err=True)
+        click.echo(f"stopped after {step} {stopped.outer_step} of {job.total}; go on with:", err=True)
+        where = f" --data-dir {shlex.quote(str(data_dir))}" if dataset in FROM_FILES else ""
+        click.echo(f"  revdistill {ctx.command.name} --resume --out {shlex.quote(str(job.directory))}{where}", err=True)
         ctx.exit(128 + stopped.signum)
 
 

@@ -6,12 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from revdistill.attribute.flipping import highest
+from revdistill.attribute.result import Kept
 from revdistill.distill.artifact import Artifact
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.tune.schedule import Schedule
 
 from .described import named
-from .table import comparison_table, evaluation_table, table
+from .table import comparison_table, evaluation_table, flipped_table, harmful_table, table
+from .texts import check_lines
+
+SHOWN = 5  # of the most harmful examples
 
 
 def run_summary(a: Artifact) -> str:
@@ -56,6 +61,24 @@ def tuning_summary(s: Schedule) -> str:
         ("initial scale", _span(s.init_scale)),
     ]
     return table(("what", "value"), rows) + _measured("comparison", s.comparison, comparison_table)
+
+
+def attribution_summary(a: Kept) -> str:
+    """Of an attribution."""
+    named = ("dataset", "arch", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "eps", "seed")
+    rows = [
+        *((name.replace("_", " "), str(a.config[name])) for name in named if a.config.get(name) is not None),
+        ("training examples", str(len(a.examples))),
+        ("test accuracy", f"{a.accuracy:.2%}"),
+        ("queries", f"{len(a.queries)}, mean loss {a.losses.mean():.4g}"),
+        ("scores", _span(a.scores)),
+    ]
+    harm = a.scores.mean(0, dtype=np.float64)
+    most = [(int(a.examples[i]), a.labels[i], float(harm[i]), bool(a.wrong[i])) for i in highest(harm, SHOWN)]
+    parts = [table(("what", "value"), rows), "the most harmful examples:", harmful_table(most, flips=bool(a.flipped))]
+    parts += [] if a.check is None else check_lines(a.check)
+    parts += [flipped_table(a.flipped)] if a.flipped else []
+    return "\n".join(parts)
 
 
 def _span(values: np.ndarray) -> str:

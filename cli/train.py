@@ -156,7 +156,7 @@ def train(
     if resume:
         click.echo(f"resuming after outer step {distiller.outer_step} of {config.outer_steps}")
     started = time.monotonic()
-    with stopping(ctx, config, out, data_dir):
+    with stopping(ctx, run, config.dataset, data_dir):
         result = run.run()
     took = time.monotonic() - started
     from revdistill.distill.plots import draw_all

@@ -95,7 +95,7 @@ def tune(
     for line in remarks(data):
         click.echo(line)
     started = time.monotonic()
-    with stopping(ctx, config, out, data_dir):
+    with stopping(ctx, tuning, config.dataset, data_dir):
         result = tuning.run()
     took = time.monotonic() - started
     from revdistill.tune.plots import draw

@@ -29,7 +29,7 @@ from torch.utils import backend_registration
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revdistill.engine import arguments
+from revdistill.engine import tensors
 
 NAME = "standin"
 _CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ class OnDevice(Tensor):
         return self.inner.detach().tolist()
 
 
-arguments.PLAIN.add(OnDevice)
+tensors.PLAIN.add(OnDevice)
 
 
 @dataclass

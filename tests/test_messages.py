@@ -145,6 +145,7 @@ CASES: dict[type[BaseException], tuple[Callable[[Path], None], tuple[str, ...]]]
 }
 
 
+@pytest.mark.usefixtures("heard_signals")
 @pytest.mark.parametrize("error", CASES, ids=lambda error: error.__name__)
 def test_the_text_says_what_where_and_what_to_do(error: type[BaseException], tmp_path: Path) -> None:
     trigger, words = CASES[error]

@@ -67,9 +67,14 @@ def check_each(value: Any, count: int, what: str) -> Tensor:
             f"{what} must return a tensor of one number for each example, [{count}], got {type(value).__name__}"
         )
     if value.shape != (count,) or not value.is_floating_point():
+        remedy = NOT_REDUCED
+        if value.ndim > 1 and len(value) == count:
+            remedy = "take the mean over the other dimensions, as .flatten(1).mean(1) does"
+        elif not value.ndim and count == 1:
+            remedy = "with one example too: keep the first dimension (squeeze() drops it), and " + NOT_REDUCED
         raise ValueError(
             f"{what} must return one floating-point number for each of the {count} examples, shape [{count}], got "
-            f"shape {list(value.shape)}, {value.dtype}; {NOT_REDUCED}"
+            f"shape {list(value.shape)}, {value.dtype}; {remedy}"
         )
     return value
 

@@ -112,8 +112,8 @@ class Attribution:
             progress: bars on stderr.
 
         Returns:
-            A `Check`: LDS per query, its mean with an interval, and the smoothness. Cost: R + 7 trainings, see
-            `retrain`.
+            A `Check`: LDS per query, its mean with an interval, and the smoothness. Cost: R trainings and
+            those of `smoothness`, see `retrain`.
 
         Raises:
             TypeError, ValueError: an argument will not do.
@@ -134,7 +134,7 @@ class Attribution:
         Args, Raises: as of `check`.
 
         Returns:
-            From -1 to 1, near 1 where scores are to be trusted. Cost: 7 trainings.
+            From -1 to 1, near 1 where scores are to be trusted. Cost: 7 trainings side by side, or 3.
         """
         return smoothness(self._trainable("smoothness", drop, seed), drop, seed, progress=flag("progress", progress))
 

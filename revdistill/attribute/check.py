@@ -15,11 +15,11 @@ _RESAMPLES = 1000
 _AT_ONCE = 2**19  # numbers ranked in one call
 _COVERED = (2.5, 97.5)  # percentiles of a 95 % interval
 FEWEST = 3  # retrainings: the ranks of two agree or do not
-ROUGH = 0.5  # smoothness below which scores are not to be trusted without retrainings
+ROUGH = 0.9  # smoothness below which scores are not to be trusted without retrainings (benchmarks/attribution.py)
 ADVICE = (
-    "training is not smooth in the examples' weights (smoothness {:.2f}, of at most 1), so a derivative says little "
-    "about leaving examples out; GELU or softplus in the place of ReLU, a smaller lr, and a larger eps (or eps_root) "
-    "of Adam make it smoother"
+    "training is not smooth in the examples' weights (smoothness {:.2f}, of at most 1), so a derivative may say "
+    "little about leaving examples out: trust the LDS of check(); GELU or softplus in the place of ReLU, a smaller lr, "
+    "and a larger eps (or eps_root) of Adam make it smoother"
 )
 Interval = tuple[float, float]
 
@@ -133,7 +133,7 @@ def random_subsets(n: int, drop: float, count: int, seed: int) -> Tensor:
         TypeError, ValueError: drop is no share.
     """
     size = dropped_at_once(drop, n)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     masks = torch.zeros(count, n, dtype=torch.bool)
     for mask in masks:
         mask[torch.randperm(n, generator=generator)[:size]] = True

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
 
@@ -23,15 +24,20 @@ _BETWEEN = {"drop": (0, 1), "mean": (-1, 1), "mean_query": (-1, 1), "smoothness"
 def write(path: Path, scores: np.ndarray, losses: np.ndarray, checked: Check | None) -> None:
     """Write the file whole, or leave what was there. Raises OSError."""
     with writing(path) as file:
-        file.create_dataset("scores", data=scores)
-        file.create_dataset("losses", data=losses)
-        file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs["revdistill_version"] = revdistill.__version__
-        file.attrs["torch_version"] = str(torch.__version__)
-        file.attrs["check"] = json.dumps({} if checked is None else checked.to_dict())
-        if checked is not None:
-            file.create_dataset("dropped", data=checked.dropped.astype(np.uint8))
-            file.create_dataset("actual", data=checked.actual)
+        fill(file, scores, losses, checked)
+
+
+def fill(file: h5py.File, scores: np.ndarray, losses: np.ndarray, checked: Check | None) -> None:
+    """Write these into an open file, which may have more."""
+    file.create_dataset("scores", data=scores)
+    file.create_dataset("losses", data=losses)
+    file.attrs["format_version"] = FORMAT_VERSION
+    file.attrs["revdistill_version"] = revdistill.__version__
+    file.attrs["torch_version"] = str(torch.__version__)
+    file.attrs["check"] = json.dumps({} if checked is None else checked.to_dict())
+    if checked is not None:
+        file.create_dataset("dropped", data=checked.dropped.astype(np.uint8))
+        file.create_dataset("actual", data=checked.actual)
 
 
 def read(path: str | Path) -> tuple[np.ndarray, np.ndarray, Check | None]:

@@ -44,7 +44,7 @@ def attribute(
         measure: `measure(params, queries) -> [K]`, any differentiable torch code; by default the loss, with its modules
             in the mode that they are in. Random numbers in it are seeded.
         chunk_size: of `rd.jacobian`, how many queries' products are computed at once.
-        adjoint: as of `rd.unroll`; not `rd.Backprop`.
+        adjoint: as of `rd.unroll`.
         seed: of the random numbers inside the loss; by default drawn from torch's default generator.
         progress: bars on stderr, as of `rd.unroll`.
 
@@ -65,8 +65,7 @@ def attribute(
         weights = torch.ones(run.examples, dtype=run.dtype, device=run.device, requires_grad=True)
         theta = run.train(weights, params, progress=progress)
         losses = run.checked(run.measured(theta))
-        if losses.requires_grad:
-            scores = jacobian(losses, weights, chunk_size=chunk_size)
-        else:  # no query's loss depends on what was trained
-            scores = torch.zeros(len(losses), run.examples, dtype=run.dtype, device=run.device)
+        # What does not depend on theta does so by a factor of 0: no example influences it.
+        linked = losses + 0 * sum(t.sum() for t in theta.values())
+        scores = jacobian(linked, weights, chunk_size=chunk_size)
     return Attribution(scores.detach(), losses.detach(), theta={name: t.detach() for name, t in theta.items()}, run=run)

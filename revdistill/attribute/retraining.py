@@ -26,8 +26,9 @@ class Retrained:
 def retrain(run: Run, weights: Tensor, *, return_theta: bool = False, progress: bool = False) -> Retrained:
     """Train again, from the same start in the same order with the same random numbers, with other weights.
 
-    Trainings are stacked by torch.func.vmap, at most 64 and as many as fit in a GiB. They are made one after another
-    where vmap cannot evaluate the loss (a warning says so), and where it convolves on a CPU, which is faster.
+    Trainings are stacked by torch.func.vmap, at most 64 and as many as fit in a GiB (on a CPU in caches). They are made
+    one after another where vmap cannot evaluate the loss (a warning says so), and where it convolves on a CPU, which is
+    faster.
 
     Args:
         run: the training.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from revdistill.attribute.arguments import NOT_REDUCED, Tensors, check_each, examples
-from revdistill.engine import Adjoint, Backprop, Minibatches, NonFiniteError, Optimizer, UnsupportedError, unroll
+from revdistill.engine import Adjoint, Minibatches, NonFiniteError, Optimizer, UnsupportedError, unroll
 from revdistill.engine.arguments import check_arguments
 from revdistill.engine.loss.randomness import draw_seed, seeded
 from revdistill.engine.loss.tree import leaves
@@ -72,7 +72,7 @@ class Run:
         self._measured_by = "loss" if measure is None else "measure"
         self.params: Params = {name: p.detach().clone() for name, p in params.items()}
         self.order = Minibatches(self.data, order).order
-        self.seed = draw_seed() if seed is None else int(seed)
+        self.seed = draw_seed() if seed is None else int(seed) % 2**63  # more torch's generators do not take
         self.side_by_side: int | None = None
         self._versions = self._count_changes()
         self._first = self._probe()
@@ -159,14 +159,34 @@ class Run:
         training.
         """
         found = []
+        fewest = int((self.order >= 0).sum(1).argmin())
         with torch.no_grad():
-            for k, row in enumerate(self.order[:_LOOKED_AT]):
-                chosen = row[row >= 0].to(self.device)
-                with seeded(self.seed + k, self.device):
-                    each = self.loss(dict(self.params), tuple(t[chosen] for t in self.data))
-                found.append(check_each(each, len(chosen), "loss").detach().clone())
+            for k in dict.fromkeys([*range(min(self.steps, _LOOKED_AT)), fewest]):
+                chosen = self.order[k][self.order[k] >= 0].to(self.device)
+                each = self._losses(k, chosen)
+                if len(chosen) > 1 and bool((each == each[0]).all()):
+                    self._check_not_one(k, chosen[:2], each[:2])
+                found.append(each)
             found.append(self.measured(dict(self.params)).detach().clone())
         return found
+
+    def _losses(self, k: int, chosen: Tensor) -> Tensor:
+        """Of some examples at theta_0, with random numbers of a number's own. chosen: int64 [B]."""
+        with seeded(self.seed + k, self.device):
+            each = self.loss(dict(self.params), tuple(t[chosen] for t in self.data))
+        return check_each(each, len(chosen), "loss").detach().clone()
+
+    def _check_not_one(self, k: int, chosen: Tensor, each: Tensor) -> None:
+        """Raise ValueError where examples that have one loss together have others alone: a mean, made as long."""
+        try:
+            alone = torch.cat([self._losses(k, one) for one in chosen[:, None]])
+        except Exception:  # a loss that takes no single example
+            return
+        if not torch.allclose(alone, each, rtol=_SAME, atol=_SAME):
+            raise ValueError(
+                f"loss returned the same number, {float(each[0]):g}, for all examples of a batch, two of which alone "
+                f"have {float(alone[0]):g} and {float(alone[1]):g}: a mean over the batch, it seems; {NOT_REDUCED}"
+            )
 
 
 def _check_unrolls(**given: Any) -> None:
@@ -181,9 +201,4 @@ def _check_unrolls(**given: Any) -> None:
         raise UnsupportedError(
             "loss is of rd.stack_modules, which sums over networks and examples; attribute each network by the loss of "
             f"rd.from_module, and {NOT_REDUCED}"
-        )
-    if isinstance(given["adjoint"], Backprop):
-        raise UnsupportedError(
-            "adjoint is rd.Backprop(), which keeps the graphs of all steps; leave it out, or give rd.Reversible(), "
-            "rd.Checkpoint() or rd.StoreAll()"
         )

@@ -16,7 +16,8 @@ from revdistill.engine import SGD, unroll
 from revdistill.engine.layout import stacked
 from revdistill.engine.loss.randomness import seeded
 
-MOST = 64  # beyond, caches are left
+MOST = 64
+NUMBERS = 2**21  # parameters of all on a CPU: beyond, caches are left, and malloc gives memory back at each step
 BYTES = 2**30  # for the states and activations of all
 _STATE = 128  # bytes per parameter: integers, gradient and temporary tensors of Adam's step; SGD's needs half of it
 _GRAPHS = 4  # what a gradient with a graph holds, in activations of the loss alone
@@ -85,7 +86,8 @@ def _how_many(run: Run) -> int:
         return 1
     size = sum(p.numel() for p in run.params.values())
     graph = sum(t.nbytes for t in saved.values())
-    count = max(1, min(MOST, BYTES // (size * _STATE + graph * _GRAPHS)))
+    most = min(MOST, NUMBERS // size) if run.device.type == "cpu" else MOST
+    count = max(1, min(most, BYTES // (size * _STATE + graph * _GRAPHS)))
     if count > 1:
         reason = _why_not(run)
         if reason:
@@ -124,7 +126,9 @@ def _why_not(run: Run) -> str:
 class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Whether what is evaluated inside convolves."""
 
-    found = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

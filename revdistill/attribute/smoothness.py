@@ -10,12 +10,13 @@ from torch import Tensor
 from revdistill.attribute.check import random_subsets
 from revdistill.attribute.retraining import retrain
 from revdistill.attribute.run import Params, Run
+from revdistill.attribute.side_by_side import how_many
 
 DIRECTIONS = 3
 
 
 def smoothness(
-    run: Run, drop: float = 0.01, seed: int = 0, *, directions: int = DIRECTIONS, progress: bool = False
+    run: Run, drop: float = 0.01, seed: int = 0, *, directions: int | None = None, progress: bool = False
 ) -> float:
     """How alike the two halves of the way are on which examples' weights go from 1 to 0.
 
@@ -30,7 +31,7 @@ def smoothness(
         run: the training.
         drop: share of the examples in a subset.
         seed: of the subsets, which are the first ones of `random_subsets`.
-        directions: how many subsets.
+        directions: how many subsets; by default 3 where trainings are made side by side, otherwise 1.
         progress: bars on stderr.
 
     Returns:
@@ -38,6 +39,8 @@ def smoothness(
 
     Source: Engstrom et al. 2025, definition 2.
     """
+    if directions is None:
+        directions = DIRECTIONS if how_many(run) > 1 else 1
     away = random_subsets(run.examples, drop, directions, seed).double()
     rows = torch.cat([torch.ones(1, run.examples, dtype=torch.float64), 1 - away / 2, 1 - away])
     theta = retrain(run, rows, return_theta=True, progress=progress).theta
@@ -57,4 +60,4 @@ def alike(start: Tensor, half: Tensor, out: Tensor) -> float:
 
 def _flat(theta: Params) -> Tensor:
     """[R, numel]"""
-    return torch.cat([t.flatten(1) for t in theta.values()], 1)
+    return torch.cat([t.reshape(len(t), -1) for t in theta.values()], 1)  # a parameter may be one number

@@ -27,8 +27,8 @@ class Artifact:
     """Distilled data, and how to train on them.
 
     To use it without this project: for k in range(T), make one step of torch.optim.SGD on (x[k % s], y[k % s]) with
-    lr[k], momentum[k] and weight_decay. Where optimizer is "adam": of torch.optim.Adam with lr[k], betas (momentum[k],
-    0.999), eps 1e-8 and weight_decay.
+    lr[k], momentum[k] and weight_decay. Where optimizer is "adam" or "adamw": of torch.optim.Adam or AdamW with
+    lr[k], betas (momentum[k], 0.999), eps 1e-8 and weight_decay.
 
     Args:
         x: float32 [s, B, ...], the synthetic batches.

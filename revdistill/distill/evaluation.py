@@ -114,7 +114,7 @@ def train_plainly(
         stack,
         params,
         lambda k: (x[k % len(x)], y[k % len(x)]),
-        optimizer=artifact.optimizer,
+        optimizer=OPTIMIZERS[artifact.optimizer],
         groups=[(list(params), artifact.weight_decay)],
         lr=[[rate] for rate in rates],
         momentum=[[m] for m in momenta],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from revdistill.distill.artifact import Artifact
 from revdistill.distill.evaluation import train_plainly
 from revdistill.outer.data import Dataset
-from revdistill.outer.files import replacing
+from revdistill.outer.drawing import figure_files, plain
 from revdistill.outer.networks import NetworkStack, predictions
 from revdistill.outer.optimizers import OPTIMIZERS
 
@@ -23,7 +22,6 @@ from matplotlib.figure import Figure
 
 MAX_IMAGE_ROWS, MAX_IMAGE_COLUMNS, MAX_RATE_COLUMNS = 10, 20, 4
 MAX_DRAWN = 1e100  # beyond it matplotlib overflows
-MAX_NAME = 12  # characters over an image's column
 GRID = 200  # points per side of a decision picture
 _COLOURS = plt.get_cmap("tab10")
 
@@ -50,17 +48,7 @@ def draw_all(directory: Path, artifact: Artifact, data: Dataset | None, metrics:
         names = [name for name in artifact.architectures if ":" not in name]
         if names:
             figures["decisions"] = decisions(artifact, data, names)
-    folder = directory / "plots"
-    folder.mkdir(exist_ok=True)
-    written = []
-    for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        with replacing(path) as temporary, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # names of classes may be in any script
-            figure.savefig(temporary, format="png", dpi=150)
-        plt.close(figure)
-        written.append(path)
-    return written
+    return figure_files(directory / "plots", figures)
 
 
 def images(artifact: Artifact) -> Figure:
@@ -125,13 +113,7 @@ def _column_class(artifact: Artifact, column: int, per_class: int) -> str:
     y = artifact.y[:, column * per_class : (column + 1) * per_class]
     votes = y.mean((0, 1)) if artifact.has_soft_labels else np.bincount(y.ravel())
     number = int(votes.argmax())
-    return _plain(str(artifact.classes[number])) if artifact.classes else str(number)
-
-
-def _plain(name: str) -> str:
-    """A name that fits over an image; $ would make matplotlib take it for mathematics."""
-    short = name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
-    return "".join(c if c.isprintable() else "?" for c in short).replace("$", r"\$")
+    return plain(artifact.classes[number]) if artifact.classes else str(number)
 
 
 def _hard(y: np.ndarray) -> np.ndarray:

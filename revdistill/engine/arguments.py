@@ -31,8 +31,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedError(
             "rd.unroll cannot run inside torch.func.grad, jacrev, jvp or vmap: its way back is a backward pass of "
-            "autograd; use backward() or torch.autograd.grad on what is computed from its result (one call per row of "
-            "a Jacobian), and rd.stack_modules for several networks at once"
+            "autograd; use backward() or torch.autograd.grad on what is computed from its result (rd.jacobian for many "
+            "outputs at once), and rd.stack_modules for several networks at once"
         )
     check_arity(given["loss"], given["hyper"] is not None)
     device = _check_params(given["params"])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from revdistill.engine.adjoints.fixed_point import USED_UP, Unrolled
-from revdistill.engine.cotangents import CHUNK_SIZE, Batching
+from revdistill.engine.cotangents import CHUNK_SIZE, Batching, Identity, Rows
 from revdistill.engine.errors import UnsupportedError
-from revdistill.engine.loss.graph import graph_nodes
+from revdistill.engine.loss.graph import nodes_from
 from revdistill.engine.scalars import is_integer
 
 Key = TypeVar("Key")
@@ -45,88 +45,143 @@ def jacobian(outputs: Tensor, inputs: Any, *, chunk_size: int = CHUNK_SIZE) -> A
             says so and they are evaluated one by one.
 
     Returns:
-        Of each input its derivatives [K, *shape], in the form of `inputs`. Cost: about three times K x parameters x 4
-        bytes (float32; 8 in float64) on top of what one way back takes.
+        Of each input its derivatives [K, *shape], in the form of `inputs`. Cost: six to nine times K x parameters x 4
+        bytes (float32; 8 in float64) on top of what one way back takes; and the result.
 
     Raises:
         TypeError, ValueError: an argument will not do; the message names it.
-        UnsupportedError: the unroll was gone back through before; `Backprop` with clip_back or on_step_back.
+        UnsupportedError: the unroll was gone back through before; `Backprop` with clip_back or on_step_back; inside
+            torch.inference_mode() or a transform of torch.func.
         ReversalError, NonFiniteError: see `rd.unroll`.
     """
-    tensors = _checked(outputs, inputs, chunk_size)
-    found: list[Tensor] = [t.new_zeros(0, *t.shape) for t in tensors]
+    named = _checked(outputs, inputs, chunk_size)
+    found = [t.new_zeros(0, *t.shape) for t in named.values()]
     if len(outputs):
-        found = _rows(outputs, tensors, chunk_size)
+        found = _rows(_Graph(outputs, named), outputs, chunk_size)
     if isinstance(inputs, Tensor):
         return found[0]
     return dict(zip(inputs, found, strict=True)) if isinstance(inputs, Mapping) else tuple(found)
 
 
-def _rows(outputs: Tensor, inputs: Sequence[Tensor], chunk_size: int) -> list[Tensor]:
-    unrolls = [node for node in graph_nodes(outputs) if isinstance(getattr(node, "unrolled", None), Unrolled)]
-    if any(node.unrolled.recording is None for node in unrolls):
-        raise UnsupportedError(USED_UP)
-    direct, bars = _up_to_the_unrolls(outputs, inputs, unrolls, chunk_size)
-    reached = [(node, found) for node, found in zip(unrolls, bars, strict=True) if found is not None]
-    through: Sequence[Tensor | None] = [None] * len(inputs)
-    if reached:
-        for node in unrolls:
-            node.unrolled.chunk_size = chunk_size
-        through = _through_the_unrolls(reached, inputs)
-    found = []
-    for i, (t, a, b) in enumerate(zip(inputs, direct, through, strict=True)):
-        if a is None and b is None:
+class _Graph:
+    """What lies between outputs and inputs.
+
+    Attributes:
+        inputs: the edges at which the inputs' derivatives arrive.
+        unrolls: the nodes of the unrolls that these went into, each before those whose results went into it.
+
+    Raises:
+        ValueError: an input is not in it.
+        UnsupportedError: the way back of an unroll that is needed is used up.
+    """
+
+    def __init__(self, outputs: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        self.inputs = {label: get_gradient_edge(t) for label, t in inputs.items()}
+        every = nodes_from(get_gradient_edge(outputs).node)
+        absent = {edge.node for edge in self.inputs.values()}.difference(every)
+        for label, edge in self.inputs.items():
+            if edge.node in absent:
+                raise ValueError(
+                    f"no output depends on {label}, of shape {list(inputs[label].shape)}; give tensors that went into "
+                    "the unroll themselves, not copies or views of them made later"
+                )
+        ends = {edge.node for edge in self.inputs.values()}
+        behind = {
+            node: set(nodes_from(node)) for node in every if isinstance(getattr(node, "unrolled", None), Unrolled)
+        }
+        behind = {node: nodes for node, nodes in behind.items() if not ends.isdisjoint(nodes)}
+        self.unrolls = sorted(behind, key=lambda node: sum(node in nodes for nodes in behind.values()))
+        if any(node.unrolled.recording is None for node in self.unrolls):
+            raise UnsupportedError(USED_UP)
+
+    def gradients(
+        self, start: Sequence[GradientEdge], batching: Batching, *vectors: Rows
+    ) -> Iterator[tuple[GradientEdge, Tensor]]:
+        """From dL/d(what is at some edges) to dL/d(the inputs, and the results of unrolls), where no unroll is between.
+
+        What is behind an unroll is not asked for: the hooks there would be called with what is no gradient.
+
+        Args:
+            start: where to start.
+            batching: how it is evaluated.
+            vectors: of each edge, [K, *shape].
+
+        Returns:
+            Pairs of an edge and what arrives there, [K, *shape].
+        """
+        reached = {node for edge in start for node in nodes_from(edge.node, walls=self.unrolls)}
+        targets = {edge: None for edge in self.inputs.values() if edge.node in reached}
+        for node in self.unrolls:
+            if node in reached:
+                targets |= {GradientEdge(node, i): None for i in range(node.unrolled.results)}
+        if not targets:
+            return
+
+        def product(*bars: Tensor) -> Sequence[Tensor | None]:
+            return torch.autograd.grad(start, list(targets), bars, allow_unused=True, retain_graph=True)
+
+        count = len(vectors[0])
+        chunks = ((rows, batching(product, *(v[rows] for v in vectors))) for rows in batching.chunks(count))
+        columns = _together(chunks, count)
+        yield from ((edge, t) for edge, t in zip(targets, columns, strict=True) if t is not None)
+
+
+def _rows(graph: _Graph, outputs: Tensor, chunk_size: int) -> list[Tensor]:
+    count, sums = len(outputs), dict[GradientEdge, Tensor]()
+
+    def add(found: Iterable[tuple[GradientEdge, Tensor]]) -> None:
+        for edge, t in found:
+            sums[edge] = sums[edge] + t if edge in sums else t
+
+    for node in graph.unrolls:
+        node.unrolled.held = True
+    try:
+        add(graph.gradients([get_gradient_edge(outputs)], Batching(chunk_size), Identity(outputs)))
+        for node in graph.unrolls:
+            bars = [sums.pop(GradientEdge(node, i), None) for i in range(node.unrolled.results)]
+            if any(bar is not None for bar in bars):
+                node.unrolled.chunk_size = chunk_size
+                further = node.unrolled.rows_back(bars, count)
+                del bars
+                ways = [(e, t) for e, t in zip(node.next_functions, further, strict=True) if e[0] and t is not None]
+                # All at once: what went in as it is, is found as it is, and not copied chunk by chunk.
+                add(graph.gradients([GradientEdge(*e) for e, _ in ways], Batching(count), *(t for _, t in ways)))
+    finally:
+        for node in graph.unrolls:
+            node.unrolled.held = False
+    for label, edge in graph.inputs.items():
+        if edge not in sums:
             raise ValueError(
-                f"no output depends on inputs[{i}], of shape {list(t.shape)}; give tensors that went into the unroll "
-                "themselves, not copies or views of them made later"
+                f"no output depends on {label}: what it went into does not influence them, or lies before the window "
+                "of the unroll; leave it out"
             )
-        found.append(b if a is None else a if b is None else a + b)
-    return found  # type: ignore[return-value]
+    return [sums[edge] for edge in graph.inputs.values()]
 
 
-def _up_to_the_unrolls(
-    outputs: Tensor, inputs: Sequence[Tensor], unrolls: Sequence[Any], chunk_size: int
-) -> tuple[list[Tensor | None], list[tuple[Tensor, ...] | None]]:
-    """What does not go through any unroll: dL/d(inputs) [K, ...]; and dL/d(each unroll's results) [K, ...]."""
-    lengths: list[int] = []
-
-    def product(vector: Tensor) -> list[Tensor | None]:
-        for node in unrolls:
-            node.unrolled.captured = []
-        try:
-            found = list(torch.autograd.grad(outputs, inputs, vector, allow_unused=True, retain_graph=True))
-            captured = [node.unrolled.captured for node in unrolls]
-        finally:
-            for node in unrolls:
-                node.unrolled.captured = None
-        lengths[:] = [len(bars[0]) if bars else 0 for bars in captured]
-        return found + [bar for bars in captured for bar in (bars[0] if bars else ())]
-
-    identity = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
-    chunks = [found for _, found in Batching(chunk_size)(product, identity)]
-    columns = [None if column[0] is None else torch.cat(column) for column in zip(*chunks, strict=True)]
-    direct, rest = columns[: len(inputs)], iter(columns[len(inputs) :])
-    bars = [tuple(next(rest) for _ in range(length)) or None for length in lengths]
-    return direct, bars  # type: ignore[return-value]
+def _together(chunks: Iterable[tuple[slice, list[Tensor | None]]], count: int) -> list[Tensor | None]:
+    """Of each column all rows; None where no chunk has it."""
+    columns: list[Tensor | None] = []
+    for rows, found in chunks:
+        if rows == slice(0, count):
+            return found
+        columns = columns or [None] * len(found)
+        for i, t in enumerate(found):
+            if t is not None:
+                column = columns[i]
+                column = columns[i] = t.new_zeros(count, *t.shape[1:]) if column is None else column
+                column[rows] = t
+    return columns
 
 
-def _through_the_unrolls(
-    reached: Sequence[tuple[Any, tuple[Tensor, ...]]], inputs: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """From dL/d(the unrolls' results) to dL/d(inputs), [K, ...]."""
-    edges = [GradientEdge(node, i) for node, bars in reached for i in range(len(bars))]
-    present: list[bool] = []
-
-    def back(*bars: Tensor) -> tuple[Tensor, ...]:
-        found = torch.autograd.grad(edges, inputs, bars, allow_unused=True, retain_graph=True)
-        present[:] = [t is not None for t in found]
-        return tuple(t for t in found if t is not None) or (bars[0],)
-
-    values = iter(torch.func.vmap(back)(*(bar for _, bars in reached for bar in bars)))
-    return [next(values) if there else None for there in present]
-
-
-def _checked(outputs: Any, inputs: Any, chunk_size: Any) -> list[Tensor]:
+def _checked(outputs: Any, inputs: Any, chunk_size: Any) -> dict[str, Tensor]:
+    """The inputs by what they are called."""
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedError("rd.jacobian cannot run in torch.inference_mode(); use torch.no_grad()")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            "rd.jacobian cannot run inside torch.func.grad, jacrev, jvp or vmap: it walks the unroll back itself; call "
+            "it outside, on outputs that were computed outside"
+        )
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"outputs must be a tensor [K], got {type(outputs).__name__}; torch.stack the losses, or let the loss be "
@@ -160,4 +215,4 @@ def _checked(outputs: Any, inputs: Any, chunk_size: Any) -> list[Tensor]:
         raise ValueError(
             "outputs does not require grad: it was computed under torch.no_grad(), or from nothing that requires grad"
         )
-    return list(named.values())
+    return named

@@ -19,6 +19,7 @@ from revdistill.engine.errors import RevdistillError
 from revdistill.engine.integers.bitstore import BitStore
 from revdistill.engine.integers.history import DeviceHistory
 from revdistill.engine.integers.radix import COARSE
+from revdistill.engine.jacobian import jacobian
 from revdistill.engine.loss.from_module import from_module, stack_modules
 from revdistill.engine.loss.randomness import seeded
 from revdistill.engine.optimizers.adam import AdamW
@@ -81,6 +82,8 @@ def checks(device: torch.device) -> Iterator[Check]:
     for adjoint in (_AGAIN, Checkpoint(), StoreAll()):
         label = f"ReLU MLP, AdamW, {type(adjoint).__name__}"
         yield _timed("gradients", label, lambda adjoint=adjoint: _gradients("ReLU MLP", adjoint, device, adam=True))  # type: ignore[misc]
+    for name in _NETWORKS:
+        yield _timed("gradients", f"{name}, many outputs", lambda name=name: _many_outputs(name, device))  # type: ignore[misc]
     for momentum in (0.5, 0.9, 0.98):
         yield _timed("bits", f"momentum {momentum}", lambda momentum=momentum: _bits(momentum, device))  # type: ignore[misc]
     yield _timed("bits", "AdamW, betas 0.9, 0.999", lambda: _adam_bits(device))
@@ -146,6 +149,21 @@ def _hypergradient(name: str, adjoint: Adjoint, device: torch.device, adam: bool
     )
     theta = unroll(loss, params, (x, y), optimizer, steps=GRADIENT_STEPS, adjoint=adjoint, seed=1)
     return list(torch.autograd.grad(_outer(theta), [x, lr, momentum, weight_decay, *second, *params.values()]))
+
+
+def _many_outputs(name: str, device: torch.device) -> tuple[str, bool]:
+    """At once, where torch has a batching rule for every operator, against one backward for each."""
+    net, x, y = _problem(name, torch.float64, device)
+    loss, params = from_module(net, nn.functional.cross_entropy)
+
+    def outputs(adjoint: Adjoint) -> Tensor:
+        theta = unroll(loss, params, (x, y), _SGD, steps=GRADIENT_STEPS, adjoint=adjoint, seed=1)
+        return torch.stack([p.square().sum() + p.sum() for p in theta.values()])
+
+    found, singly = jacobian(outputs(_AGAIN), x), outputs(Backprop())
+    rows = torch.stack([torch.autograd.grad(output, x, retain_graph=True)[0] for output in singly])
+    error = float((found - rows).norm() / rows.norm())
+    return f"relative error {error:.1e}", error <= TOLERANCE
 
 
 def _outer(theta: dict[str, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import h5py
 import torch
 from torch import Tensor
 
@@ -44,12 +45,8 @@ def save(
         OSError: it cannot be written.
     """
     with writing(path) as file:
-        file.attrs["format_version"] = version
-        file.attrs["revdistill_version"] = revdistill.__version__
-        file.attrs["config"] = json.dumps(config)
+        write_head(file, version=version, config=config, data=data)
         file.attrs["outer_step"] = descent.outer_step
-        if data is not None:
-            file.attrs[_DATA] = json.dumps(data.summary())
         if averages:
             file.attrs["averaged"] = descent.averaged
         states = list(descent.optimizer.state.values())
@@ -62,6 +59,15 @@ def save(
                 file.create_dataset(f"{name}.{moment}", data=value.cpu().numpy())
         for name, average in descent.averages.items():
             file.create_dataset(f"{name}.{_AVERAGE}", data=average.cpu().numpy())
+
+
+def write_head(file: h5py.File, *, version: int, config: dict[str, Any], data: Dataset | None) -> None:
+    """What every checkpoint begins with, for `read_config`, `written_by` and `check_same_data`; see `save`."""
+    file.attrs["format_version"] = version
+    file.attrs["revdistill_version"] = revdistill.__version__
+    file.attrs["config"] = json.dumps(config)
+    if data is not None:
+        file.attrs[_DATA] = json.dumps(data.summary())
 
 
 def restore(path: Path, descent: Descent, *, steps: int, averages: bool = False) -> None:

@@ -29,6 +29,10 @@ CHUNK = 4096  # samples normalised at once
 SMALL, ROUNDING = 1e-8, 1e-6  # a standard deviation below both, the second of the values' size, is rounding
 
 
+def _none() -> np.ndarray:
+    return np.empty(0, np.int64)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Real data in three parts.
@@ -46,6 +50,10 @@ class Dataset:
         class_names: what the classes 0 to classes - 1 are called in the data, in order; by default just that.
         value_range: least and largest value of the inputs before they were normalised.
         origin: what to tell the user of where the data came from.
+        rows: of each training sample its position, from 0, in what it was drawn from: the training part of the file,
+            folder or set as that has it. By default 0 to N - 1.
+        rows_test: likewise of the test samples. Where the test part was drawn from the training part, these are
+            positions in the latter.
     """
 
     name: str
@@ -60,10 +68,15 @@ class Dataset:
     class_names: tuple[Label, ...] = ()
     value_range: tuple[float, float] = (0.0, 0.0)
     origin: Origin = field(default_factory=Origin)
+    rows: np.ndarray = field(default_factory=_none)
+    rows_test: np.ndarray = field(default_factory=_none)
 
     def __post_init__(self) -> None:
         if not self.class_names:
             object.__setattr__(self, "class_names", tuple(range(self.classes)))
+        for name, y in (("rows", self.y), ("rows_test", self.y_test)):
+            if not len(getattr(self, name)):
+                object.__setattr__(self, name, np.arange(len(y)))
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -161,12 +174,13 @@ def _assemble(name: str, source: Source, *, test: float = TEST, normalise: bool 
     """Split off what the source does not have, and normalise by what is then the training part."""
     splits = []
     own, tested, held = source.train, source.test, source.validation
+    rows, rows_test = np.arange(len(own[1])), np.arange(len(tested[1]) if tested else 0)
     if tested is None:
-        own, tested = _test_split(name, *own, test, source.class_names)
+        own, tested, rows, rows_test = _test_split(name, *own, test, source.class_names)
         splits.append(f"test data: {test:.0%} of the training data, drawn by a fixed seed")
     classes = len(source.class_names) or int(max(own[1].max(), tested[1].max())) + 1
     if held is None:
-        own, held = _held_out(name, *own)
+        own, held, rows = _held_out(name, *own, rows)
         splits.append(f"validation data: {VALIDATION:.0%} of the training data, drawn by a fixed seed")
     x = own[0]
     # vectors: per feature; images: per channel
@@ -194,6 +208,8 @@ def _assemble(name: str, source: Source, *, test: float = TEST, normalise: bool 
         class_names=source.class_names,
         value_range=(float(x.min()), float(x.max())),
         origin=replace(source.origin, splits=tuple(splits)),
+        rows=rows,
+        rows_test=rows_test,
         **parts,
     )
 
@@ -206,7 +222,10 @@ def _vary(x: np.ndarray, std: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return found
 
 
-def _test_split(name: str, x: np.ndarray, y: np.ndarray, share: float, names: Sequence[Label]) -> tuple[Arrays, Arrays]:
+def _test_split(
+    name: str, x: np.ndarray, y: np.ndarray, share: float, names: Sequence[Label]
+) -> tuple[Arrays, Arrays, np.ndarray, np.ndarray]:
+    """The training and the test part, and the positions of each."""
     from sklearn.model_selection import train_test_split
 
     # The study's own split is not stratified; elsewhere every class is to be in both parts.
@@ -219,22 +238,25 @@ def _test_split(name: str, x: np.ndarray, y: np.ndarray, share: float, names: Se
             f"classes have one sample ({shown(rare)}); leave them out, or give a test part"
         )
     try:
-        x, x_test, y, y_test = train_test_split(x, y, test_size=share, random_state=SPLIT_SEED, stratify=stratify)
+        x, x_test, y, y_test, rows, rows_test = train_test_split(
+            x, y, np.arange(len(y)), test_size=share, random_state=SPLIT_SEED, stratify=stratify
+        )
     except ValueError as error:
         raise ArtifactError(
             f"{name}: too few samples per class to split into training and test data ({error})"
         ) from error
-    return (x, y), (x_test, y_test)
+    return (x, y), (x_test, y_test), rows, rows_test
 
 
-def _held_out(name: str, x: np.ndarray, y: np.ndarray) -> tuple[Arrays, Arrays]:
+def _held_out(name: str, x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[Arrays, Arrays, np.ndarray]:
+    """The rest and what is held out, and the positions of the rest."""
     from sklearn.model_selection import train_test_split
 
     try:
-        x, x_held, y, y_held = train_test_split(x, y, test_size=VALIDATION, random_state=SPLIT_SEED)
+        x, x_held, y, y_held, rows, _ = train_test_split(x, y, rows, test_size=VALIDATION, random_state=SPLIT_SEED)
     except ValueError as error:
         raise ArtifactError(f"{name}: too few samples to hold some out for validation ({error})") from error
-    return (x, y), (x_held, y_held)
+    return (x, y), (x_held, y_held), rows
 
 
 def _unit(images: np.ndarray) -> np.ndarray:

@@ -56,6 +56,7 @@ class Job(ABC, Generic[R]):
     """
 
     noun: ClassVar[str]  # in messages
+    stops_within_a_step: ClassVar[bool] = False  # at the first signal; what the step had done is lost
     verb: ClassVar[str]  # beside the progress bar
     checkpoint: ClassVar[str]  # the file's name
     results: ClassVar[tuple[str, ...]]  # the names of the files of the result, the main one first
@@ -65,7 +66,8 @@ class Job(ABC, Generic[R]):
         if resume:
             self.restore(directory / self.checkpoint)
         elif self.started_in(directory):
-            raise ValueError(f"{directory} already holds a {self.noun}; give another directory, or resume it")
+            article = "an" if self.noun[0] in "aeiou" else "a"
+            raise ValueError(f"{directory} already holds {article} {self.noun}; give another directory, or resume it")
         elif (directory / METRICS).exists() and (directory / METRICS).stat().st_size:
             raise ValueError(f"{directory} already holds the {METRICS} of another job; give another directory")
 
@@ -126,17 +128,20 @@ class Job(ABC, Generic[R]):
             NotSavedError: the last checkpoint could not be written to the directory.
             OSError: nothing can be written at the start, or the result cannot be at the end.
         """
-        with DirectoryLock(self.directory) as lock, interruptible() as interrupted:
-            for name in (self.checkpoint, METRICS, *self.results):
-                remove_leftovers(self.directory / name)
-            _Loop(self, lock, self._save_every).run(interrupted, progress)
-            return self.finish()
+        with DirectoryLock(self.directory) as lock:
+            loop = _Loop(self, lock, self._save_every)
+            with interruptible(lambda: self.stops_within_a_step and loop.stepping) as interrupted:
+                for name in (self.checkpoint, METRICS, *self.results):
+                    remove_leftovers(self.directory / name)
+                loop.run(interrupted, progress)
+                return self.finish()
 
 
 class _Loop:
     def __init__(self, job: Job[Any], lock: DirectoryLock, save_every: float) -> None:
         self._job, self._directory, self._lock, self._save_every = job, job.directory, lock, save_every
         self._checkpoint = job.directory / job.checkpoint
+        self.stepping = False
 
     def run(self, interrupted: Callable[[], int | None], progress: bool | None) -> None:
         job, total = self._job, self._job.total
@@ -148,11 +153,12 @@ class _Loop:
             total=total, initial=job.outer_step, disable=disable, unit="step", desc=job.verb, smoothing=0.05
         ) as bar:
             while job.outer_step < total:
-                entry, shown = job.step()
+                done = job.outer_step
+                entry, shown = self._step(interrupted)
                 if entry is not None:
                     self._append(log, entry | {"seconds": round(before + time.monotonic() - started, 1)})
                 bar.set_postfix_str(shown)
-                bar.update()
+                bar.update(job.outer_step - done)
                 signum = interrupted()
                 last = signum is not None or job.outer_step == total
                 if last or time.monotonic() - saved > self._save_every:
@@ -162,6 +168,18 @@ class _Loop:
                         self._rescue()
                 if signum is not None and job.outer_step < total:
                     raise InterruptedRunError(job.outer_step, signum)
+
+    def _step(self, interrupted: Callable[[], int | None]) -> tuple[dict[str, Any] | None, str]:
+        """The job's next step; nothing of it where a signal stopped it."""
+        self.stepping = True
+        try:
+            return self._job.step()
+        except KeyboardInterrupt:
+            if not self._job.stops_within_a_step or interrupted() is None:
+                raise
+            return None, ""
+        finally:
+            self.stepping = False
 
     def _append(self, log: Log, entry: dict[str, Any]) -> None:
         self._written(lambda: log.append(entry))
@@ -192,19 +210,22 @@ class _Loop:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], int | None]]:
+def interruptible(at_once: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], int | None]]:
     """Turn the first signal to stop into its number, so that a step is finished and saved; a second one interrupts at
     once.
 
     Signals that are ignored stay ignored: that is how nohup lets a job outlive its terminal.
+
+    Args:
+        at_once: whether the first one is to interrupt too.
     """
     seen: int | None = None
 
     def note(signum: int, frame: Any) -> None:
         nonlocal seen
-        if seen is not None:
+        first, seen = seen is None, signum if seen is None else seen
+        if not first or at_once():
             raise KeyboardInterrupt
-        seen = signum
 
     before: dict[int, Any] = {}
     try:

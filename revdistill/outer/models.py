@@ -19,32 +19,37 @@ def _outputs(classes: int) -> int:
     return 1 if classes == 2 else classes  # the study's networks: one logit for two classes
 
 
-def _relu_mlp(inputs: int, hidden: list[int], outputs: int) -> nn.Sequential:
+def _mlp(inputs: int, hidden: list[int], outputs: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()]
     for width in hidden:
-        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        layers += [nn.Linear(inputs, width), activation()]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
 def linear_net(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """The study's LinearNet: one linear layer."""
-    return _relu_mlp(prod(input_shape), [], _outputs(classes))
+    return _mlp(prod(input_shape), [], _outputs(classes))
 
 
 def non_linear_net(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """The study's NonLinearNet: one hidden layer of 10, ReLU."""
-    return _relu_mlp(prod(input_shape), [10], _outputs(classes))
+    return _mlp(prod(input_shape), [10], _outputs(classes))
 
 
 def more_non_linear_net(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """The study's MoreNonLinearNet: three hidden layers of 10, ReLU."""
-    return _relu_mlp(prod(input_shape), [10, 10, 10], _outputs(classes))
+    return _mlp(prod(input_shape), [10, 10, 10], _outputs(classes))
 
 
 def mlp(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """Two hidden layers of 100, ReLU."""
-    return _relu_mlp(prod(input_shape), [100, 100], classes)
+    return _mlp(prod(input_shape), [100, 100], classes)
+
+
+def mlp_gelu(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The same with GELU, which is smooth: what leaving out an example does is nearer to what its derivative says."""
+    return _mlp(prod(input_shape), [100, 100], classes, nn.GELU)
 
 
 class LeNet(nn.Module):
@@ -136,6 +141,7 @@ ARCHITECTURES: dict[str, Factory] = {
     "NonLinearNet": non_linear_net,
     "MoreNonLinearNet": more_non_linear_net,
     "MLP": mlp,
+    "MLP-GELU": mlp_gelu,
     "LeNet": LeNet,
     "AlexCifarNet": AlexCifarNet,
     "ConvNet-3": ConvNet3,

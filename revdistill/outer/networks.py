@@ -22,17 +22,18 @@ Params = dict[str, Tensor]
 AT_ONCE, CACHED = 2048, 64
 
 
-def classification_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy; binary where there is one logit per sample.
+def classification_loss(logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy; binary where there is one logit per sample.
 
     Args:
         logits: [B, C], or [B, 1] for two classes.
         y: classes [B], or probabilities [B, C].
+        reduction: "mean" gives a scalar, "none" the losses of the samples [B].
     """
     if logits.shape[-1] == 1:
         target = y[..., 1] if y.is_floating_point() else y
-        return F.binary_cross_entropy_with_logits(logits[..., 0], target.to(logits.dtype))
-    return F.cross_entropy(logits, y)
+        return F.binary_cross_entropy_with_logits(logits[..., 0], target.to(logits.dtype), reduction=reduction)
+    return F.cross_entropy(logits, y, reduction=reduction)
 
 
 def predictions(logits: Tensor) -> Tensor:

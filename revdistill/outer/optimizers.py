@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revdistill.engine import SGD, Adam, Optimizer, RMSprop
+from revdistill.engine import SGD, Adam, AdamW, Optimizer, RMSprop
 
 Value = float | Tensor | Mapping[str, Tensor]  # as the engine's optimizers take it: one, or one per parameter
 Group = dict[str, Any]  # a parameter group of torch.optim
@@ -31,6 +31,7 @@ class Family:
     momentum_name: what the optimizer calls the number that a schedule has as `momentum`.
     momentum_below_one: whether that number must be below 1; otherwise it may be 1.
     takes_rates_of_sgd: whether step sizes found for SGD mean the same here, such as those of `strategy1`.
+    with_eps: eps -> the same optimizer with this eps in the place of its constant; None where it has no eps.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Family:
     momentum_name: str = "momentum"
     momentum_below_one: bool = True
     takes_rates_of_sgd: bool = False
+    with_eps: Callable[[float], Family] | None = None
 
 
 def set_momentum(group: Group, momentum: float) -> None:
@@ -51,6 +53,38 @@ def _set_beta1(group: Group, momentum: float) -> None:
     group["betas"] = (momentum, ADAM_BETA2)
 
 
+def _adam(eps: float = ADAM_EPS) -> Family:
+    return Family(
+        title="Adam",
+        engine=lambda lr, beta1, decay: Adam(lr, (beta1, ADAM_BETA2), eps, decay),
+        plain=lambda groups, lr: torch.optim.Adam(groups, lr=lr, eps=eps),
+        set_momentum=_set_beta1,
+        momentum_name="beta1",
+        with_eps=_adam,
+    )
+
+
+def _adamw(eps: float = ADAM_EPS) -> Family:
+    return Family(
+        title="AdamW",
+        engine=lambda lr, beta1, decay: AdamW(lr, (beta1, ADAM_BETA2), eps, decay),
+        plain=lambda groups, lr: torch.optim.AdamW(groups, lr=lr, eps=eps),
+        set_momentum=_set_beta1,
+        momentum_name="beta1",
+        with_eps=_adamw,
+    )
+
+
+def _rmsprop(eps: float = RMSPROP_EPS) -> Family:
+    return Family(
+        title="RMSprop",
+        engine=lambda lr, momentum, decay: RMSprop(lr, RMSPROP_ALPHA, eps, decay, momentum),
+        plain=lambda groups, lr: torch.optim.RMSprop(groups, lr=lr, alpha=RMSPROP_ALPHA, eps=eps),
+        set_momentum=set_momentum,
+        with_eps=_rmsprop,
+    )
+
+
 OPTIMIZERS: dict[str, Family] = {
     "sgd": Family(
         title="SGD",
@@ -60,19 +94,9 @@ OPTIMIZERS: dict[str, Family] = {
         momentum_below_one=False,
         takes_rates_of_sgd=True,
     ),
-    "adam": Family(
-        title="Adam",
-        engine=lambda lr, beta1, decay: Adam(lr, (beta1, ADAM_BETA2), ADAM_EPS, decay),
-        plain=lambda groups, lr: torch.optim.Adam(groups, lr=lr, eps=ADAM_EPS),
-        set_momentum=_set_beta1,
-        momentum_name="beta1",
-    ),
-    "rmsprop": Family(
-        title="RMSprop",
-        engine=lambda lr, momentum, decay: RMSprop(lr, RMSPROP_ALPHA, RMSPROP_EPS, decay, momentum),
-        plain=lambda groups, lr: torch.optim.RMSprop(groups, lr=lr, alpha=RMSPROP_ALPHA, eps=RMSPROP_EPS),
-        set_momentum=set_momentum,
-    ),
+    "adam": _adam(),
+    "adamw": _adamw(),
+    "rmsprop": _rmsprop(),
 }
 DEFAULT = "sgd"  # also of files that name none
 

@@ -12,6 +12,7 @@ from revdistill.outer.data import Dataset
 MINIBATCHES, NETWORKS = 1, 2
 FIXED_NETWORK, NOISE, HORIZON, AUGMENTATION = 3, 4, 5, 6  # of distillation
 HELD_OUT = 3  # of tuning
+EXAMPLES, QUERIES, FLIPS = 7, 8, 9  # of attribution
 _EVALUATION = 2**40
 
 

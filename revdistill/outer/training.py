@@ -9,7 +9,7 @@ from torch import Tensor
 
 from revdistill.engine.loss.randomness import seeded
 from revdistill.outer.networks import NetworkStack, Params
-from revdistill.outer.optimizers import OPTIMIZERS, Group
+from revdistill.outer.optimizers import Family, Group
 
 
 def train(
@@ -17,7 +17,7 @@ def train(
     params: Params,
     batch: Callable[[int], tuple[Tensor, Tensor]],
     *,
-    optimizer: str,
+    optimizer: Family,
     groups: Sequence[tuple[Sequence[str], float]],
     lr: Sequence[Sequence[float]],
     momentum: Sequence[Sequence[float]],
@@ -29,24 +29,23 @@ def train(
         stack: the E networks.
         params: their parameters, each [E, ...].
         batch: k -> (x, y), what step k trains on.
-        optimizer: a name of OPTIMIZERS.
+        optimizer: of OPTIMIZERS.
         groups: for each of G parameter groups the names of its parameters, and its weight decay.
         lr: the step sizes [T][G].
         momentum: the momenta [T][G], whatever the optimizer calls them.
         seed: of the random numbers that the networks draw while they train.
     """
-    family = OPTIMIZERS[optimizer]
     for p in params.values():
         p.requires_grad_()
     members: list[Group] = [
         {"params": [params[name] for name in names], "weight_decay": decay} for names, decay in groups
     ]
-    steps = family.plain(members, 0.0)
+    steps = optimizer.plain(members, 0.0)
     with seeded(seed, next(iter(params.values())).device):
         for k, (rates, momenta) in enumerate(zip(lr, momentum, strict=True)):
             for group, rate, m in zip(steps.param_groups, rates, momenta, strict=True):
                 group["lr"] = rate
-                family.set_momentum(group, m)
+                optimizer.set_momentum(group, m)
             steps.zero_grad(set_to_none=True)
             torch.autograd.backward(stack.loss(params, batch(k)))
             steps.step()

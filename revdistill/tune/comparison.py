@@ -11,6 +11,7 @@ import torch
 
 from revdistill.outer.data import Dataset
 from revdistill.outer.networks import NetworkStack
+from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.random_streams import Minibatches, evaluation_seed
 from revdistill.outer.training import train
 from revdistill.tune.schedule import Schedule
@@ -60,7 +61,7 @@ def measure(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, re
         stack,
         params,
         Minibatches(data, batch_size, evaluation_seed(seed)),
-        optimizer=schedule.optimizer,
+        optimizer=OPTIMIZERS[schedule.optimizer],
         groups=list(zip(members, schedule.weight_decay.tolist(), strict=True)),
         lr=schedule.lr.tolist(),
         momentum=schedule.momentum.tolist(),

@@ -29,7 +29,7 @@ class Schedule:
 
     Args:
         lr: float32 [T, G].
-        momentum: float32 [T, G]; beta1 where the optimizer is "adam" (with beta2 0.999 and eps 1e-8).
+        momentum: float32 [T, G]; beta1 where the optimizer is "adam" or "adamw" (with beta2 0.999 and eps 1e-8).
         weight_decay: float32 [G].
         init_scale: float32 [G], multiplies the initial weights, not the biases.
         optimizer: a name of OPTIMIZERS.

@@ -15,7 +15,7 @@ import revdistill as rd
 from revdistill.attribute.check import Check, random_subsets, spearman
 from revdistill.attribute.retraining import retrain
 from revdistill.attribute.smoothness import smoothness
-from tests.attribute.small import attributed
+from tests.attribute.small import attributed, loss, params
 
 N, K = 40, 5
 
@@ -87,6 +87,13 @@ def test_nothing_moves() -> None:
     assert all(map(math.isnan, checked.interval))
 
 
+def test_a_parameter_of_one_number() -> None:
+    """A temperature, say."""
+    start = params() | {"t": torch.ones((), dtype=torch.float64)}
+    found = attributed(params=start, loss=lambda p, b: loss(p, b) * p["t"].square())
+    assert 0 < found.check(0.3, 3).smoothness <= 1
+
+
 def test_rank_correlation() -> None:
     draw = np.random.default_rng(0)
     a, b = draw.normal(size=(4, 9)), draw.integers(0, 4, (4, 9)).astype(float)  # with ties
@@ -107,7 +114,7 @@ def checked(scores: Tensor, actual: Tensor, dropped: Tensor, **changes: Any) -> 
 def test_means_and_intervals() -> None:
     """A query without LDS is left out of the mean. The interval covers the truth of a model with a known one."""
     dropped = random_subsets(30, 0.1, 40, seed=1)
-    scores = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    scores = torch.randn(10, 30, generator=torch.Generator().manual_seed(0))
     exact = (-scores @ dropped.float().T).T
     found = checked(scores, exact, dropped)
     assert (found.mean, found.mean_query) == (pytest.approx(1), pytest.approx(1))
@@ -119,12 +126,17 @@ def test_means_and_intervals() -> None:
     assert left_out.mean == pytest.approx(1)
     noisy = exact + 2 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
     found = checked(scores, noisy, dropped)
-    each = [spearmanr(found.predicted[q], noisy[:, q]).statistic for q in range(20)]
+    each = [spearmanr(found.predicted[q], noisy[:, q]).statistic for q in range(10)]
     assert found.mean == pytest.approx(np.mean(each))
     assert found.mean_query == pytest.approx(spearmanr(found.predicted.mean(0), noisy.mean(1)).statistic)
     assert 0.02 < found.interval[1] - found.interval[0] < 0.5
     assert found.interval == checked(scores, noisy, dropped).interval
     assert found.interval != checked(scores, noisy, dropped, seed=1).interval
+    alike = scores[:1].expand(10, -1)
+    noisy_alike = exact[:, :1] + noisy - exact  # the mean over the queries has less noise than each of them
+    found_alike = checked(alike, noisy_alike, dropped)
+    assert found_alike.mean_query_interval[0] > found_alike.mean
+    assert found_alike.mean_query_interval[0] < found_alike.mean_query < found_alike.mean_query_interval[1]
     alone = checked(scores[:1], noisy[:, :1], dropped)
     assert alone.mean == pytest.approx(alone.mean_query)
     wide = alone.interval[1] - alone.interval[0]

@@ -42,7 +42,7 @@ def test_scores_are_the_derivatives_of_a_plain_loop(name: str) -> None:
         torch.testing.assert_close(found.theta[key], p, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("adjoint", [rd.Checkpoint(2), rd.StoreAll(), rd.Reversible(graph_bytes=0)])
+@pytest.mark.parametrize("adjoint", [rd.Checkpoint(2), rd.StoreAll(), rd.Reversible(graph_bytes=0), rd.Backprop()])
 def test_every_adjoint_gives_the_same(adjoint: Any) -> None:
     torch.testing.assert_close(attributed(adjoint=adjoint, chunk_size=2).scores, attributed().scores)
 
@@ -67,10 +67,12 @@ def test_a_measure_of_ones_own() -> None:
     assert not found.scores[1].any()
     torch.testing.assert_close(found.scores[2], 2 * found.scores[0])
     assert found.scores[0].any()
-    constant = attributed(queries=(margin,), measure=lambda p, given: given[0].clone())
-    assert torch.equal(constant.losses, margin)
-    assert constant.scores.shape == (K, N)
-    assert not constant.scores.any()
+    other = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for constant in (lambda p, given: given[0].clone(), lambda p, given: given[0] * other):
+        found = attributed(queries=(margin,), measure=constant)
+        assert torch.equal(found.losses, margin)
+        assert found.scores.shape == (K, N)
+        assert not found.scores.any()
 
 
 def test_a_module_with_dropout_and_its_seed() -> None:
@@ -138,6 +140,18 @@ def test_epochs() -> None:
     assert rd.epochs(3, 8, 2).shape == (2, 3)  # never more than there are
 
 
+def test_losses_that_are_alike_are_no_mean() -> None:
+    """Of a last layer of zeros, and of one example twice."""
+    start = params() | {"c": torch.zeros(5, 4, dtype=torch.float64)}
+    assert attributed(params=start).scores.any()
+    assert attributed(order=torch.tensor([[0, 0], [1, 2]])).scores.any()
+
+
+def test_any_seed_will_do() -> None:
+    found = attributed(seed=2**70 + 3)
+    assert found.check(0.3, 3, seed=2**70 + 5).seed == 2**70 + 5
+
+
 def bad(**changes: Any) -> Any:
     return changes
 
@@ -153,7 +167,21 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"loss must return one .* shape \[3\], got shape \[\].*reduction='none'",
     ),
-    "loss of a column": (bad(loss=lambda p, b: loss(p, b)[:, None]), ValueError, r"got shape \[3, 1\]"),
+    "mean made as long": (
+        bad(loss=lambda p, b: summed(p, b).repeat(len(b[0]))),
+        ValueError,
+        "the same number, .* for all examples of a batch, two of which alone have .*reduction='none'",
+    ),
+    "loss of a column": (
+        bad(loss=lambda p, b: loss(p, b)[:, None]),
+        ValueError,
+        r"got shape \[3, 1\].*mean over the other dimensions",
+    ),
+    "squeezed": (
+        bad(loss=lambda p, b: loss(p, b).squeeze(), order=torch.tensor([[0, 1]] * 5 + [[2, -1]])),
+        ValueError,
+        r"shape \[1\], got shape \[\].*with one example too: keep the first dimension",
+    ),
     "loss is a float": (bad(loss=lambda p, b: 1.0), TypeError, "loss must return a tensor .* got float"),
     "loss is no function": (bad(loss=3), TypeError, "loss must be callable as loss"),
     "loss takes hyper": (bad(loss=lambda p, b, h: None), TypeError, "its signature is"),
@@ -182,7 +210,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "chunk_size a float": (bad(chunk_size=2.0), TypeError, "chunk_size must be an int, got float"),
     "seed": (bad(seed=-1), ValueError, "seed must be at least 0"),
     "adjoint": (bad(adjoint=rd.Reversible), TypeError, "adjoint must be rd.Reversible"),
-    "Backprop": (bad(adjoint=rd.Backprop()), rd.UnsupportedError, r"rd.Backprop\(\).*rd.StoreAll\(\)"),
     "optimizer": (bad(optimizer=torch.optim.SGD), TypeError, "optimizer must be rd.SGD"),
     "progress": (bad(progress=1), TypeError, "progress must be a bool, got int"),
 }

@@ -118,6 +118,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         ["evaluate", "-h"],
         ["show", "--help"],
         ["verify", "--help"],
+        ["attribute", "--help"],
         ["--version"],
     ):
         code, out, err = invoke(*arguments, capsys=capsys)
@@ -466,7 +467,7 @@ def test_kill_and_ctrl_c_and_resume_give_the_same_bits(tmp_path: Path) -> None:
 NOBODY = 65534
 
 
-@pytest.mark.parametrize("name", ["train", "tune"])
+@pytest.mark.parametrize("name", ["train", "tune", "attribute"])
 @pytest.mark.parametrize("place", ["/proc/nope/x", "file/run", "kept/run", "kept"])
 def test_where_nothing_can_be_kept(
     name: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -475,7 +476,7 @@ def test_where_nothing_can_be_kept(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "kept").mkdir(mode=0o555)
-    for module in ("train", "tune"):
+    for module in ("train", "tune", "attribute"):
         monkeypatch.setattr(f"revdistill.cli.{module}.load", lambda *_: pytest.fail("it began to work"))
     is_root = os.geteuid() == 0
     if is_root and place.startswith("kept"):

@@ -132,3 +132,26 @@ def test_the_history_is_as_large_as_the_cpus(device: torch.device) -> None:
             sizes.append((stats.history_bytes, stats.state_bytes, stats.parameters, stats.steps))
     assert sizes[:2] == sizes[2:]
     assert all(history > 0 for history, *_ in sizes)
+
+
+@pytest.mark.parametrize("make", [lambda lr: rd.SGD(lr, 0.9), lambda lr: rd.AdamW(lr, eps=1e-3)], ids=["sgd", "adamw"])
+def test_many_outputs_are_gone_back_for_at_once(device: torch.device, make: Any) -> None:
+    """And the examples' weights come from rows of a data set, one of them twice in a batch."""
+
+    def rows(on: torch.device) -> dict[str, Tensor]:
+        problem = case("mlp", torch.float64, on)
+        lr, x, y = problem.rates(STEPS), problem.x.detach().flatten(0, 1), problem.y.flatten()
+        w = torch.ones(len(x), dtype=x.dtype, device=on, requires_grad=True)
+        order = torch.arange(3 * 5).reshape(3, 5) * 7 % len(x)
+        order[1, 0], order[2, 3:] = order[1, 1], -1
+
+        def weighted(params: dict[str, Tensor], batch: Any) -> Tensor:
+            return problem.loss(params, (batch[1] * batch[0][:, None], batch[2]))
+
+        batches = rd.Minibatches((w, x, y), order)
+        theta = rd.unroll(weighted, problem.params, batches, make(lr), steps=STEPS, seed=1)
+        outputs = torch.stack([p.square().sum() for p in theta.values()])
+        found = rd.jacobian(outputs, {"x": w, "lr": lr, **problem.params}, chunk_size=3)
+        return {name: t.cpu() for name, t in found.items()}
+
+    assert_near(rows(device), rows(CPU), EXACT)

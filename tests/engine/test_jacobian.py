@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import revdistill as rd
-from revdistill.engine.cotangents import Batching
+from revdistill.engine.cotangents import Batching, Identity
 from tests.engine.problems import ADAMW_SETTINGS, PROBLEMS, SETTINGS, STEPS, WITHOUT_WAY_BACK, optimizer_of
 from tests.engine.reference import train
 from tests.engine.test_adjoints import SEED, TOLERANCE, make, seed_like_the_engine, worst_error
@@ -241,6 +241,126 @@ def test_an_operator_without_a_batching_rule() -> None:
         assert torch.autograd.grad(run()[q], w)[0].equal(found[q])
 
 
+def test_such_an_operator_before_the_unroll() -> None:
+    """What the unroll is of was computed by it, through one unroll and two: nothing is walked back twice."""
+    leaves, run = small()
+    base = leaves["x"].detach().requires_grad_()
+    loss = lambda params, batch: (params["w"] * batch[0]).square().sum()  # noqa: E731
+
+    def both() -> Tensor:
+        first = run()
+        w = _NotBatched.apply(torch.cat([p.flatten() for p in first.values()]))
+        data = _NotBatched.apply(base).flatten()[: len(w)]
+        return outputs_of(rd.unroll(loss, {"w": w}, (data[None],), rd.SGD(0.01, 0.5), steps=3))
+
+    with pytest.warns(UserWarning, match="one by one"):
+        found = rd.jacobian(both(), (base, leaves["x"]))
+    for q in range(K):
+        single = torch.autograd.grad(both()[q], (base, leaves["x"]))
+        torch.testing.assert_close([a[q] for a in found], list(single), rtol=1e-9, atol=1e-12)
+
+
+class _AloneOnly(torch.autograd.Function):
+    """x^2 with a backward of its own kind: whatever it raises of a batch, alone it is right."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> Tensor | None:
+        (x,) = ctx.saved_tensors
+        assert not torch._C._functorch.is_batchedtensor(bar), "one at a time"
+        return 2 * x * bar if bar.detach().any() else None
+
+
+def test_a_backward_of_ones_own_that_takes_one_at_a_time() -> None:
+    """And that gives nothing, where nothing comes: for the first output, not for the others."""
+    w, b = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in "wb")
+
+    def run() -> Tensor:
+        loss = lambda params, batch: (_AloneOnly.apply(params["w"]).square() * batch[0]).sum()  # noqa: E731
+        theta = rd.unroll(loss, {"w": w}, (torch.ones(1, 2, dtype=torch.float64),), rd.SGD(0.01, 0.5), steps=3)
+        return torch.cat([b[:1], _AloneOnly.apply(theta["w"]), _AloneOnly.apply(b)])
+
+    with pytest.warns(UserWarning, match="one by one"):
+        found = rd.jacobian(run(), (w, b), chunk_size=2)
+    for q in range(5):
+        for t, rows in zip((w, b), found, strict=True):
+            (single,) = torch.autograd.grad(run()[q], t, allow_unused=True)
+            torch.testing.assert_close(rows[q], torch.zeros_like(t) if single is None else single)
+
+
+def test_hooks_of_the_inputs_see_gradients_only() -> None:
+    leaves, run = small()
+    before = rd.jacobian(outputs_of(run()), leaves)
+    hooks = [t.register_hook(lambda g: 2 * g) for t in leaves.values()]
+    found = rd.jacobian(outputs_of(run()), leaves)
+    for hook in hooks:
+        hook.remove()
+    for name in leaves:
+        torch.testing.assert_close(found[name], 2 * before[name])
+
+
+def test_checkpointed_dropout_is_batched() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def loss(params: dict[str, Tensor], batch: tuple[Tensor]) -> Tensor:
+        layer = lambda x: nn.functional.dropout(torch.tanh(x @ params["w"]), 0.5)  # noqa: E731
+        return torch.utils.checkpoint.checkpoint(layer, batch[0], use_reentrant=False).square().sum()
+
+    def run() -> Tensor:
+        return rd.unroll(loss, {"w": w}, (x,), rd.SGD(0.05, 0.5), steps=5, seed=0)["w"].sum(0)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*one by one")
+        found = rd.jacobian(run(), x, chunk_size=3)
+    for q in range(4):
+        torch.testing.assert_close(found[q], torch.autograd.grad(run()[q], x)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_an_unroll_that_is_not_needed_may_be_used_up() -> None:
+    leaves, run = small()
+    first = run()
+    outputs_of(first).sum().backward(retain_graph=True)
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    loss = lambda params, batch: (params["w"] * batch[0]).square().sum()  # noqa: E731
+    second = rd.unroll(loss, {"w": first["2.bias"]}, (x,), rd.SGD(0.1), steps=4)
+    with pytest.raises(rd.UnsupportedError, match="already gone back"):
+        rd.jacobian(second["w"], (x, leaves["x"]))
+    assert rd.jacobian(second["w"], x).shape == (3, 2, 3)  # it was not used up by that
+
+
+def test_what_is_refused_uses_nothing_up() -> None:
+    leaves, run = small()
+    outputs, x = outputs_of(run()), leaves["x"]
+    with pytest.raises(rd.UnsupportedError, match="inference_mode"), torch.inference_mode():
+        rd.jacobian(outputs, x)
+    for transform in (torch.func.vmap, torch.func.grad):
+        with pytest.raises(rd.UnsupportedError, match=r"inside torch\.func"):
+            transform(lambda c: rd.jacobian(outputs * c, x))(torch.ones((1,) if transform is torch.func.vmap else ()))
+    with pytest.raises(ValueError, match=r"no output depends on inputs\['copy'\]"):
+        rd.jacobian(outputs, {"x": x, "copy": x.clone()})
+
+    def fail(g: Tensor) -> Tensor:
+        raise KeyError
+
+    hook = outputs.register_hook(fail)
+    with pytest.raises(KeyError):
+        rd.jacobian(outputs, x)
+    hook.remove()
+    assert rd.jacobian(outputs, x).equal(rd.jacobian(outputs_of(run()), x))
+
+
+def test_before_a_window_nothing_is_found() -> None:
+    leaves, run = small(window=4)
+    with pytest.raises(ValueError, match=r"inputs\['0.weight'\].*window"):
+        rd.jacobian(outputs_of(run()), {"x": leaves["x"], "0.weight": leaves["0.weight"]})
+
+
 def test_a_wrong_batching_rule_is_noticed() -> None:
     class Wrong(torch.autograd.Function):
         @staticmethod
@@ -255,10 +375,23 @@ def test_a_wrong_batching_rule_is_noticed() -> None:
             return 3 * x.flip(0), 0
 
     vectors = torch.randn(5, 2, dtype=torch.float64)
+    batching = Batching(2)
     with pytest.warns(UserWarning, match="not those of one"):
-        chunks = list(Batching(2)(lambda v: [Wrong.apply(v), None], vectors))
-    assert torch.cat([found[0] for _, found in chunks]).equal(3 * vectors)
-    assert [found[1] for _, found in chunks] == [None] * 3
+        chunks = [batching(lambda v: [Wrong.apply(v), None], vectors[rows]) for rows in batching.chunks(5)]
+    assert torch.cat([found[0] for found in chunks]).equal(3 * vectors)
+    assert [found[1] for found in chunks] == [None] * 3
+    vectors = torch.cat([torch.zeros(2, 2, dtype=torch.float64), vectors])  # of zeros it would make what is right
+    batching = Batching(2)
+    with pytest.warns(UserWarning, match="not those of one"):
+        chunks = [batching(lambda v: [Wrong.apply(v)], vectors[rows]) for rows in batching.chunks(7)]
+    assert torch.cat([found[0] for found in chunks]).equal(3 * vectors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_identity_is_made_as_it_is_asked_for(dtype: torch.dtype) -> None:
+    rows = Identity(torch.ones(5, dtype=dtype))
+    assert len(rows) == 5
+    assert torch.cat([rows[0:2], rows[2:5], rows[4:9]]).equal(torch.eye(5, dtype=dtype)[[0, 1, 2, 3, 4, 4]])
 
 
 def test_what_is_not_finite_is_named() -> None:

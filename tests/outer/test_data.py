@@ -45,6 +45,20 @@ def test_moons_are_the_studys() -> None:
     assert len(data.x) + len(data.x_validation) == 1005
 
 
+def test_rows_lead_to_the_samples_as_they_were_found(tmp_path: Path) -> None:
+    """Where parts are drawn from the training part, and where they are given."""
+    x, y = np.random.default_rng(0).normal(size=(80, 3)).astype(np.float32), np.arange(80) % 2
+    parts = {"x_test": x[60:], "y_test": y[60:], "x_val": x[50:60], "y_val": y[50:60]}
+    whole = load(str(save(tmp_path / "a.npz", x=x, y=y)))
+    given = load(str(save(tmp_path / "b.npz", x_train=x[:50], y_train=y[:50], **parts)))
+    for data, tested in ((whole, x), (given, x[60:])):
+        mean, std = (np.array(data.normalization[key], np.float32) for key in ("mean", "std"))
+        assert np.allclose(data.x.numpy() * std + mean, x[data.rows], atol=1e-5)
+        assert np.allclose(data.x_test.numpy() * std + mean, tested[data.rows_test], atol=1e-5)
+    assert len(set(whole.rows.tolist()) | set(whole.rows_test.tolist())) == len(whole.rows) + len(whole.rows_test)
+    assert given.rows.tolist() == list(range(50))
+
+
 def save(path: Path, **arrays: Any) -> Path:
     np.savez(path, **arrays)
     return path

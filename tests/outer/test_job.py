@@ -311,6 +311,36 @@ def test_signals_to_stop_are_saved_before(
     assert same(resumed.run(progress=False), whole)
 
 
+@pytest.mark.usefixtures("heard_signals")
+def test_a_job_that_stops_within_a_step(tmp_path: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the step had done is lost, and no more; a signal between two steps is heard as well."""
+    monkeypatch.setattr(Fit, "stops_within_a_step", True)
+    reached: list[str] = []
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("the rest of the step")
+
+    with at_step(monkeypatch, {5: interrupt}), pytest.raises(InterruptedRunError) as caught:
+        run(tmp_path / "run", save_every=3600).run(progress=False)
+    assert (caught.value.outer_step, caught.value.signum, reached) == (5, signal.SIGTERM, [])
+    resumed = run(tmp_path / "run", resume=True)
+    assert resumed.outer_step == 5
+    save = Fit.save
+
+    def interrupted(self: Fit, path: Path) -> None:
+        save(self, path)
+        if self.outer_step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "save", interrupted)
+        with pytest.raises(InterruptedRunError) as caught:
+            resumed.run(progress=False)
+    assert caught.value.outer_step == 8
+    assert same(run(tmp_path / "run", resume=True).run(progress=False), whole)
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """As nohup does it, so that a run outlives its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

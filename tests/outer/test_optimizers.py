@@ -67,10 +67,14 @@ def test_another_optimizer_is_one_entry(tmp_path: Path) -> None:
         read(tmp_path / "run/distilled.h5")  # here nobody has registered it
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+EPS = 0.25
+FAMILIES = OPTIMIZERS | {f"{name}, eps": f.with_eps(EPS) for name, f in OPTIMIZERS.items() if f.with_eps is not None}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_engines_and_torchs_are_the_same(name: str) -> None:
     """Every entry: training by torch.optim takes the steps that are differentiated through."""
-    family, steps = OPTIMIZERS[name], 6
+    family, steps = FAMILIES[name], 6
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(steps, 8, 4, generator=generator), torch.randint(3, (steps, 8), generator=generator)
     lr, momentum = torch.linspace(0.02, 0.01, steps), torch.arange(8, 8 + steps) / 16  # each is an n / 2^16
@@ -78,6 +82,7 @@ def test_the_engines_and_torchs_are_the_same(name: str) -> None:
     loss, params = rd.from_module(net, torch.nn.functional.cross_entropy)
     theta = rd.unroll(loss, params, (x.double(), y), family.engine(lr, momentum, 0.125), steps=steps)
     plain = family.plain([{"params": list(net.parameters()), "weight_decay": 0.125}], 0.0)
+    assert plain.defaults.get("eps") in ((EPS,) if name.endswith("eps") else (None, 1e-8))
     for k in range(steps):
         (group,) = plain.param_groups
         group["lr"] = float(lr[k])

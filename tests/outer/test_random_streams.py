@@ -14,6 +14,7 @@ def test_the_draws_are_those_of_every_run_so_far() -> None:
     distillation = (streams.MINIBATCHES, streams.NETWORKS, streams.FIXED_NETWORK)
     assert (*distillation, streams.NOISE, streams.HORIZON, streams.AUGMENTATION) == (1, 2, 3, 4, 5, 6)
     assert streams.HELD_OUT == 3
+    assert (streams.EXAMPLES, streams.QUERIES, streams.FLIPS) == (7, 8, 9)
     assert mix(7, streams.NETWORKS, 5, 0) == 3798315720834711506
     assert float(torch.rand((), generator=generator(7, streams.NOISE, 5))) == 0.0004914402961730957
     assert evaluation_seed(7) == 2**40 + 7

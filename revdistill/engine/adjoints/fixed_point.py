@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
+from revdistill.engine.adjoints.memory import keep_freed_memory
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
@@ -81,8 +83,8 @@ class Unrolled:
     """One unroll between its forward and its backward pass.
 
     form: its results, in shape only: tensors on the meta device stand for them; chunk_size: of how many losses the
-    products are evaluated at once; captured: takes what comes to the way back, where that is not to be gone yet;
-    found: which of the things that went in the way back found a gradient for.
+    products are evaluated at once; held: whether what comes to the way back goes no further for now; found: which of
+    the things that went in the way back found a gradient for.
     """
 
     problem: Problem
@@ -91,12 +93,38 @@ class Unrolled:
     form: Result | None = None
     versions: tuple[int, ...] = ()
     chunk_size: int = CHUNK_SIZE
-    captured: list[tuple[Tensor, ...]] | None = None
+    held: bool = False
     found: tuple[bool, ...] = ()
 
     def data_versions(self) -> tuple[int, ...]:
         """torch counts the in-place changes of each tensor."""
         return tuple(t._version for t in (*self.problem.data.tensors, *self.problem.data.hypers))
+
+    @property
+    def results(self) -> int:
+        """How many tensors the unroll returned."""
+        return 0 if self.form is None else len(self.form.tensors())
+
+    def rows_back(self, bars: Sequence[Tensor | None], count: int) -> list[Tensor | None]:
+        """The way back of K = `count` losses; once.
+
+        Args:
+            bars: dL/d(each of the results), [K, *shape]; None where it is 0.
+            count: K.
+
+        Returns:
+            Of each tensor that went in, in the order of the node's `next_functions`, [K, *shape]; None where there is
+            no gradient.
+        """
+        if self.form is None:
+            raise UnsupportedError(USED_UP)
+        device, meta = self.problem.determinism.device, self.form.tensors()
+        full = (
+            torch.zeros(count, *t.shape, dtype=t.dtype, device=device) if bar is None else bar
+            for bar, t in zip(bars, meta, strict=True)
+        )
+        values = iter(_WayBack.apply(self, 1, *full))  # type: ignore[no-untyped-call]
+        return [next(values) if there else None for there in self.found]
 
     def go_back(self, bars: tuple[Tensor, ...], *, many: bool = False) -> Hypergradients:
         """The way back; once. bars: dL/d(each of the results); many: whether of K losses, on a first dimension."""
@@ -111,6 +139,8 @@ class Unrolled:
         with torch.no_grad(), self.problem.determinism.passage():
             result_bars = self.form.with_tensors(tuple(bar.contiguous() for bar in bars))
             batching = Batching(self.chunk_size) if many else None
+            if many:
+                keep_freed_memory()
             sweep = Sweep(self.problem, result_bars, recording.stats._amplification, batching)
             try:
                 return recording.backward(sweep)
@@ -140,8 +170,7 @@ class _Unroll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor | None, ...]:
         unrolled: Unrolled = ctx.unrolled
-        if unrolled.captured is not None:
-            unrolled.captured.append(bars)
+        if unrolled.held:
             return (None,) * len(ctx.needs_input_grad)
         if any(map(torch._C._functorch.is_legacy_batchedtensor, bars)):
             raise UnsupportedError(

@@ -65,7 +65,6 @@ class KeptData:
         common = found.keys() & self._seen - self._outside.keys()
         if common:
             known = [*self._data.tensors, *self._data.hypers]
-            known += [] if self._data.indices is None else [self._data.indices.order]
             known += [t for tensors, _ in self._rows.values() for t in tensors]
             known += [p for _, p, _ in self._frozen.values()]
             for memory in common.difference(memory_of(t)[0] for t in known):

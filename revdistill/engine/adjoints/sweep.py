@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import EllipsisType
 from typing import NoReturn
 
 import torch
@@ -19,6 +19,8 @@ from revdistill.engine.loss.gradient import Linearization, Products
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
+
+_AT_ONCE = 2**22  # bytes of one bar that the moves of a step work on: their temporary tensors stay in caches
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Sweep:
             self._entering[k] = self._entering[k] + bar if k in self._entering else bar
         first = () if batching is None else (len(result_bar),)
         zero = torch.zeros(*first, update.layout.numel, dtype=result_bar.dtype, device=result_bar.device)
-        flat = {THETA: self._entering.pop(problem.steps, zero).clone(), GRADIENT: torch.zeros_like(zero)}
+        # That of the gradient is needed for as many losses only as are gone back for at once.
+        flat = {THETA: self._entering.pop(problem.steps, zero).clone()}
+        flat[GRADIENT] = torch.zeros_like(zero if batching is None else zero[: batching.chunk_size])
         flat |= {name: torch.zeros_like(zero) for name in update.slots}
         flat |= {name: bar.clone() for name, bar in bars.slots.items()}
         self._enter_average(problem.steps, flat[THETA])
@@ -91,16 +95,12 @@ class Sweep:
         if self._wants_gradient:
             gradient = linear.gradient
             values[GRADIENT] = gradient if self._clipping is None else self._clipping.clipped(k, gradient)
-        bars.flat[GRADIENT].zero_()
-        for move in self._moves:
-            move.vjp(k, values, bars)
-        if self._clipping is not None:
-            self._clipping.vjp(k, linear.gradient, bars)
         if self._batching is None:
-            self._add(k, ..., linear.product(bars.flat[GRADIENT]))
+            self._through(k, values, linear, bars)
+            self._add(bars, self._batches, self._hypers, k, linear.product(bars.flat[GRADIENT]))
         else:
-            for chunk, products in linear.products(bars.flat[GRADIENT], self._batching):
-                self._add(k, chunk, products)
+            for rows in self._batching.chunks(len(bars.flat[THETA])):
+                self._through_rows(k, values, linear, rows, self._batching)
         if k in self._entering:
             bars.flat[THETA].add_(self._entering.pop(k))
         self._enter_average(k, bars.flat[THETA])
@@ -111,16 +111,46 @@ class Sweep:
                 bars.flat[THETA] = self.problem.look_back(k, whole)
                 self._clipped = self._clipped or bars.flat[THETA] is not whole
 
-    def _add(self, k: int, rows: slice | EllipsisType, products: Products) -> None:
-        """rows: of the losses, those that the products are of."""
+    def _through(self, k: int, values: dict[str, Tensor], linear: Linearization, bars: Bars) -> None:
+        """Through the moves: to dL/d(the gradient)."""
+        bars.flat[GRADIENT].zero_()
+        for move in self._moves:
+            move.vjp(k, values, bars)
+        if self._clipping is not None:
+            self._clipping.vjp(k, linear.gradient, bars)
+
+    def _through_rows(
+        self, k: int, values: dict[str, Tensor], linear: Linearization, rows: slice, batching: Batching
+    ) -> None:
+        """Some of the losses only."""
+        bars = self.bars.rows(rows)
+        bars.flat[GRADIENT] = self.bars.flat[GRADIENT][: rows.stop - rows.start]
+        whole = bars.flat[THETA]
+        count = max(1, _AT_ONCE // (whole.element_size() * whole.shape[1]))
+        for few in (slice(first, first + count) for first in range(0, len(whole), count)):
+            self._through(k, values, linear, bars.rows(few))
+        batches, hypers = ([None if bar is None else bar[rows] for bar in of] for of in (self._batches, self._hypers))
+        self._add(bars, batches, hypers, k, linear.products(bars.flat[GRADIENT], batching), dim=1)
+
+    def _add(
+        self,
+        bars: Bars,
+        batches: Sequence[Tensor | None],
+        hypers: Sequence[Tensor | None],
+        k: int,
+        products: Products,
+        *,
+        dim: int = 0,
+    ) -> None:
+        """dim: of the batches, where bars have their rows."""
         if products.theta is not None:
-            self.bars.flat[THETA][rows].add_(products.theta)
-        for bar, product in zip(self._batches, products.batch, strict=False):
+            bars.flat[THETA].add_(products.theta)
+        for bar, product in zip(batches, products.batch, strict=False):
             if bar is not None and product is not None:
-                self.problem.data.add_to(bar[rows], k, product, dim=0 if self._batching is None else 1)
-        for bar, product in zip(self._hypers, products.hyper, strict=True):
+                self.problem.data.add_to(bar, k, product, dim)
+        for bar, product in zip(hypers, products.hyper, strict=True):
             if bar is not None and product is not None:
-                bar[rows].add_(product)
+                bar.add_(product)
 
     def to_start_of_step(self, k: int, slots: dict[str, Tensor]) -> None:
         """On to before step k: through the decays of the slots. slots: before step k."""

@@ -61,8 +61,9 @@ def function_of(batches: Any) -> Callable[[int], Any]:
             f"{type(batches).__name__}; {_EACH}: lambda k: batches[k % len(batches)]"
         )
     raise TypeError(
-        "batches must be a tuple of tensors [s, ...] (or a dict of them), a list of batches (tuples or dicts of "
-        f"tensors), a DataLoader without shuffling or a function k -> batch, got {_described(batches)}"
+        "batches must be a tuple of tensors [s, ...] (or a dict of them), rd.Minibatches(data, order), a list of "
+        "batches (tuples or dicts of tensors), a DataLoader without shuffling or a function k -> batch, got "
+        f"{_described(batches)}"
     )
 
 

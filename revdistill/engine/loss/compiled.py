@@ -209,9 +209,13 @@ class CompiledLinearization:
                 return eager
         return self._compiled_product(functions.product, vector)
 
-    def products(self, vectors: Tensor, batching: Batching) -> Iterator[tuple[slice, Products]]:
+    def products(self, vectors: Tensor, batching: Batching) -> Products:
         """See `Linearization.products`: by eager autograd, whose graph serves all vectors."""
-        return self._owner.eager(self._k, self._theta, self._batch).products(vectors, batching)
+        return self._eager.products(vectors, batching)
+
+    @cached_property
+    def _eager(self) -> EagerLinearization:
+        return self._owner.eager(self._k, self._theta, self._batch)
 
     def _eager_product(self, vector: Tensor) -> Products:
         return self._owner.eager(self._k, self._theta, self._batch).product(vector)

@@ -63,6 +63,7 @@ class Data:
         function: the function that gives the batches, None for a table and for Minibatches.
         tensors: the tensors of these, () for a function. Gradients flow to those that require grad.
         indices: the order of Minibatches, otherwise None.
+        gives_views: whether a step's batch lies in the memory of `tensors`.
         hypers: the tensors of `hyper` in order, () for None. Gradients flow to those that require grad.
         form: what is left of both without their tensors.
     """
@@ -83,16 +84,12 @@ class Data:
             self.function = function_of(batches)
         if isinstance(batches, Minibatches):
             self.indices = Indices(batches, self.tensors[0].device)
+        self.gives_views = bool(self.tensors) and self.indices is None
         self._batches = self.batches_of([t.detach() for t in self.tensors])
         check_form(hyper, "hyper")
         hyper_structure = None if hyper is None else structure_of(hyper)
         self.form = Form(self.function is None, batch_structure, hyper_structure)
         self.hypers: tuple[Tensor, ...] = () if hyper is None else tuple(t for _, t in leaves(hyper, "hyper"))
-
-    @property
-    def gives_views(self) -> bool:
-        """Whether a step's batch lies in the memory of `tensors`."""
-        return bool(self.tensors) and self.indices is None
 
     def row(self, k: int) -> int:
         """The row of the table, or of the order, that step k uses."""

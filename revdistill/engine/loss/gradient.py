@@ -88,15 +88,15 @@ class Linearization(Protocol):
             The derivatives of <gradient, vector>. To be called once: the graph is used up.
         """
 
-    def products(self, vectors: Tensor, batching: Batching) -> Iterator[tuple[slice, Products]]:
-        """The products with many vectors, over the one graph.
+    def products(self, vectors: Tensor, batching: Batching) -> Products:
+        """The products with many vectors; over the one graph, any number of times.
 
         Args:
             vectors: [K, numel].
             batching: how they are evaluated.
 
         Returns:
-            Of each chunk its rows, and the derivatives of <gradient, vector> for each of them, on a first dimension.
+            The derivatives of <gradient, vector> for each of them, on a first dimension.
         """
 
 
@@ -252,7 +252,7 @@ class EagerLinearization:
 
     @property
     def nbytes(self) -> int:
-        """The memory of theta, of the graph's nodes, and of what they hold beside rows of a table and hyper, in bytes."""
+        """The memory of theta, of the graph's nodes, and of what they hold beside a table and hyper, in bytes."""
         there, own = (self.batch_leaves, ()) if self.views else ((), self.batch_leaves)
         data: set[int] = {memory_of(t)[0] for t in (*there, *self.hyper_leaves)}
         storages: dict[int, int] = dict(map(memory_of, (*own, *self.saved())))
@@ -267,10 +267,9 @@ class EagerLinearization:
         """See `Linearization.product`."""
         return self._arranged(self._vjp(vector))
 
-    def products(self, vectors: Tensor, batching: Batching) -> Iterator[tuple[slice, Products]]:
+    def products(self, vectors: Tensor, batching: Batching) -> Products:
         """See `Linearization.products`."""
-        for rows, found in batching(partial(self._vjp, keep_graph=True), vectors):
-            yield rows, self._arranged(found)
+        return self._arranged(batching(partial(self._vjp, keep_graph=True), vectors))
 
     @property
     def _leaves(self) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -25,11 +25,13 @@ def graph_nodes(value: Tensor, until: Iterable[Tensor] = ()) -> list[Any]:
     return [] if value.grad_fn is None else nodes_from(value.grad_fn, until)
 
 
-def nodes_from(node: Any, until: Iterable[Tensor] = ()) -> list[Any]:
-    """As `graph_nodes`, from one node on."""
+def nodes_from(node: Any, until: Iterable[Tensor] = (), walls: Collection[Any] = ()) -> list[Any]:
+    """As `graph_nodes`, from one node on. walls: nodes behind which it does not go on."""
     found: list[Any] = [node]
     seen = {*found, *(t.grad_fn for t in until)}
     for node in found:  # which grows meanwhile
+        if node in walls:
+            continue
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)

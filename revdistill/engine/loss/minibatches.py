@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from revdistill.engine.loss.batches import is_table
-from revdistill.engine.loss.tree import leaves
+from revdistill.engine.loss.tree import check_form, leaves
 from revdistill.engine.tensors import check_tensor
 
 _DATA, _ORDER = "Minibatches: data", "Minibatches: order"
@@ -51,6 +52,10 @@ class Minibatches:
         object.__setattr__(self, "order", self.order.clone())
         object.__setattr__(self, "_checked", (n, self.order._version))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what comes out of a pickle, is made and checked anew."""
+        return type(self), (self.data, self.order)
+
     def check(self) -> None:
         """Check again what may have changed since. Raises: as the class does."""
         n, _ = self._check_data()
@@ -59,7 +64,7 @@ class Minibatches:
 
     def _check_data(self) -> tuple[int, torch.device]:
         """n, and where the data are."""
-        data = self.data
+        data: Any = self.data
         if isinstance(data, (tuple, list, Mapping)) and not data:
             raise ValueError(f"{_DATA} is empty; it must hold at least one tensor [n, ...]")
         if not is_table(data):
@@ -67,7 +72,8 @@ class Minibatches:
             if isinstance(data, (tuple, list, Mapping)):
                 entries = data.values() if isinstance(data, Mapping) else data
                 what = f" with a {next(type(t).__name__ for t in entries if not isinstance(t, Tensor))} in it"
-            raise TypeError(f"{_DATA} must be a tuple (or dict) of tensors [n, ...], got a {type(data).__name__}{what}")
+            raise TypeError(f"{_DATA} must be a tuple (or dict) of tensors [n, ...], got {type(data).__name__}{what}")
+        check_form(data, _DATA)
         (first_label, first), *_ = named = list(leaves(data, _DATA))
         for label, t in named:
             check_tensor(label, t)
@@ -126,14 +132,12 @@ class Indices:
     Args:
         minibatches: whose order it is.
         device: of the data.
-
-    Attributes:
-        order: int64 [T, B], a copy: what is done to the other one does not reach the way back.
     """
 
     def __init__(self, minibatches: Minibatches, device: torch.device) -> None:
         order = minibatches.order.cpu()
-        self.order = minibatches.order.to(device, copy=True)
+        # A copy: a change of the other one must not reach the way back.
+        self._order = minibatches.order.to(device, copy=True)
         self._lengths: list[int] = (order >= 0).sum(1).tolist()
         in_order = order.sort(1).values
         repeats = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
@@ -145,7 +149,7 @@ class Indices:
 
     def __getitem__(self, row: int) -> Tensor:
         """The numbers of the examples in this row of the order, int64 [B] or fewer."""
-        return self.order[row, : self._lengths[row]]
+        return self._order[row, : self._lengths[row]]
 
     def add_to(self, bar: Tensor, row: int, product: Tensor, dim: int) -> None:
         """Add what is of a batch to what is of the data.

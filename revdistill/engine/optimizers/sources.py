@@ -33,6 +33,10 @@ class Bars:
     flat: dict[str, Tensor]
     tables: dict[str, Tensor]
 
+    def rows(self, rows: slice) -> Bars:
+        """Those of some of K losses, as views."""
+        return Bars(*({name: bar[rows] for name, bar in of.items()} for of in (self.flat, self.tables)))
+
 
 class Step(Protocol):
     """What a formula is evaluated with, beside its values: step k's hyperparameters, and a square root."""

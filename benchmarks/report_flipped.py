@@ -18,14 +18,14 @@ FLIPS = {
     "metagradient": ("one metagradient", "1"),
     "memorising": ("one metagradient, memorising training", "1"),
     "soft": ("one, temperature 3, asked along the training", "1"),
-    "labels": ("weights of every label, asked so", "1"),
+    "labels": ("weights of every label, temperature 3, asked along the training", "1"),
     "mean": ("metagradients, mean over starts and orders", "5"),
     "mean_soft": ("the same, temperature 3, asked along the training", "5"),
     "mean_labels": ("weights of every label, asked so, mean", "5"),
     "learned": ("weights learned in [0, 1], stopped early", "5"),
     "labels_in_turn": ("weights of every label, training examples as queries in turn", "5"),
     "labels_in_turn_own_loss": ("the same, times their training loss", "5"),
-    "labels_in_turn_and_loss": ("the same, times the loss of 5 longer trainings", "10"),
+    "labels_in_turn_and_loss": ("weights of every label, in turn, times the loss of 5 longer trainings", "10"),
 }
 HARM = {
     "training_loss": "training loss",

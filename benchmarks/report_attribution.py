@@ -123,13 +123,20 @@ def summary(results: dict[str, Any], where: str) -> str:
         rows.append(
             [
                 cell_title(cell),
+                ", ".join(str(row["retrainings"]) for row in cell["drops"]),
                 f"{cell['smoothness']:.2f}",
                 *(f"{row['methods'][OURS]['lds']:.3f}" for row in cell["drops"]),
                 f"{rival[1]:.3f} ({TITLES[rival[0]]})" if rival else "-",
             ]
         )
     drops = [f"{row['drop']:.0%}" for row in results["cells"][0]["drops"]]
-    header = ["training", "smoothness", *(f"LDS, {d} left out" for d in drops), f"best other way, {drops[0]}"]
+    header = [
+        f"{results['settings']['examples']:,} MNIST images, {results['settings']['queries']} queries",
+        "retrainings",
+        "smoothness",
+        *(f"LDS, {d} left out" for d in drops),
+        f"best other way, {drops[0]}",
+    ]
     return f"{table(header, rows)}\n\n{verdict(results)} On {where}."
 
 

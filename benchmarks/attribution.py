@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from attribution_rivals import RIVALS, checkpoints
 from leave_out import (
@@ -50,6 +51,7 @@ from revdistill.attribute.check import Check, spearman
 from revdistill.attribute.smoothness import smoothness
 
 OURS = "ours"
+_SCORES = "scores of "  # in the cache, before the name of the settings
 Scored = dict[str, Any]  # {"scores": settings -> [K, n], "losses": [K], "seconds", "smoothness" of ours}
 
 
@@ -95,11 +97,15 @@ def rival(name: str, cell: Cell, images: Images) -> Scored:
 def kept(path: Path, again: bool, make: Callable[[], Scored]) -> Scored:
     """From the cache, or made and put there."""
     if path.exists() and not again:
-        found: Scored = torch.load(path, weights_only=True)
-        return found
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+        scores = {name.removeprefix(_SCORES): t for name, t in arrays.items() if name.startswith(_SCORES)}
+        numbers = {name: float(arrays[name]) for name in ("seconds", "smoothness") if name in arrays}
+        return {"scores": scores, "losses": arrays["losses"], **numbers}
     found = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(found, path)
+    scores = {_SCORES + settings: t.numpy() for settings, t in found["scores"].items()}
+    np.savez(path, **scores, **{name: np.asarray(value) for name, value in found.items() if name != "scores"})
     return found
 
 
@@ -135,7 +141,7 @@ def grid_cell(cell: Cell, inputs: dict[str, Images], options: argparse.Namespace
         if name != OURS and RIVALS[name].missing():
             continue
         make = (lambda: ours(cell, images)) if name == OURS else (lambda name=name: rival(name, cell, images))
-        methods[name] = kept(options.cache / f"{cell.name}-{name}.pt", name in options.again, make)
+        methods[name] = kept(options.cache / f"{cell.name}-{name}.npz", name in options.again, make)
     rows = []
     for drop, retrainings in zip(DROPS, count, strict=True):
         dropped = torch.stack([left_out(drop, number, len(images.x)) for number in range(retrainings)])

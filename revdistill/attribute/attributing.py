@@ -16,7 +16,7 @@ import torch
 from revdistill.attribute import found as checkpoints
 from revdistill.attribute import harmful
 from revdistill.attribute import result as results
-from revdistill.attribute.check import Check, random_subsets, spearman
+from revdistill.attribute.check import Check, mean_known, predicted_losses, random_subsets, spearman
 from revdistill.attribute.experiment import Experiment
 from revdistill.attribute.flipping import LEFT_OUT, SAID, Flipped, accuracies_without, figures, left_out
 from revdistill.attribute.found import Found, Scored
@@ -119,9 +119,8 @@ class Attributing(Job[Result]):
     def _lds(self, actual: np.ndarray) -> float:
         """The mean over the queries so far."""
         scored, dropped = self._scored, self._subsets[: len(actual)].numpy()
-        predicted = scored.losses[:, None] - scored.scores.astype(np.float64) @ dropped.T
-        each = spearman(predicted, actual.T)
-        return float(np.mean(each[~np.isnan(each)])) if not np.isnan(each).all() else float("nan")
+        predicted = predicted_losses(scored.scores.astype(np.float64), scored.losses.astype(np.float64), dropped)
+        return float(mean_known(spearman(predicted, actual.T)))
 
     def _train_without(self) -> tuple[Found, str]:
         name, e, scored = LEFT_OUT[len(self.found.accuracies)], self.experiment, self._scored

@@ -74,7 +74,7 @@ class Check:
     ) -> Check:
         """From scores [K, n], losses [K], bool [R, n] and the true losses [R, K]; makes the bootstrap."""
         masks, truth = dropped.cpu().numpy(), actual.T.double().cpu().numpy()
-        guess = _predicted(scores.double().cpu().numpy(), losses.double().cpu().numpy(), masks)
+        guess = predicted_losses(scores.double().cpu().numpy(), losses.double().cpu().numpy(), masks)
         lds = spearman(guess, truth)
         means, of_mean = _resampled(guess, truth, seed)
         return cls(
@@ -84,7 +84,7 @@ class Check:
             predicted=guess,
             actual=truth,
             lds=lds,
-            mean=float(_mean(lds)),
+            mean=float(mean_known(lds)),
             interval=_interval(means),
             mean_query=float(spearman(guess.mean(0), truth.mean(0))),
             mean_query_interval=_interval(of_mean),
@@ -96,7 +96,7 @@ class Check:
         cls, scores: np.ndarray, losses: np.ndarray, dropped: np.ndarray, actual: np.ndarray, numbers: dict[str, Any]
     ) -> Check:
         """From what a file keeps of it: the subsets [R, n], the true losses [K, R], and NUMBERS."""
-        guess = _predicted(scores.astype(np.float64), losses.astype(np.float64), dropped)
+        guess = predicted_losses(scores.astype(np.float64), losses.astype(np.float64), dropped)
         return cls(dropped=dropped, predicted=guess, actual=actual, lds=spearman(guess, actual), **numbers)
 
     @property
@@ -140,8 +140,8 @@ def random_subsets(n: int, drop: float, count: int, seed: int) -> Tensor:
     return masks
 
 
-def _predicted(scores: np.ndarray, losses: np.ndarray, dropped: np.ndarray) -> np.ndarray:
-    """[K, R]"""
+def predicted_losses(scores: np.ndarray, losses: np.ndarray, dropped: np.ndarray) -> np.ndarray:
+    """[K, R], from scores [K, n], losses [K] and bool [R, n]."""
     predicted: np.ndarray = losses[:, None] - scores @ dropped.T.astype(np.float64)
     return predicted
 
@@ -171,12 +171,12 @@ def _resampled(predicted: np.ndarray, actual: np.ndarray, seed: int) -> tuple[np
         q = draw.integers(queries, size=(count, queries, 1))
         r = draw.integers(trainings, size=(count, 1, trainings))
         guess, truth = predicted[q, r], actual[q, r]
-        means.append(_mean(spearman(guess, truth)))
+        means.append(mean_known(spearman(guess, truth)))
         of_mean.append(spearman(guess.mean(1), truth.mean(1)))
     return np.concatenate(means), np.concatenate(of_mean)
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
+def mean_known(values: np.ndarray) -> np.ndarray:
     """Over the last dimension, of those that are not nan; nan where there are none."""
     kept = ~np.isnan(values)
     sums, counts = np.where(kept, values, 0.0).sum(-1), kept.sum(-1)

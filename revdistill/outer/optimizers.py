@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,25 +54,15 @@ def _set_beta1(group: Group, momentum: float) -> None:
     group["betas"] = (momentum, ADAM_BETA2)
 
 
-def _adam(eps: float = ADAM_EPS) -> Family:
+def _adam(ours: type[Adam | AdamW], eps: float = ADAM_EPS) -> Family:
+    theirs = getattr(torch.optim, ours.__name__)
     return Family(
-        title="Adam",
-        engine=lambda lr, beta1, decay: Adam(lr, (beta1, ADAM_BETA2), eps, decay),
-        plain=lambda groups, lr: torch.optim.Adam(groups, lr=lr, eps=eps),
+        title=ours.__name__,
+        engine=lambda lr, beta1, decay: ours(lr, (beta1, ADAM_BETA2), eps, decay),
+        plain=lambda groups, lr: theirs(groups, lr=lr, eps=eps),
         set_momentum=_set_beta1,
         momentum_name="beta1",
-        with_eps=_adam,
-    )
-
-
-def _adamw(eps: float = ADAM_EPS) -> Family:
-    return Family(
-        title="AdamW",
-        engine=lambda lr, beta1, decay: AdamW(lr, (beta1, ADAM_BETA2), eps, decay),
-        plain=lambda groups, lr: torch.optim.AdamW(groups, lr=lr, eps=eps),
-        set_momentum=_set_beta1,
-        momentum_name="beta1",
-        with_eps=_adamw,
+        with_eps=partial(_adam, ours),
     )
 
 
@@ -94,8 +85,8 @@ OPTIMIZERS: dict[str, Family] = {
         momentum_below_one=False,
         takes_rates_of_sgd=True,
     ),
-    "adam": _adam(),
-    "adamw": _adamw(),
+    "adam": _adam(Adam),
+    "adamw": _adam(AdamW),
     "rmsprop": _rmsprop(),
 }
 DEFAULT = "sgd"  # also of files that name none

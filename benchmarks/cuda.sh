@@ -61,10 +61,10 @@ measure verify 170 &
 tests unrolls 150 &
 tests ways_back 150 &
 tests surroundings 150 &
+measure memory 150 &
+measure launches 100 &
 wait
 measure speed 110
-measure memory 100
-measure launches 60
 measure capture 60
 measure compile 150
 echo "done after $SECONDS s: $out/cuda.jsonl" | tee -a "$out/log.txt"

@@ -75,11 +75,11 @@ class Compiled(Passes):
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
         self.compiled: Callable[[_Operations], None] | None = torch.compile(_run, dynamic=False)
 
-    def multiply(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
-        self._waiting.append(_Decay(v, head, self.divisor(n, head.device), radix, back=False))
+    def multiply(self, v: Tensor, head: Tensor, n: int | Tensor, radix: Radix) -> None:
+        self._waiting.append(_Decay(v, head, self._numerator(n, head.device)[1], radix, back=False))
 
-    def divide(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
-        self._waiting.append(_Decay(v, head, self.divisor(n, head.device), radix, back=True))
+    def divide(self, v: Tensor, head: Tensor, n: int | Tensor, radix: Radix) -> None:
+        self._waiting.append(_Decay(v, head, self._numerator(n, head.device)[1], radix, back=True))
 
     def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:
         if not isinstance(factor, Tensor):
@@ -164,4 +164,4 @@ def _randomise(operations: _Operations) -> None:
             fill(t[1], 0, 1 << LOW_BITS)
     for o in operations:
         if isinstance(o, _Decay):
-            fill(o.head, 0, int(o.divisor) << HEAD_BITS - o.radix.bits)
+            fill(o.head, 0, int(o.divisor.min()) << HEAD_BITS - o.radix.bits)

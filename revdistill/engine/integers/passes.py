@@ -41,11 +41,15 @@ class Passes(Backend):
             self._divisors[key] = torch.full((), n, dtype=torch.float64, device=device)
         return self._divisors[key]
 
-    def multiply(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
-        multiply_(v, head, n, self.divisor(n, head.device), radix)
+    def multiply(self, v: Tensor, head: Tensor, n: int | Tensor, radix: Radix) -> None:
+        multiply_(v, head, *self._numerator(n, head.device), radix)
 
-    def divide(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
-        divide_(v, head, n, self.divisor(n, head.device), radix)
+    def divide(self, v: Tensor, head: Tensor, n: int | Tensor, radix: Radix) -> None:
+        divide_(v, head, *self._numerator(n, head.device), radix)
+
+    def _numerator(self, n: int | Tensor, device: torch.device) -> tuple[Number, Tensor]:
+        """n, a number or float64 on the device, as what is multiplied by and what is divided by."""
+        return (n.to(torch.int64), n) if isinstance(n, Tensor) else (n, self.divisor(n, device))
 
     def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:
         add_(target, source, factor, sign)

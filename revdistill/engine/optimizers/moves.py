@@ -161,14 +161,15 @@ class Decay(Move):
         return self._numerators[k if len(self._numerators) > 1 else 0]
 
     def forward(self, k: int, state: State, gradient: Tensor) -> None:
-        for v, store, n in self._parts(k, state):
+        for v, store, n in self.parts(k, state):
             store.decay_(v, n)
 
     def inverse(self, k: int, state: State, gradient: Tensor | None) -> None:
-        for v, store, n in reversed(self._parts(k, state)):
+        for v, store, n in reversed(self.parts(k, state)):
             store.undecay_(v, n)
 
-    def _parts(self, k: int, state: State) -> list[tuple[Tensor, BitStore, int]]:
+    def parts(self, k: int, state: State) -> list[tuple[Tensor, BitStore, int]]:
+        """Of the target at step k: (its numbers, their store, n)."""
         target, stores, numerators = state.numbers[self.target], state.stores[self.target], self.numerators(k)
         if len(stores) == 1:
             return [(target, stores[0], numerators[0])]

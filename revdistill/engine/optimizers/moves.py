@@ -65,7 +65,7 @@ class Factor:
 
     @cached_property
     def _numbers(self) -> list[float] | None:
-        if isinstance(self.constant, Tensor) or any(t.index is not None for t in self.tables.values()):
+        if isinstance(self.constant, Tensor) or not all(t.is_number for t in self.tables.values()):
             return None
         return [self._product(k, lambda table, k: table.row(k)[0]) for k in self._steps]
 

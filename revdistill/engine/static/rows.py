@@ -39,6 +39,11 @@ class NoRowsError(Exception):
 class RowTable(Table):
     """A table of which one row is seen at a time. values: float64 [1, G], of the step that is made; host: empty."""
 
+    @property
+    def is_number(self) -> bool:
+        """It is not."""
+        return False
+
     def row(self, k: int) -> list[float]:
         """Numbers of the host are what this is without."""
         raise LookupError("a row of the device has no numbers on the host")
@@ -57,7 +62,7 @@ class RowDecay(Decay):
     """A decay by a numerator in static memory.
 
     numbers: float64 [1, G], the numerators; places: the parts of the target, each with its column, in the order of the
-    bit stores; kind: what is done to all of them at every step: "forget" for n = 0, "keep" for n = radix, else "shorten".
+    bit stores; kind: what is done to all of them at every step: "forget" for n = 0, "keep" for n = radix, or "shorten".
     """
 
     numbers: Tensor | None = None

@@ -94,7 +94,6 @@ class Program:
         for store, own in zip(trajectory.state.all_stores(), self.state.all_stores(), strict=True):
             if store.head is not own.head:
                 store.head = own.head.copy_(store.head)
-        trajectory.theta_in(self.buffer)
 
     def give(self, trajectory: Trajectory) -> None:
         """The trajectory goes on without the program, which holds nothing of its unroll any more."""

@@ -82,8 +82,9 @@ class Replayed:
         """The program's next step is k."""
         program = self._program
         assert program is not None
-        if self._at != k:
+        if self._at != k:  # another step was made eagerly, or none yet
             program.numbers.go_to(k)
+            self._trajectory.theta_in(program.buffer)
             self._at = k
         program.batch.copy_(batch)
         self._problem.determinism.seed_for(k)
@@ -159,7 +160,7 @@ class Forward(Replayed):
             count = sum(store.words_to_take_back(n) for store, _, n in self._stores(k))
             words = [history.pop() for _ in range(count)]
         before.restore(state)
-        trajectory.theta_in(program.buffer)
+        self._at = -1
         error = self._not_ready(k, batch, draws) if first else None
         if error is not None:
             after.restore(state)

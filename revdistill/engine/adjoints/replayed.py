@@ -53,8 +53,10 @@ class Replayed:
         self.off = False
 
     def give_up(self, why: str, error: Exception | None = None) -> None:
-        """No more replays in this direction."""
+        """No more replays in this direction, nor for the next unroll like this one."""
         self.off = True
+        if self._key is not None:
+            kept.refuse(self._problem.gradient.loss, self._key)
         warn_of_replays(why, error)
 
     def _batch(self, k: int) -> Any:
@@ -64,12 +66,14 @@ class Replayed:
         with self._problem.determinism.outside():
             return data.from_function(k)
 
-    def _lease(self, batch: Any) -> Program:
-        """A program that holds the trajectory's state from now on."""
+    def _lease(self, batch: Any) -> Program | None:
+        """A program that holds the trajectory's state from now on; None where there can be none, which was said."""
         problem, trajectory = self._problem, self._trajectory
         if self._numbers is None:
             self._numbers = DeviceNumbers(problem.update, problem.steps, problem.update.layout.device)
             self._key = _key_of(problem, trajectory, self._numbers, batch)
+        if kept.is_refused(problem.gradient.loss, self._key):
+            return None
         program: Program | None = kept.take(problem.gradient.loss, self._key)
         if program is None:
             nbytes = 2 * trajectory.state.nbytes + sum(t.nbytes for t in problem.data.hypers)
@@ -132,14 +136,18 @@ class Forward(Replayed):
 
     def _begin(self, k: int, batch: Any) -> bool:
         try:
-            self._lease(batch)
+            program = self._lease(batch)
         except NoRowsError as error:
             self.give_up(str(error))
+            return False
+        if program is None:
+            self.off = True
             return False
         if not self._is_proved(k, batch, first=True) and not self.off:
             self.give_up("a replayed step had other bits than an eager one")
         if self.off:
             self._program = None  # it is of no use to anybody
+        self._trajectory.was_replayed = not self.off
         return True
 
     def _is_proved(self, k: int, batch: Any, *, first: bool = False) -> bool:
@@ -276,6 +284,9 @@ class Back(Replayed):
         except NoRowsError as error:
             self.give_up(str(error))
             return False
+        if program is None:
+            self.off = True
+            return False
         program.take_bars(self._sweep)
         if not self._is_proved(k, batch, first=True) and not self.off:
             self.give_up("a replayed step back had other bits than an eager one")
@@ -366,8 +377,8 @@ def forward_of(trajectory: Trajectory) -> Forward | None:
 
 
 def back_of(trajectory: Trajectory, sweep: Sweep, repeated: Repeated, eager: Callable[[int], Any]) -> Back | None:
-    """What replays the way back of one loss; None where that was not asked for, or it is of several at once."""
-    wanted = _are_wanted(trajectory.problem) and not sweep.is_of_many
+    """What replays the way back of one loss; None where no step forward was, or it is of several at once."""
+    wanted = trajectory.was_replayed and not sweep.is_of_many
     return Back(trajectory, sweep, repeated, eager) if wanted else None
 
 

@@ -55,6 +55,9 @@ class Trajectory:
         fixed: the number format of theta and of most slots.
         history: where spilled words go.
         replays: makes what replays some of the steps, where the problem says that they are to be.
+
+    Attributes:
+        was_replayed: whether some of the steps were.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Trajectory:
         self._blind, self._seeing = problem.update.blind[::-1], problem.update.seeing[::-1]
         self._clipping = problem.update.clipping
         self._reset(problem.backend.interval)
+        self.was_replayed = False
         self._replayed: Replays | None = replays(self) if replays is not None and problem.replays else None
 
     def _reset(self, interval: int) -> None:
@@ -113,10 +117,12 @@ class Trajectory:
             self._run(before_step, after_step, self.problem.on_step)
         except SuspicionError:
             # The same steps again, looked at one by one: raises the named error, or shows that nothing was wrong.
+            self.was_replayed = False
             self._reset(interval=1)
             self._run(before_step, after_step, on_step=None)
         except OtherBitsError as error:
             warn_of_replays(str(error))
+            self.was_replayed = False
             self._reset(self.problem.backend.interval)
             self._run(before_step, after_step, on_step=None)
 

@@ -16,6 +16,7 @@ class _OfLoss:
     def __init__(self, loss: weakref.ref[Any]) -> None:
         self.loss = loss
         self.free: list[tuple[Hashable, Any]] = []
+        self.refused: set[Hashable] = set()
 
 
 _of = weakref.WeakKeyDictionary()
@@ -34,14 +35,31 @@ def take(loss: Any, key: Hashable) -> Any:
 
 def give_back(loss: Any, key: Hashable, program: Any) -> None:
     """The next may have it. It must hold neither the loss nor an unroll. The one longest unused makes room."""
+    known = _known(loss) or _new(loss)
+    if known is not None:
+        known.free.append((key, program))
+        del known.free[:-_MOST]
+
+
+def refuse(loss: Any, key: Hashable) -> None:
+    """There is to be no such program of this loss any more."""
+    known = _known(loss) or _new(loss)
+    if known is not None:
+        known.refused.add(key)
+
+
+def is_refused(loss: Any, key: Hashable) -> bool:
+    """Whether `refuse` was called."""
     known = _known(loss)
-    if known is None:
-        try:
-            known = _of[loss] = _OfLoss(weakref.ref(loss))
-        except TypeError:  # what cannot be referred to weakly lives who knows how long
-            return
-    known.free.append((key, program))
-    del known.free[:-_MOST]
+    return known is not None and key in known.refused
+
+
+def _new(loss: Any) -> _OfLoss | None:
+    try:
+        found = _of[loss] = _OfLoss(weakref.ref(loss))
+    except TypeError:  # what cannot be referred to weakly lives who knows how long
+        return None
+    return found
 
 
 def _known(loss: Any) -> _OfLoss | None:

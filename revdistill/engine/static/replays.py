@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -61,12 +62,37 @@ class CudaGraph(Replay):
                 warm_up(body)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = cuda.CUDAGraph()
-        # Other threads of the process may do with the device what they like meanwhile.
-        with cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            body()
+        before = torch.cuda.current_stream()
+        try:
+            # Other threads of the process may do with the device what they like meanwhile.
+            with cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                body()
+        except Exception:
+            _tidy_up(before, pool)
+            raise
 
     def __call__(self) -> None:
         self._graph.replay()
+
+
+def _tidy_up(stream: Any, pool: Any) -> None:
+    """What torch leaves where a capture fails: its stream, its allocator and its generator still in the capture.
+
+    Args:
+        stream: the current one before it.
+        pool: that the capture had.
+    """
+    cuda: Any = torch.cuda
+    cuda.set_stream(stream)
+    device = stream.device.index
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        with suppress(RuntimeError):  # it had ended
+            end(device, pool)
+    generator = cuda.default_generators[device]
+    if hasattr(generator, "graphsafe_set_state"):
+        generator.graphsafe_set_state(generator.clone_state())  # a copy is in no capture
+    torch.cuda.synchronize()
 
 
 def pool_of(device: torch.device) -> Any:

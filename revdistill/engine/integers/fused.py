@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.compiling import give_up
-from revdistill.engine.integers.backend import Scalar
+from revdistill.engine.integers.backend import Numerator, Scalar
 from revdistill.engine.integers.fixedpoint import Format
 from revdistill.engine.integers.passes import Passes
 from revdistill.engine.integers.radix import Radix
@@ -42,15 +42,15 @@ class Fused(Passes):
         self.kernels, self._block, self._summed = kernels, block, summed
         self.given_up: set[str] = set()  # kernels
 
-    def multiply(self, v: Tensor, head: Tensor, n: int | Tensor, radix: Radix) -> None:
+    def multiply(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
         if not self._decay(v, head, n, radix, back=False):
             super().multiply(v, head, n, radix)
 
-    def divide(self, v: Tensor, head: Tensor, n: int | Tensor, radix: Radix) -> None:
+    def divide(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
         if not self._decay(v, head, n, radix, back=True):
             super().divide(v, head, n, radix)
 
-    def _decay(self, v: Tensor, head: Tensor, n: int | Tensor, radix: Radix, *, back: bool) -> bool:
+    def _decay(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix, *, back: bool) -> bool:
         by, kind = _number(n)
         options = {"BACK": back, "BITS": radix.bits, "WORDS": radix.words, "KIND": kind}
         return self._launch("decay", head, *_words(v), head, by, **options)

@@ -162,6 +162,29 @@ class Gradient:
         first, self.first = self.first, None
         return first if first is not None and torch.equal(first.leaf, theta) else None
 
+    def bare(
+        self, k: int, leaf: Tensor, batch: Any, batch_leaves: tuple[Tensor, ...], hyper_leaves: tuple[Tensor, ...]
+    ) -> EagerLinearization:
+        """What `linearize` gives, without its checks, for a step like others that had them; inside `Determinism.step`.
+
+        Args:
+            k: the step.
+            leaf: theta [numel], requiring grad.
+            batch: for the loss.
+            batch_leaves: what of it is differentiated, () where a function gave it.
+            hyper_leaves: in the place of hyper's tensors.
+        """
+        parts, views = self.layout.parts_and_views(leaf)
+        value = self.loss(views, *self.data.arguments(batch, hyper_leaves))
+        gradient = self.usage.gradient(k, value, parts)
+        return EagerLinearization(
+            value.detach(), leaf, batch_leaves, hyper_leaves, gradient, self.determinism, k, None, self.data.gives_views
+        )
+
+    def leaves_of(self, tensors: Sequence[Tensor], hypers: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+        """New leaves over a batch's tensors and over those of hyper, which require grad where the unroll's do."""
+        return _leaves(tuple(tensors), self._batch_wanted), _leaves(tuple(hypers), self._hyper_wanted)
+
     def flush(self) -> None:
         """All steps have been evaluated: the checks that are still open. Raises: UnsupportedError."""
         settle(self._open_looks)

@@ -177,6 +177,15 @@ def test_the_kernel_is_made_once_and_can_be_read() -> None:
     assert len(loads) == len(set(loads))
 
 
+def test_numbers_that_float32_has_not_come_from_memory() -> None:
+    """Triton may take a literal for a float32."""
+    moves, _ = made("dampening")
+    source, arguments = moves._source(torch.float32, False, False)
+    assert arguments["constants_at"].tolist() == [1 - 0.3]
+    assert "0.7" not in source
+    assert "constants_at" not in made("sgd")[0]._source(torch.float32, False, False)[1]
+
+
 def test_a_launch_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(source: str, kernels: object) -> Any:
         raise OSError("no compiler")

@@ -235,9 +235,8 @@ def unroll(
             taken=start.taken,
             indifferent=indifferent,
         )
-        gradient = (CompiledGradient if compile is True else Gradient)(
-            loss, layout, data, determinism, steps, usage, originals
-        )
+        rest = (loss, layout, data, determinism, steps, usage, originals)
+        gradient = CompiledGradient(*rest) if compile is True else Gradient(*rest, alike=compile == "graphs")
         if unused:
             usage.begin(0, unused)
             gradient.first = evaluation

@@ -21,6 +21,7 @@ from revdistill.engine.compiling import warn_of_replays
 from revdistill.engine.errors import RevdistillError, ReversalError
 from revdistill.engine.integers.history import NoHistory
 from revdistill.engine.integers.snapshot import Snapshot
+from revdistill.engine.loss.data import like_fresh
 from revdistill.engine.loss.randomness import generators_of
 from revdistill.engine.optimizers.moves import Decay
 from revdistill.engine.problem import Problem
@@ -77,7 +78,9 @@ class Replayed:
         program: Program | None = kept.take(problem.gradient.loss, self._key)
         if program is None:
             nbytes = 2 * trajectory.state.nbytes + sum(t.nbytes for t in problem.data.hypers)
-            program = Program(trajectory, batch, self._numbers, kept=nbytes <= KEPT_BYTES)
+            # Copies of hyper would lie elsewhere than eager steps find them, and bits depend on that.
+            fresh = all(like_fresh(t) is t for t in problem.data.hypers)
+            program = Program(trajectory, batch, self._numbers, kept=fresh and nbytes <= KEPT_BYTES)
         self._program, self._at = program, -1
         program.take(trajectory, self._numbers)
         return program

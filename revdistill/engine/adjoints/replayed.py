@@ -33,6 +33,7 @@ from revdistill.engine.static.rows import DeviceNumbers, NoRowsError
 FIRST = 2  # the first step that may be replayed: step 0 is another one, and step 1 has a state at rest behind it
 FEWEST = 4  # steps that it is worth to prepare for
 LOOKED_AT = frozenset(FIRST + 16**i - 1 for i in range(1, 16))  # steps that are compared again, besides the last
+LARGEST = 2**30  # bytes of a state: a larger network's steps are long, and copies of it, to compare, are large too
 KEPT_BYTES = 256 * 2**20  # of a program that is kept for the loss's next unroll
 
 
@@ -375,8 +376,9 @@ def _are_wanted(problem: Problem) -> bool:
 
 
 def forward_of(trajectory: Trajectory) -> Forward | None:
-    """What replays the trajectory's steps; None where that was not asked for."""
-    return Forward(trajectory) if _are_wanted(trajectory.problem) else None
+    """What replays the trajectory's steps; None where that was not asked for, or cannot pay."""
+    wanted = _are_wanted(trajectory.problem) and trajectory.state.nbytes <= LARGEST
+    return Forward(trajectory) if wanted else None
 
 
 def back_of(trajectory: Trajectory, sweep: Sweep, repeated: Repeated, eager: Callable[[int], Any]) -> Back | None:

@@ -39,7 +39,7 @@ class Fused(Passes):
 
     def __init__(self, kernels: ModuleType, block: int = BLOCK, summed: int = SUMMED) -> None:
         super().__init__()
-        self.kernels, self._block, self._summed = kernels, block, summed
+        self.kernels, self.block, self._summed = kernels, block, summed
         self.given_up: set[str] = set()  # kernels
 
     def multiply(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
@@ -101,7 +101,7 @@ class Fused(Passes):
                 raise ValueError(f"{name}: tensors must be contiguous, got strides {t.stride()} of shape {[*t.shape]}")
         if not numel:
             return True
-        block = self._summed if name in ("largest", "fingerprint") else self._block
+        block = self._summed if name in ("largest", "fingerprint") else self.block
         try:
             with torch.cuda.device(like.get_device()):
                 # no launch where the grid is empty; one dimension of a grid has room for 2^31

@@ -1,0 +1,60 @@
+"""A measurement in a process of its own under its own time limit: what hangs, is killed or spoils its device ends
+alone.
+
+The process is a copy of this one, so that it imports nothing again; nothing may have been computed here before, as
+neither CUDA's nor autograd's threads are copied.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from gpu.lines import attempt, write
+
+UNTIL = "REVDISTILL_UNTIL"  # the environment variable that says when the part will be ended, in seconds since 1970
+RESERVE = 3.0  # seconds, to say what happened before then
+UNLIMITED = 3_600.0
+
+
+def left() -> float:
+    """Seconds for what this part still has to do."""
+    until = os.environ.get(UNTIL)
+    return UNLIMITED if until is None else float(until) - time.time() - RESERVE
+
+
+def apart(part: str, run: Callable[..., None], *arguments: Any, limit: float = UNLIMITED, **what: Any) -> bool:
+    """Run it there, with at most `limit` seconds of what is left; whether it came to its end without an error.
+
+    An error, and an end before the end, is a line {"part": part, **what, "error": ...}.
+    """
+    seconds = min(limit, left())
+    if seconds <= 0:
+        write(part, **what, error="TimeoutError: no time was left")
+        return False
+    process = multiprocessing.get_context("fork").Process(target=_inside, args=(part, run, arguments, what))
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        write(part, **what, error=f"TimeoutError: not done within {seconds:.0f} s")
+        return False
+    if process.exitcode not in (0, _FAILED):
+        write(part, **what, error=f"ChildProcessError: the process ended with exit code {process.exitcode}")
+    return process.exitcode == 0
+
+
+_FAILED = 3  # a line says why
+
+
+def _inside(part: str, run: Callable[..., None], arguments: tuple[Any, ...], what: dict[str, Any]) -> None:
+    done = False
+    with attempt(part, **what):
+        run(*arguments)
+        done = True
+    if not done:
+        os._exit(_FAILED)

@@ -1,9 +1,9 @@
 """How long does one hypergradient take per step, against plain autograd?  python -m gpu.speed --device cuda
 
 The methods take turns, each round gives a ratio; medians are told. Each method's hypergradient over a few steps is
-compared with plain autograd's, in float64 (compiled ones in float32). Replayed steps must have eager's bits, in theta and in the hypergradient.
-What a method needs once, on its first call (a capture), is told apart. Each task is measured in a process of its own, then
-what torch.compile makes of plain autograd, which may take a minute to find out.
+compared with plain autograd's, in float64 (compiled ones in float32). Replayed steps must have eager's bits, in theta
+and in the hypergradient. What a method needs once, on its first call (a capture), is told apart. Each task is measured
+in a process of its own, then what torch.compile makes of plain autograd, which may take a minute to find out.
 """
 
 from __future__ import annotations

@@ -26,6 +26,11 @@ def left() -> float:
     return UNLIMITED if until is None else float(until) - time.time() - RESERVE
 
 
+def shared(count: int) -> Any:
+    """So many numbers, 0 at first, that a process of `apart` can set."""
+    return multiprocessing.get_context("fork").Array("d", count)
+
+
 def apart(part: str, run: Callable[..., None], *arguments: Any, limit: float = UNLIMITED, **what: Any) -> bool:
     """Run it there, with at most `limit` seconds of what is left; whether it came to its end without an error.
 

@@ -3,8 +3,8 @@ and the seconds of a step forward and back, for the derivative of a held-out los
 
     python -m gpu.gpt2 --device cuda
 
-Two small batches say what a chunk takes; the largest power of two that fits, at most 64, is then trained on: four steps,
-and as many of 72 as there is time for by these. Then half that batch with replayed steps. Too little memory is a
+Two small batches say what a chunk takes; the largest power of two that fits, at most 64, is then trained on: four
+steps, and as many of 72 as there is time for by these. Then half that batch with replayed steps. Too little memory is a
 result.
 """
 

@@ -113,21 +113,23 @@ class FusedWork(Work):
         self._seeing.run(self.gradient, None, self.notes)
 
 
-def fused_backend() -> Backend:
-    """One kernel per operation."""
+def fused_backend(device: torch.device) -> Backend:
+    """The device's own, which must be the one of a kernel per operation. Raises: RuntimeError if it is not."""
     from revdistill.engine.integers.fused import Fused
 
-    return Fused()
+    found = backend_for(device)
+    if not isinstance(found, Fused):
+        raise RuntimeError(f"the backend of {device} is {type(found).__name__}, not Fused: is Triton installed?")
+    return found
 
 
-FORMS: dict[str, tuple[type[Work], Callable[[], Backend]]] = {
-    "tensor operations": (Work, Passes),
+Forms = dict[str, tuple[type[Work], Callable[[torch.device], Backend]]]
+FORMS: Forms = {
+    "tensor operations": (Work, lambda _: Passes()),
     "one kernel per operation": (Work, fused_backend),
     "one kernel for all": (FusedWork, fused_backend),
 }
-LOOPS: dict[str, tuple[type[Work], Callable[[], Backend]]] = {
-    "compiled loops": (Work, lambda: backend_for(torch.device("cpu")))
-}
+LOOPS: Forms = {"compiled loops": (Work, backend_for)}
 
 
 def often(run: Callable[[], object]) -> Callable[[], tuple[Tensor, ...]]:
@@ -160,10 +162,10 @@ def copy_rate(nbytes: int, device: torch.device) -> float:
     return 2 * source.nbytes / median(seconds(run, device) for _ in range(REPEATS))
 
 
-def measure(name: str, numel: int, form: str, forms: Any, device: torch.device) -> None:
-    """One line."""
+def measure(name: str, numel: int, form: str, forms: Forms, device: torch.device) -> None:
+    """Two lines: forward and back. Raises: RuntimeError where other kernels ran than the form says."""
     kind, backend = forms[form]
-    work: Work = kind(OPTIMIZERS[name](), numel, device, backend())
+    work = kind(OPTIMIZERS[name](), numel, device, backend(device))
     before = [t.clone() for t in work.integers()]
     forward, back = together(work.forward, device), together(work.back, device)
     times: dict[str, list[float]] = {"forward": [], "back": []}
@@ -171,6 +173,9 @@ def measure(name: str, numel: int, form: str, forms: Any, device: torch.device) 
         times["forward"].append(seconds(forward, device))
         changed = not torch.equal(work.integers()[0], before[0])
         times["back"].append(seconds(back, device))
+    given_up = sorted(getattr(work.backend, "given_up", ()))
+    if given_up:
+        raise RuntimeError(f"tensor operations stood in for the kernels {', '.join(given_up)}")
     exact = changed and all(map(torch.equal, work.integers(), before))
     for way, groups in (("forward", [work.update.moves]), ("back", [work.update.blind, work.update.seeing])):
         nbytes, taken = work.bytes_of(groups), median(times[way][1:])

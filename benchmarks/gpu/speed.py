@@ -22,7 +22,7 @@ from gpu.apart import apart, left
 from gpu.lines import attempt, in_words, options_of, write
 from gpu.place import here, milliseconds
 
-# plain autograd is also what `higher` does: a loop over dicts of tensors, without a module's state
+# plain autograd is a loop in the manner of `higher`, too: each step calls the module with a dict of tensors
 NAMES = ("autograd", "reversible", "reversible-default", "reversible-replayed")
 COMPILED = ("autograd", "autograd-compiled")
 TASKS = ("mlp", "lenet", "convnet", "tiny")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything that is to be known of revdistill on a GPU, in one run of nine minutes at most: is it right, how fast, how much memory.
 #
-#   benchmarks/cuda.sh [--device cuda|cpu|standin] [--quick] [--only NAME,NAME,...]
+#   benchmarks/cuda.sh [--device cuda|cpu|standin] [--quick] [--only NAME[=SECONDS],NAME[=SECONDS],...]
 #
 # A part that fails or runs out of time does not stop the next. The most valuable comes first. Everything found is in two files:
 #   $OUT/cuda.jsonl  a JSON line for each measurement, test and part, as soon as it is known   (OUT: benchmarks/results/cuda-run)
 #   $OUT/log.txt     what was printed
-# --only: these parts, in the order below; `machine` always runs. DEADLINE: seconds for all parts together (540).
+# --only: these parts, in the order below, with limits of their own; `machine` always runs. DEADLINE: seconds for all together (540).
 # PYTHON names the interpreter (python3); nothing need be installed but torch, numpy, numba, h5py, click, scikit-learn and pytest.
 # COMMIT names what is measured where there is no git to ask.
 # `python benchmarks/report.py` reads benchmarks/results/cuda.jsonl: copy $OUT/cuda.jsonl there to publish it.
@@ -28,14 +28,22 @@ while [ $# -gt 0 ]; do
         --device) device="${2:?--device needs cuda, cpu or standin}"; shift 2 ;;
         --quick) quick=--quick; shift ;;
         --only) only="${2:?--only needs names of parts: ${names[*]}}"; shift 2 ;;
-        *) echo "cuda.sh: unknown option $1; accepted are --device cuda|cpu|standin, --quick and --only NAME,NAME" >&2; exit 2 ;;
+        *) echo "cuda.sh: unknown option $1; accepted are --device cuda|cpu|standin, --quick and --only NAME,NAME=SECONDS" >&2; exit 2 ;;
     esac
 done
-for name in ${only//,/ }; do
+declare -A chosen=([machine]="") # part -> its limit, where one was given
+for choice in ${only//,/ }; do
+    name="${choice%%=*}" seconds=""
+    [[ "$choice" == *=* ]] && seconds="${choice#*=}"
     if [[ " ${names[*]} " != *" $name "* ]]; then
         echo "cuda.sh: --only $name: there is no such part; there are ${names[*]}" >&2
         exit 2
     fi
+    if [[ "$choice" == *=* && ! "$seconds" =~ ^[1-9][0-9]*$ ]]; then
+        echo "cuda.sh: --only $choice: after = there must be a number of seconds, at least 1" >&2
+        exit 2
+    fi
+    chosen[$name]="$seconds"
 done
 
 out="${OUT:-benchmarks/results/cuda-run}"
@@ -58,7 +66,8 @@ export REVDISTILL_COMMIT="${COMMIT:-$(git describe --always --dirty 2>/dev/null 
 part() {
     local name="$1" limit="$2" started left code taken
     shift 2
-    [ -z "$only" ] || [ "$name" = machine ] || [[ ",$only," == *",$name,"* ]] || return
+    [ -z "$only" ] || [ -n "${chosen[$name]+chosen}" ] || return
+    limit="${chosen[$name]:-$limit}"
     left=$((deadline - SECONDS))
     if [ "$left" -lt 5 ]; then
         echo "{\"part\": \"$name\", \"skipped\": \"no time was left\"}" >>"$out/cuda.jsonl"

@@ -28,7 +28,7 @@ from gpu.place import here, synchronise
 
 SIZE, VOCABULARY = gpt.Size(width=768, layers=12, heads=12, length=512, batch=64, steps=72), 50_257
 QUICK, QUICK_VOCABULARY = gpt.Size(width=16, layers=2, heads=2, length=8, batch=8, steps=6), 40
-PROBES, FIRST, HELD_OUT = (1, 2), 4, 2  # batches, steps, chunks
+PROBES, FIRST, HELD_OUT = (2, 4), 4, 2  # batches (of 1, the integers would take more than the loss), steps, chunks
 SHARE, ROOM = 0.8, 0.95  # of the time, and of the memory, that is planned for
 TRIAL = 60.0  # seconds
 

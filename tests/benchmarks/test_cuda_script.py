@@ -87,17 +87,22 @@ def test_a_part_that_hangs_is_ended_and_the_rest_are_told_to_have_no_time(tmp_pa
 
 def test_some_parts_only_in_the_scripts_order_and_told_when_they_end(tmp_path: Path) -> None:
     says = interpreter(tmp_path, 'echo "$* until $REVDISTILL_UNTIL commit $REVDISTILL_COMMIT"')
-    run(tmp_path / "out", "--only", "gpt2,speed", PYTHON=says, DEADLINE="50", COMMIT="abc")
+    run(tmp_path / "out", "--only", "gpt2=9,speed", PYTHON=says, DEADLINE="50", COMMIT="abc")
     assert [line["part"] for line in lines_of(tmp_path / "out")] == ["machine", "speed", "gpt2"]
     told = (tmp_path / "out/log.txt").read_text().splitlines()
     assert all(line.endswith("commit abc") for line in told[:3])
     until = [float(line.split(" until ")[1].split()[0]) for line in told[:3]]
     assert all(0 < moment - time.time() < 51 for moment in until)
+    assert 30 < until[1] - until[2] < 50  # gpt2 has its own
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [(["--fast"], "--fast"), (["--only", "speed,fast"], "--only fast: there is no such part; there are machine")],
+    [
+        (["--fast"], "--fast"),
+        (["--only", "speed,fast"], "--only fast: there is no such part; there are machine"),
+        (["--only", "speed=soon"], "--only speed=soon: after = there must be a number of seconds"),
+    ],
 )
 def test_an_unknown_option_is_refused(tmp_path: Path, options: list[str], named: str) -> None:
     done = run(tmp_path / "out", *options)

@@ -21,7 +21,7 @@ from gpu.place import here, synchronise
 
 TASK, FIRST, STEPS = "mlp", 10_000, 100_000
 SHARE = 0.8  # of the time that is left is planned for
-ROUND = 1_000  # steps
+PARTS = 10  # of the first length: a longer one is so many of these
 
 
 def measure(steps: int, name: str) -> float:
@@ -69,7 +69,8 @@ def measure(steps: int, name: str) -> float:
 def both(first: int, most: int, name: str) -> None:
     """The first length, then the longest there is time for."""
     per_step = measure(first, name)
-    steps = min(most, int(SHARE * left() / per_step) // ROUND * ROUND)
+    part = first // PARTS
+    steps = min(most, int(SHARE * left() / per_step) // part * part)
     if steps > first:
         measure(steps, name)
     else:

@@ -65,6 +65,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if given["save_at"] is not None:
         state = given["state"]
         _check_save_at(given["save_at"], getattr(state, "step", 0), given["steps"])
+    if not isinstance(given["compile"], bool) and given["compile"] != "graphs":
+        raise ValueError(f'compile must be False, True or "graphs", got {given["compile"]!r}')
     for name in ("return_state", "return_stats", "progress"):
         if not isinstance(given[name], bool):
             raise TypeError(f"{name} must be a bool, got {_kind(given[name])}")

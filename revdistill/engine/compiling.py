@@ -24,12 +24,26 @@ def warn(what: str, error: Exception | None = None) -> None:
         what: happened, or was found.
         error: what the compiler raised, if it did.
     """
-    reason = (
-        f" ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
-        if error
-        else ""
-    )
-    warnings.warn(f"compile=True: {what}{reason}; running it without torch.compile", CompileWarning, stacklevel=2)
+    text = f"compile=True: {what}{_reason(error)}; running it without torch.compile"
+    warnings.warn(text, CompileWarning, stacklevel=2)
+
+
+def warn_of_replays(what: str, error: Exception | None = None) -> None:
+    """Warn that steps are not replayed.
+
+    Args:
+        what: happened, or was found.
+        error: what a capture raised, if it did.
+    """
+    text = f'compile="graphs": {what}{_reason(error)}; making the steps eagerly'
+    warnings.warn(text, CompileWarning, stacklevel=2)
+
+
+def _reason(error: Exception | None) -> str:
+    if error is None:
+        return ""
+    text = str(error).strip()
+    return f" ({type(error).__name__}: {text.splitlines()[0] if text else ''})"
 
 
 @contextmanager

@@ -32,7 +32,8 @@ class Problem:
     out; clip_back: the largest norm of dL/d(theta_k) that is carried on; save_at: the result is theta at these steps,
     stacked, or where it is None theta_T alone; start: of the optimizer; resumed: the integers behind theta_0 and the
     slots at the start, None where these are floats or 0; returns_state: whether the slots at the end are results too;
-    average: the weights of theta_0 to theta_T in an average that is a result too; progress: whether there is a bar.
+    average: the weights of theta_0 to theta_T in an average that is a result too; progress: whether there is a bar;
+    replays: whether steps that were proved to be like eager ones may be replayed.
     """
 
     gradient: Gradient
@@ -51,6 +52,7 @@ class Problem:
     returns_state: bool = False
     average: Sequence[float] | None = None
     progress: bool = False
+    replays: bool = False
 
     def number(self, k: int) -> int:
         """The step's number in the whole training."""

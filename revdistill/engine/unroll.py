@@ -34,7 +34,7 @@ class _Options(TypedDict, total=False):
 
     hyper: Hyper
     adjoint: Adjoint | None
-    compile: bool
+    compile: bool | Literal["graphs"]
     on_step: OnStep | None
     seed: int | None
     window: int | None
@@ -120,7 +120,7 @@ def unroll(
     steps: int,
     hyper: Hyper = None,
     adjoint: Adjoint | None = None,
-    compile: bool = False,
+    compile: bool | Literal["graphs"] = False,
     on_step: OnStep | None = None,
     return_stats: bool = False,
     seed: int | None = None,
@@ -209,7 +209,7 @@ def unroll(
     if state is not None:
         check_state(state, layout)
     start = start_of(state, optimizer, layout)
-    backend = backend_for(layout.device, compile=compile)
+    backend = backend_for(layout.device, compile=compile is True)
     data = Data(batches, hyper, start.taken)
     if seed is None:
         seed = draw_seed() if state is None or state.seed is None else state.seed
@@ -235,7 +235,8 @@ def unroll(
             taken=start.taken,
             indifferent=indifferent,
         )
-        gradient = (CompiledGradient if compile else Gradient)(loss, layout, data, determinism, steps, usage, originals)
+        rest = (loss, layout, data, determinism, steps, usage, originals)
+        gradient = CompiledGradient(*rest) if compile is True else Gradient(*rest, alike=compile == "graphs")
         if unused:
             usage.begin(0, unused)
             gradient.first = evaluation
@@ -256,6 +257,7 @@ def unroll(
             returns_state=return_state,
             average=weights,
             progress=progress,
+            replays=compile == "graphs",
         )
         return *(adjoint or default_adjoint(problem)).run(problem, layout.flatten(params)), usage
 

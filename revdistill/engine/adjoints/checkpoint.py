@@ -11,6 +11,7 @@ from torch import Tensor
 from revdistill.engine.adjoints.adjoint import UnrollStats
 from revdistill.engine.adjoints.fixed_point import FixedPointAdjoint, Recording
 from revdistill.engine.adjoints.repeated import NONDETERMINISTIC, Repeated
+from revdistill.engine.adjoints.replayed import forward_of
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.store_all import Stretch
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
@@ -61,7 +62,7 @@ class _Snapshots(Recording):
     def __init__(self, problem: Problem, theta0: Tensor, adjoint: Checkpoint) -> None:
         self._every = adjoint.every or max(1, math.isqrt(problem.steps - problem.first))
         self._first = problem.first
-        self._trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory())
+        self._trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory(), forward_of)
         # Without momentum each v is overwritten before it is read: theta alone is a snapshot. What is overwritten still
         # has a derivative with respect to momentum.
         update = problem.update

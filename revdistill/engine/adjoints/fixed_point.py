@@ -12,6 +12,7 @@ from torch import Tensor
 
 from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
 from revdistill.engine.adjoints.memory import keep_freed_memory
+from revdistill.engine.adjoints.replayed import forward_of
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
@@ -73,7 +74,7 @@ class FixedPointAdjoint(Adjoint):
             assert unrolled.form is not None
             return unrolled.form.with_tensors(tensors), unrolled.recording.stats
         with torch.no_grad(), problem.determinism.passage():
-            trajectory = Trajectory(problem, theta0, self.fixed, NoHistory())
+            trajectory = Trajectory(problem, theta0, self.fixed, NoHistory(), forward_of)
             trajectory.run()
             return trajectory.result(), UnrollStats.of(trajectory, trajectory.history.nbytes)
 

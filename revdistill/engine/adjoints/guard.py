@@ -114,13 +114,19 @@ class Guard:
         """Read the notes, all of steps that `state` has behind it. Raises SuspicionError."""
         if not self._notes:
             return
-        *notes, reached = _read([*self._notes, self._largest(state)])
-        for offset, (entry, value) in enumerate(notes):
+        notes, self._notes = torch.stack(self._notes), []
+        self.read(notes, state)
+
+    def read(self, notes: Tensor, state: State) -> None:
+        """As `flush`, of steps that others have noted. notes: float64 [steps, 2], the gradient's largest entry and the
+        loss of each.
+        """
+        *rows, reached = _read([*notes.unbind(0), self._largest(state)])
+        for offset, (entry, value) in enumerate(rows):
             finite = math.isfinite(entry) and math.isfinite(value)
             if not finite or not self._advance(self._first_note + offset, entry):
                 raise SuspicionError
-        self._first_note += len(self._notes)
-        self._notes = []
+        self._first_note += len(rows)
         self._tighten(state, reached)
 
     def before_move(self, k: int, move: Move, state: State, gradient: Tensor) -> None:
@@ -187,6 +193,12 @@ def _read(vectors: list[Tensor]) -> list[list[float]]:
     return [[next(numbers) for _ in v] for v in vectors]
 
 
+def worst_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """0 where all of x is finite, else NaN; and the position of the first that is not, or any."""
+    bad, where = torch.max((x - x).view(-1), 0)  # NaN is the largest, and of these the first
+    return bad, where
+
+
 class FiniteWatch:
     """Notices a vector, or a loss, that is no longer finite, without waiting for a GPU at each step.
 
@@ -206,9 +218,7 @@ class FiniteWatch:
             if not fine or not (loss is None or math.isfinite(float(loss))):
                 self._fail(k, None if fine else self._layout.first_nonfinite(x))
             return
-        bad, where = torch.max(
-            (x - x).view(-1), 0
-        )  # 0 for what is finite, else NaN, which is the largest; of these the first
+        bad, where = worst_of(x)
         self._notes.append((k, bad, where, bad if loss is None else loss))
         if len(self._notes) >= self._backend.interval:
             self.flush()
@@ -223,5 +233,9 @@ class FiniteWatch:
             [torch.stack(column).double() for column in columns], dim=1
         ).tolist()  # float64 holds the positions
         for k, (bad, where, loss) in zip(steps, rows, strict=True):
-            if not (math.isfinite(bad) and math.isfinite(loss)):
-                self._fail(k, None if math.isfinite(bad) else self._layout.name_at(int(where) % self._layout.numel))
+            self.judge(k, bad, int(where), loss)
+
+    def judge(self, k: int, bad: float, where: int, loss: float) -> None:
+        """What `worst_of` found at step k, and the loss. Fails where one is not finite."""
+        if not (math.isfinite(bad) and math.isfinite(loss)):
+            self._fail(k, None if math.isfinite(bad) else self._layout.name_at(where % self._layout.numel))

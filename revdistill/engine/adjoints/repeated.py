@@ -37,6 +37,13 @@ class Repeated:
         elif not matches:
             self._raise(k)
 
+    def compare(self, first: int, found: list[int]) -> None:
+        """The fingerprints of gradients that were evaluated again, of the steps from `first` on."""
+        recorded = self._fingerprints.recorded(first, first + len(found))
+        for k, (mine, other) in reversed(list(enumerate(zip(found, recorded, strict=True), start=first))):
+            if mine != other:
+                self._raise(k)
+
     def finish(self) -> None:
         """Read what was noted."""
         if self._first is not None and int(self._first) >= 0:

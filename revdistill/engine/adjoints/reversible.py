@@ -12,6 +12,7 @@ from revdistill.engine.adjoints.fixed_point import FixedPointAdjoint, Recording
 from revdistill.engine.adjoints.kept_data import KeptData
 from revdistill.engine.adjoints.memory import free_bytes
 from revdistill.engine.adjoints.repeated import NONDETERMINISTIC, Repeated
+from revdistill.engine.adjoints.replayed import back_of, forward_of
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
@@ -22,6 +23,7 @@ from revdistill.engine.loss.gradient import Linearization
 from revdistill.engine.problem import Problem
 from revdistill.engine.scalars import is_integer
 
+Slots = dict[str, Tensor]
 GRAPH_BYTES = 256 * 2**20
 _SHARE = 16  # of the free memory, at most 1 / _SHARE goes to graphs that nobody asked for
 
@@ -76,13 +78,16 @@ class _Reversal(Recording):
         self._problem = problem
         self.history = open_history(adjoint.history, theta0.device)
         self._graph_bytes = adjoint.graph_bytes
+        if problem.replays and problem.backend.interval > 1:  # no graph is evaluated step by step that could be kept
+            self._graph_bytes = 0
         if self._graph_bytes is None:
             self._graph_bytes = min(GRAPH_BYTES, free_bytes(theta0.device) // _SHARE)
         self._first_kept = problem.steps
         self._kept: dict[int, Linearization] = {}
         self._data = KeptData(problem.data, problem.determinism.modules, problem.backend, problem.start.taken)
         # Before the window nothing is kept: its steps are not gone back over.
-        self._trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory() if problem.first else self.history)
+        history = NoHistory() if problem.first else self.history
+        self._trajectory = Trajectory(problem, theta0, adjoint.fixed, history, forward_of)
 
     def forward(self) -> Result:
         self._trajectory.run(self._before_step, self._after_step)
@@ -93,7 +98,9 @@ class _Reversal(Recording):
         if k and k == self._problem.first:
             self._trajectory.start_here(self.history)
 
-    def _after_step(self, k: int, linear: Linearization) -> None:
+    def _after_step(self, k: int, linear: Linearization | None) -> None:
+        if linear is None:
+            return
         if k == self._problem.first and self._graph_bytes:  # all steps' graphs are alike: the first tells how many fit
             nbytes = linear.nbytes
             fitting = self._graph_bytes // nbytes if nbytes else 0
@@ -106,21 +113,18 @@ class _Reversal(Recording):
 
     def backward(self, sweep: Sweep) -> Hypergradients:
         trajectory, problem, repeated = self._trajectory, sweep.problem, Repeated(sweep.problem)
-        slots = trajectory.slots() if sweep.wants_slots else {}
-        for k in reversed(range(problem.first, problem.steps)):
-            trajectory.undo_to_theta(k)
-            theta = trajectory.theta()
-            linear = self._kept.pop(k, None)
-            if linear is None:
-                linear = problem.gradient.linearize(k, theta)
-            else:  # nothing is evaluated again that would tell
-                self._data.check(k)
-            sweep.to_theta(k, theta, linear, slots)
-            gradient = linear.gradient  # asked for once: a compiled one tells itself by its fingerprint each time
-            repeated.check(k, gradient)
-            trajectory.undo_rest(k, gradient)
-            slots = trajectory.slots() if sweep.wants_slots else {}
-            sweep.to_start_of_step(k, slots)
+        replayed = back_of(trajectory, sweep, repeated, lambda k: self._step_back(k, sweep, repeated))
+        slots: Slots | None = None
+        try:
+            for k in reversed(range(problem.first, problem.steps)):
+                made = replayed is not None and replayed.makes(k)
+                slots = None if made else self._step_back(k, sweep, repeated, slots)
+                sweep.arrive(k, watched=made)
+            if replayed is not None:
+                replayed.flush()
+        finally:
+            if replayed is not None:
+                replayed.release()
         repeated.finish()
         found, back = sweep.finish(), trajectory.is_back_at_start()
         trajectory.history.clear()
@@ -130,3 +134,33 @@ class _Reversal(Recording):
                 f"hypergradient would be wrong and is not returned. {NONDETERMINISTIC}"
             )
         return found
+
+    def _step_back(self, k: int, sweep: Sweep, repeated: Repeated, slots: Slots | None = None) -> Slots:
+        """Eagerly; but for what enters the sweep there.
+
+        Args:
+            k: the step.
+            sweep: over the steps.
+            repeated: is told the gradient.
+            slots: as floats, where they are known.
+
+        Returns:
+            The slots before the step, {} where they are not wanted.
+        """
+        trajectory, problem = self._trajectory, sweep.problem
+        if slots is None:
+            slots = trajectory.slots() if sweep.wants_slots else {}
+        trajectory.undo_to_theta(k)
+        theta = trajectory.theta()
+        linear = self._kept.pop(k, None)
+        if linear is None:
+            linear = problem.gradient.linearize(k, theta)
+        else:  # nothing is evaluated again that would tell
+            self._data.check(k)
+        sweep.to_theta(k, theta, linear, slots)
+        gradient = linear.gradient  # asked for once: a compiled one tells itself by its fingerprint each time
+        repeated.check(k, gradient)
+        trajectory.undo_rest(k, gradient)
+        slots = trajectory.slots() if sweep.wants_slots else {}
+        sweep.to_start_of_step(k, slots)
+        return slots

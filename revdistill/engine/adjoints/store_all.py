@@ -9,6 +9,7 @@ from torch import Tensor
 from revdistill.engine.adjoints.adjoint import UnrollStats
 from revdistill.engine.adjoints.fixed_point import FixedPointAdjoint, Recording
 from revdistill.engine.adjoints.repeated import Repeated
+from revdistill.engine.adjoints.replayed import forward_of
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
@@ -40,7 +41,7 @@ class StoreAll(FixedPointAdjoint):
 
 class _Stored(Recording):
     def __init__(self, problem: Problem, theta0: Tensor, adjoint: StoreAll) -> None:
-        self._trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory())
+        self._trajectory = Trajectory(problem, theta0, adjoint.fixed, NoHistory(), forward_of)
         self._stretch = Stretch(self._trajectory, wants_slots=problem.update.vjp_reads_slots)
 
     def forward(self) -> Result:
@@ -76,7 +77,7 @@ class Stretch:
         if self._keep and k not in self._slots:
             self._slots[k] = self._trajectory.slots()
 
-    def after_step(self, k: int, _: Linearization) -> None:
+    def after_step(self, k: int, _: Linearization | None) -> None:
         """Keep the slots."""
         if self._keep and k >= self._first:
             self._slots[k + 1] = self._trajectory.slots()
@@ -90,4 +91,5 @@ class Stretch:
             sweep.to_theta(k, theta, linear, self._slots.pop(k + 1, {}))
             repeated.check(k, linear.gradient)
             sweep.to_start_of_step(k, self._slots.get(k, {}))
+            sweep.arrive(k)
         repeated.finish()

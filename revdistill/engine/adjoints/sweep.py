@@ -17,6 +17,7 @@ from revdistill.engine.cotangents import Batching
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.loss.gradient import Linearization, Products
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
+from revdistill.engine.optimizers.update import Update
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
 
@@ -74,17 +75,19 @@ class Sweep:
 
         tables = {name: zeros(table.values) for name, table in update.tables.items()}
         self.bars = Bars(flat, {name: table for name, table in tables.items() if table is not None})
-        self._batches, self._hypers = list(map(zeros, data.tensors)), list(map(zeros, data.hypers))
+        self.batches, self.hypers = list(map(zeros, data.tensors)), list(map(zeros, data.hypers))
         fail = partial(_stopped_being_finite, problem.start.taken)
-        self._watch = FiniteWatch(update.layout, problem.backend, fail)
+        self.watch = FiniteWatch(update.layout, problem.backend, fail)
         self.wants_slots = update.vjp_reads_slots
-        self._wants_gradient = GRADIENT in update.vjp_reads()
-        late = update.before_the_step
-        self._moves = [move for move in reversed(update.moves) if move not in late]
-        self._late = late[::-1]
-        self._clipping = update.clipping
+        self.wants_gradient = GRADIENT in update.vjp_reads()
+        self.derivatives = Derivatives(update)
         self._clipped = False
         self._bar = Bar(problem.progress, problem.steps - problem.first, "back", "|dL/dtheta|")
+
+    @property
+    def is_of_many(self) -> bool:
+        """Whether of several losses at once."""
+        return self._batching is not None
 
     def to_theta(self, k: int, theta: Tensor, linear: Linearization, slots: dict[str, Tensor]) -> None:
         """From after step k to where the gradient was evaluated: through the moves, and through the gradient.
@@ -92,32 +95,48 @@ class Sweep:
         theta: theta_k; linear: the loss linearised there; slots: after step k, {} where they are not wanted.
         """
         bars, values = self.bars, slots | {THETA: theta}
-        if self._wants_gradient:
+        if self.wants_gradient:
             gradient = linear.gradient
-            values[GRADIENT] = gradient if self._clipping is None else self._clipping.clipped(k, gradient)
+            values[GRADIENT] = self.derivatives.as_moves_saw_it(k, gradient)
         if self._batching is None:
-            self._through(k, values, linear, bars)
-            self._add(bars, self._batches, self._hypers, k, linear.product(bars.flat[GRADIENT]))
+            self.derivatives.to_gradient(k, values, linear, bars)
+            self._add(bars, self.batches, self.hypers, k, linear.product(bars.flat[GRADIENT]))
         else:
             for rows in self._batching.chunks(len(bars.flat[THETA])):
                 self._through_rows(k, values, linear, rows, self._batching)
+
+    def arrive(self, k: int, *, watched: bool = False) -> None:
+        """Step k is behind: what enters at theta_k, and what is done with dL/d(theta_k).
+
+        watched: whether it is finite is looked at in another way.
+        """
+        bars = self.bars
         if k in self._entering:
             bars.flat[THETA].add_(self._entering.pop(k))
         self._enter_average(k, bars.flat[THETA])
-        self._watch.look(k, bars.flat[THETA])
+        if not watched:
+            self.watch.look(k, bars.flat[THETA])
         if self.problem.looks_back:
             with self.problem.determinism.watching():
                 whole = bars.flat[THETA]
-                bars.flat[THETA] = self.problem.look_back(k, whole)
-                self._clipped = self._clipped or bars.flat[THETA] is not whole
+                kept = self.problem.look_back(k, whole)
+                if kept is not whole:
+                    whole.copy_(kept)
+                    self._clipped = True
+        self._tick()
 
-    def _through(self, k: int, values: dict[str, Tensor], linear: Linearization, bars: Bars) -> None:
-        """Through the moves: to dL/d(the gradient)."""
-        bars.flat[GRADIENT].zero_()
-        for move in self._moves:
-            move.vjp(k, values, bars)
-        if self._clipping is not None:
-            self._clipping.vjp(k, linear.gradient, bars)
+    def copies(self) -> list[Tensor]:
+        """Of everything that a step changes, save what enters there."""
+        return [t.clone() for t in self._changed()]
+
+    def restore(self, copies: Sequence[Tensor]) -> None:
+        """Put all of it where `copies` was called."""
+        for t, values in zip(self._changed(), copies, strict=True):
+            t.copy_(values)
+
+    def _changed(self) -> list[Tensor]:
+        found = [*self.bars.flat.values(), *self.bars.tables.values()]
+        return found + [t for t in (*self.batches, *self.hypers) if t is not None]
 
     def _through_rows(
         self, k: int, values: dict[str, Tensor], linear: Linearization, rows: slice, batching: Batching
@@ -128,8 +147,8 @@ class Sweep:
         whole = bars.flat[THETA]
         count = max(1, _AT_ONCE // (whole.element_size() * whole.shape[1]))
         for few in (slice(first, first + count) for first in range(0, len(whole), count)):
-            self._through(k, values, linear, bars.rows(few))
-        batches, hypers = ([None if bar is None else bar[rows] for bar in of] for of in (self._batches, self._hypers))
+            self.derivatives.to_gradient(k, values, linear, bars.rows(few))
+        batches, hypers = ([None if bar is None else bar[rows] for bar in of] for of in (self.batches, self.hypers))
         self._add(bars, batches, hypers, k, linear.products(bars.flat[GRADIENT], batching), dim=1)
 
     def _add(
@@ -154,21 +173,22 @@ class Sweep:
 
     def to_start_of_step(self, k: int, slots: dict[str, Tensor]) -> None:
         """On to before step k: through the decays of the slots. slots: before step k."""
-        for decay in self._late:
-            decay.vjp(k, slots, self.bars)
+        self.derivatives.to_start_of_step(k, slots, self.bars)
+
+    def _tick(self) -> None:
         if self.problem.progress:
             self._bar.step(lambda: torch.linalg.vector_norm(self.bars.flat[THETA]))
 
     def finish(self) -> Hypergradients:
         """What was found, once the first step is behind."""
-        self._watch.flush()
+        self.watch.flush()
         flat = self.bars.flat
         if not self._clipped:  # what is left says nothing of training
             self._amplification.end(flat[THETA])
         if self.problem.first:
-            return Hypergradients(None, None, self.bars.tables, self._batches, self._hypers)
+            return Hypergradients(None, None, self.bars.tables, self.batches, self.hypers)
         slots = {name: flat[name] for name in self.problem.update.slots}
-        return Hypergradients(flat[THETA], slots, self.bars.tables, self._batches, self._hypers)
+        return Hypergradients(flat[THETA], slots, self.bars.tables, self.batches, self.hypers)
 
     def close(self) -> None:
         """The way back is over, or was given up."""
@@ -178,6 +198,33 @@ class Sweep:
         if self._average_bar is not None:
             assert self.problem.average is not None
             theta_bar.add_(self._average_bar, alpha=self.problem.average[k])
+
+
+class Derivatives:
+    """The moves' derivatives in the order of the way back. update: the optimizer's step."""
+
+    def __init__(self, update: Update) -> None:
+        late = update.before_the_step
+        self._moves = [move for move in reversed(update.moves) if move not in late]
+        self._late = late[::-1]
+        self._clipping = update.clipping
+
+    def as_moves_saw_it(self, k: int, gradient: Tensor) -> Tensor:
+        """Clipped, where it is."""
+        return gradient if self._clipping is None else self._clipping.clipped(k, gradient)
+
+    def to_gradient(self, k: int, values: dict[str, Tensor], linear: Linearization, bars: Bars) -> None:
+        """Through the moves, to dL/d(the gradient)."""
+        bars.flat[GRADIENT].zero_()
+        for move in self._moves:
+            move.vjp(k, values, bars)
+        if self._clipping is not None:
+            self._clipping.vjp(k, linear.gradient, bars)
+
+    def to_start_of_step(self, k: int, slots: dict[str, Tensor], bars: Bars) -> None:
+        """Through the decays of the slots. slots: before step k."""
+        for decay in self._late:
+            decay.vjp(k, slots, bars)
 
 
 def _stopped_being_finite(taken: int, k: int, name: str | None) -> NoReturn:

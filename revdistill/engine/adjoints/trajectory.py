@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from revdistill.engine.adjoints.guard import Guard, SuspicionError
 from revdistill.engine.adjoints.result import Result
+from revdistill.engine.compiling import warn_of_replays
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import History
 from revdistill.engine.integers.snapshot import Snapshot
@@ -18,7 +20,26 @@ from revdistill.engine.problem import OnStep, Problem
 from revdistill.engine.progress import Bar
 
 BeforeStep = Callable[[int], None]
-AfterStep = Callable[[int, Linearization], None]
+AfterStep = Callable[[int, Linearization | None], None]  # None: of a step that was replayed
+
+
+class OtherBitsError(Exception):
+    """A replayed step was not the eager one, at a later step: all steps are to be made again, eagerly. Says why."""
+
+
+class Replays(Protocol):
+    """What may make a step in the place of `Trajectory.step`. loss: of the last step that it made, 0-dim."""
+
+    loss: Tensor
+
+    def makes(self, k: int) -> bool:
+        """Make step k; False where it is to be made eagerly. Raises: SuspicionError, OtherBitsError."""
+
+    def flush(self) -> None:
+        """Read what was noted. Raises: SuspicionError."""
+
+    def release(self) -> None:
+        """The state is the trajectory's own again."""
 
 
 def _nothing(*_: object) -> None:
@@ -33,9 +54,20 @@ class Trajectory:
         theta0: float [numel], the parameters at the start.
         fixed: the number format of theta and of most slots.
         history: where spilled words go.
+        replays: makes what replays some of the steps, where the problem says that they are to be.
+
+    Attributes:
+        was_replayed: whether some of the steps were.
     """
 
-    def __init__(self, problem: Problem, theta0: Tensor, fixed: FixedPoint, history: History) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        theta0: Tensor,
+        fixed: FixedPoint,
+        history: History,
+        replays: Callable[[Trajectory], Replays | None] | None = None,
+    ) -> None:
         self.problem, self.fixed, self.history = problem, fixed, history
         self._theta0 = theta0
         self._buffer = torch.empty_like(theta0)
@@ -43,6 +75,8 @@ class Trajectory:
         self._blind, self._seeing = problem.update.blind[::-1], problem.update.seeing[::-1]
         self._clipping = problem.update.clipping
         self._reset(problem.backend.interval)
+        self.was_replayed = False
+        self._replayed: Replays | None = replays(self) if replays is not None and problem.replays else None
 
     def _reset(self, interval: int) -> None:
         self._start: Snapshot | None = None
@@ -83,15 +117,26 @@ class Trajectory:
             self._run(before_step, after_step, self.problem.on_step)
         except SuspicionError:
             # The same steps again, looked at one by one: raises the named error, or shows that nothing was wrong.
+            self.was_replayed = False
             self._reset(interval=1)
+            self._run(before_step, after_step, on_step=None)
+        except OtherBitsError as error:
+            warn_of_replays(str(error))
+            self.was_replayed = False
+            self._reset(self.problem.backend.interval)
             self._run(before_step, after_step, on_step=None)
 
     def _run(self, before_step: BeforeStep, after_step: AfterStep, on_step: OnStep | None) -> None:
         bar = Bar(self.problem.progress, self.problem.steps, "forward", "loss")
         try:
             self._steps(before_step, after_step, on_step, bar)
+            if self._replayed is not None:
+                self._replayed.flush()
         finally:
             bar.close()
+            if self._replayed is not None:
+                self._replayed.release()
+            self._replayed = None
         self.guard.flush(self.state)
         self.problem.gradient.flush()
 
@@ -99,17 +144,23 @@ class Trajectory:
         for k in range(self.problem.steps):
             before_step(k)
             self._save(k)
-            if on_step is None:
-                linear = self.step(k)
-            else:
-                theta = self.theta().clone()
-                linear = self.step(k)
+            theta = None if on_step is None else self.theta().clone()
+            linear = None if self._replayed is not None and self._replayed.makes(k) else self.step(k)
+            if on_step is not None:
+                assert theta is not None
                 with self.problem.determinism.watching():
-                    on_step(self.problem.number(k), self.problem.update.layout.views(theta), linear.loss)
+                    on_step(self.problem.number(k), self.problem.update.layout.views(theta), self._loss(linear).clone())
             after_step(k, linear)
             if self.problem.progress:
-                bar.step(lambda linear=linear: linear.loss)  # type: ignore[misc]
+                bar.step(lambda linear=linear: self._loss(linear))  # type: ignore[misc]
         self._save(self.problem.steps)
+
+    def _loss(self, linear: Linearization | None) -> Tensor:
+        """Of the last step."""
+        if linear is not None:
+            return linear.loss
+        assert self._replayed is not None
+        return self._replayed.loss
 
     def _save(self, k: int) -> None:
         if k in self.problem.saved_steps:
@@ -133,6 +184,10 @@ class Trajectory:
     def theta(self) -> Tensor:
         """theta as floats, in a buffer that the next call overwrites."""
         return self.problem.backend.to_float(self.state.numbers[THETA], self._buffer, self.fixed)
+
+    def theta_in(self, out: Tensor) -> None:
+        """theta as floats, in `out`."""
+        self.problem.backend.to_float(self.state.numbers[THETA], out, self.fixed)
 
     def give_buffer_away(self) -> None:
         """The tensor that `theta` returned last stays as it is."""

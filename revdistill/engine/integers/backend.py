@@ -10,7 +10,8 @@ from torch import Tensor
 from revdistill.engine.integers.fixedpoint import Format
 from revdistill.engine.integers.radix import Radix
 
-Scalar = float | Tensor  # one for all elements, or float64 [numel]
+Scalar = float | Tensor  # one for all elements, on the device perhaps: float64 []; or float64 [numel]
+Numerator = int | Tensor  # or float64 [] on the device, of which an integer of so few bits is exact
 WORD_BITS = 16  # of what leaves a head at once
 _WORD = (1 << WORD_BITS) - 1
 # Of the fingerprint: odd constants of splitmix64 (Steele, Lea & Flood 2014), as signed 64-bit integers; sums and
@@ -22,25 +23,25 @@ class Backend(ABC):
     """The integer work of a step, in place. All backends have the bits of `reference`.
 
     Numbers are int64 [numel], or [2, numel] of two words: (high, low) with 0 <= low < 2^60. `interval`: steps between
-    two looks at the device's numbers; where it is 1, looking costs nothing, and `largest` and `fingerprint` return
-    numbers.
+    two looks at the device's numbers; where it is 1, looking costs nothing, `largest` and `fingerprint` return numbers,
+    and scalars are numbers of the host too.
     """
 
     interval: int
 
     @abstractmethod
-    def multiply(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+    def multiply(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
         """v <- v n / radix, the lost bits to head (see `radix`)."""
 
     @abstractmethod
-    def divide(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+    def divide(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
         """The inverse of `multiply`."""
 
     @abstractmethod
     def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:
         """target <- target + sign round(factor source): one product in float64, one rounding; -sign undoes sign.
 
-        source: float32, float64 or int64 [numel], left as it is; factor: a float, or float64 [numel].
+        source: float32, float64 or int64 [numel], left as it is.
         """
 
     @abstractmethod

@@ -58,6 +58,17 @@ class BitStore:
 
     def decay_(self, v: Tensor, n: int) -> None:
         """v <- v * n / radix in place, exactly invertible. 0 <= n <= radix."""
+        self.make_room(v, n)
+        if n == 0:
+            v.zero_()
+        elif n != self._base:
+            self._backend.multiply(v, self.head, n, self.radix)
+
+    def make_room(self, v: Tensor, n: int) -> None:
+        """What a decay by n does before v and the head are changed: words leave to the history, and the bound moves on.
+
+        It depends on n alone, never on data: a step that is replayed is made after it.
+        """
         radix, bound = self.radix, self._bound
         if n == self._base:
             return  # multiplication by 1 loses nothing
@@ -65,17 +76,21 @@ class BitStore:
         if n == 0:
             self._backend.settle()
             self.history.push(v.clone())  # every bit of v is lost: keep it whole
-            v.zero_()
             return
         while (_ceil_div(bound, n) << radix.bits) > 1 << HEAD_BITS:
             self.history.push(self._backend.spill(self.head))
             bound = _ceil_div(bound, 1 << WORD_BITS)
         # floor(head / n) < ceil(bound / n), then the radix's bits are pushed
         self._bound = _ceil_div(bound, n) << radix.bits
-        self._backend.multiply(v, self.head, n, radix)
 
     def undecay_(self, v: Tensor, n: int) -> None:
         """The inverse of the last `decay_` (same n)."""
+        if n not in (0, self._base):
+            self._backend.divide(v, self.head, n, self.radix)
+        self.take_back(v, n)
+
+    def take_back(self, v: Tensor, n: int) -> None:
+        """The inverse of `make_room`, once v and the head are what they were after it; for n = 0 v comes back here."""
         radix = self.radix
         if n == self._base:
             return
@@ -84,7 +99,6 @@ class BitStore:
             self._backend.settle()
             v.copy_(self.history.pop())
             return
-        self._backend.divide(v, self.head, n, radix)
         while (_ceil_div(bound, n) << radix.bits) > 1 << HEAD_BITS:
             self._backend.refill(self.head, self.history.pop())
             bound = _ceil_div(bound, 1 << WORD_BITS)
@@ -95,12 +109,23 @@ class BitStore:
             return torch.zeros((), dtype=torch.bool, device=self.head.device)
         return ~self.head.any()
 
-    def snapshot(self) -> tuple[Tensor, int, int]:
-        """What a re-run from here needs: head, bound and number of calls (for stores whose history keeps nothing)."""
-        return self.head.clone(), self._bound, len(self)
+    def words_to_take_back(self, n: int) -> int:
+        """How many words `take_back` would ask the history for."""
+        if n == self._base:
+            return 0
+        bound, count = self._past_bounds[-1], 0
+        while n and (_ceil_div(bound, n) << self.radix.bits) > 1 << HEAD_BITS:
+            bound, count = _ceil_div(bound, 1 << WORD_BITS), count + 1
+        return count if n else 1
 
-    def restore(self, snapshot: tuple[Tensor, int, int]) -> None:
-        """Put the store where `snapshot` was called."""
-        head, self._bound, length = snapshot
+    def snapshot(self) -> tuple[Tensor, int, list[int]]:
+        """What a re-run from here needs: head, bound, and past bounds; the history is not in it."""
+        return self.head.clone(), self._bound, [len(self), *self._past_bounds[-1:]]
+
+    def restore(self, snapshot: tuple[Tensor, int, list[int]]) -> None:
+        """Put the store where `snapshot` was called, from after it or from one call before it."""
+        head, self._bound, (length, *last) = snapshot
         self.head.copy_(head)
         del self._past_bounds[length:]
+        if len(self._past_bounds) < length:
+            self._past_bounds.extend(last)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from revdistill.engine.compiling import compiling, warn
-from revdistill.engine.integers.backend import Scalar
+from revdistill.engine.integers.backend import Numerator, Scalar
 from revdistill.engine.integers.fixedpoint import LOW_BITS
 from revdistill.engine.integers.passes import Passes, add_, divide_, multiply_
 from revdistill.engine.integers.radix import HEAD_BITS, Radix
@@ -75,10 +75,10 @@ class Compiled(Passes):
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
         self.compiled: Callable[[_Operations], None] | None = torch.compile(_run, dynamic=False)
 
-    def multiply(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+    def multiply(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
         self._waiting.append(_Decay(v, head, self.divisor(n, head.device), radix, back=False))
 
-    def divide(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+    def divide(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
         self._waiting.append(_Decay(v, head, self.divisor(n, head.device), radix, back=True))
 
     def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:

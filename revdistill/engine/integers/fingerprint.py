@@ -34,6 +34,14 @@ class Fingerprints:
         found = self._kept[k] == self._fingerprint(x)
         return found if isinstance(found, Tensor) else bool(found)
 
+    def record_many(self, first: int, found: Tensor) -> None:
+        """Keep those of the steps from `first` on, int64 [n], on the device."""
+        self._kept[first : first + len(found)] = found
+
+    def recorded(self, first: int, last: int) -> list[int]:
+        """Those of the steps from `first` to before `last`, in one wait for the device."""
+        return self._kept[first:last].tolist()  # type: ignore[no-any-return]
+
 
 def fingerprint_of(t: Tensor) -> int:
     """Of a tensor of any dtype and shape: of its bits, or of its values where its dtype is a narrower one."""

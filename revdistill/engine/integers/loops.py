@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from revdistill.engine.integers.backend import FIRST, SECOND, STEP, Backend, Scalar
+from revdistill.engine.integers.backend import FIRST, SECOND, STEP, Backend, Numerator, Scalar
 from revdistill.engine.integers.fixedpoint import Format
 from revdistill.engine.integers.radix import COARSE, Radix
 
@@ -219,17 +219,17 @@ class Loops(Backend):
 
     interval = 1
 
-    def multiply(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+    def multiply(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
         if radix.words == 2:
-            multiply_wide(v[0].numpy(), v[1].numpy(), head.numpy(), n)
+            multiply_wide(v[0].numpy(), v[1].numpy(), head.numpy(), int(n))
         else:
-            (multiply if radix == COARSE else multiply_fine)(v.numpy(), head.numpy(), n)
+            (multiply if radix == COARSE else multiply_fine)(v.numpy(), head.numpy(), int(n))
 
-    def divide(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
+    def divide(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
         if radix.words == 2:
-            divide_wide(v[0].numpy(), v[1].numpy(), head.numpy(), n)
+            divide_wide(v[0].numpy(), v[1].numpy(), head.numpy(), int(n))
         else:
-            (divide if radix == COARSE else divide_fine)(v.numpy(), head.numpy(), n)
+            (divide if radix == COARSE else divide_fine)(v.numpy(), head.numpy(), int(n))
 
     def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:
         if target.ndim == 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from revdistill.engine.integers.backend import FIRST, SECOND, STEP, Backend, Scalar
+from revdistill.engine.integers.backend import FIRST, SECOND, STEP, Backend, Numerator, Scalar
 from revdistill.engine.integers.fixedpoint import LOW_BITS, LOW_MASK, Format, Wide
 from revdistill.engine.integers.radix import COARSE, FINE, Radix
 
@@ -32,8 +32,10 @@ class Passes(Backend):
     def __init__(self) -> None:
         self._divisors: dict[tuple[int, torch.device], Tensor] = {}
 
-    def divisor(self, n: int, device: torch.device) -> Tensor:
+    def divisor(self, n: Numerator, device: torch.device) -> Tensor:
         """n as what heads are divided by: 0-dim float64, filled there, and kept for the next step."""
+        if isinstance(n, Tensor):
+            return n
         key = n, device
         if key not in self._divisors:
             if len(self._divisors) == _KEPT:
@@ -41,11 +43,11 @@ class Passes(Backend):
             self._divisors[key] = torch.full((), n, dtype=torch.float64, device=device)
         return self._divisors[key]
 
-    def multiply(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
-        multiply_(v, head, n, self.divisor(n, head.device), radix)
+    def multiply(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
+        multiply_(v, head, _integer(n), self.divisor(n, head.device), radix)
 
-    def divide(self, v: Tensor, head: Tensor, n: int, radix: Radix) -> None:
-        divide_(v, head, n, self.divisor(n, head.device), radix)
+    def divide(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
+        divide_(v, head, _integer(n), self.divisor(n, head.device), radix)
 
     def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:
         add_(target, source, factor, sign)
@@ -73,6 +75,10 @@ class Passes(Backend):
 
     def root(self, x: Tensor) -> Tensor:
         return x.sqrt()
+
+
+def _integer(n: Numerator) -> Number:
+    return n.to(torch.int64) if isinstance(n, Tensor) else n
 
 
 def multiply_(v: Tensor, head: Tensor, n: Number, divisor: Tensor, radix: Radix) -> None:

@@ -106,10 +106,18 @@ class Determinism:
         Returns:
             See `Evaluation`.
         """
+        self.seed_for(k)
+        return self.evaluation(k)
+
+    def seed_for(self, k: int) -> None:
+        """Seed torch's generators for step k, inside `passage`."""
         # Weyl sequence: distinct for distinct steps, far apart for neighbouring ones.
         seed = (self.seed + (k + self.taken) * 0x1E3779B97F4A7C15) % 2**63
         for generator in generators_of(self.device):
             generator.manual_seed(seed)
+
+    def evaluation(self, k: int) -> AbstractContextManager[None]:
+        """`step` without the seeds: within a capture there is one seed, that of before it."""
         return Evaluation(self.modules, k)
 
     @contextmanager

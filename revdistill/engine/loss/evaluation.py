@@ -110,6 +110,11 @@ class Modules:
         """The parameters of the modules that no call replaced, as they were at the first calls."""
         return [named for record in self._records.values() for named in record.frozen]
 
+    @property
+    def modes(self) -> tuple[tuple[bool, ...], ...]:
+        """The training modes of each module, as they are now."""
+        return tuple(tuple(flags_of(record.modules)) for record in self._records.values())
+
     def begin(self, k: int) -> None:
         """Step k is evaluated: for the first time, or again and in the same modes."""
         self.first_visit, self.watching = k > self._last, False

@@ -36,6 +36,11 @@ class Table:
     index: Tensor | None
     host: list[list[float]] = field(repr=False)
 
+    @property
+    def is_number(self) -> bool:
+        """Whether `value` is a number of the host."""
+        return self.index is None
+
     def row(self, k: int) -> list[float]:
         """The groups' values at step k."""
         return self.host[k if len(self.host) > 1 else 0]

@@ -65,7 +65,7 @@ class Factor:
 
     @cached_property
     def _numbers(self) -> list[float] | None:
-        if isinstance(self.constant, Tensor) or any(t.index is not None for t in self.tables.values()):
+        if isinstance(self.constant, Tensor) or not all(t.is_number for t in self.tables.values()):
             return None
         return [self._product(k, lambda table, k: table.row(k)[0]) for k in self._steps]
 
@@ -161,14 +161,15 @@ class Decay(Move):
         return self._numerators[k if len(self._numerators) > 1 else 0]
 
     def forward(self, k: int, state: State, gradient: Tensor) -> None:
-        for v, store, n in self._parts(k, state):
+        for v, store, n in self.parts(k, state):
             store.decay_(v, n)
 
     def inverse(self, k: int, state: State, gradient: Tensor | None) -> None:
-        for v, store, n in reversed(self._parts(k, state)):
+        for v, store, n in reversed(self.parts(k, state)):
             store.undecay_(v, n)
 
-    def _parts(self, k: int, state: State) -> list[tuple[Tensor, BitStore, int]]:
+    def parts(self, k: int, state: State) -> list[tuple[Tensor, BitStore, int]]:
+        """Of the target at step k: (its numbers, their store, n)."""
         target, stores, numerators = state.numbers[self.target], state.stores[self.target], self.numerators(k)
         if len(stores) == 1:
             return [(target, stores[0], numerators[0])]

@@ -180,7 +180,9 @@ class Read(Source):
     def vjp(self, k: int, values: Values, bars: Bars, bar: Tensor, factor: float | Tensor) -> Tensor | None:
         """name_bar += factor bar."""
         target = bars.flat[self.name]
-        if isinstance(factor, Tensor):
+        if isinstance(factor, Tensor) and not factor.ndim:
+            target.addcmul_(bar, factor)  # with one rounding, as below
+        elif isinstance(factor, Tensor):
             target.add_(bar * factor)
         else:
             target.add_(bar, alpha=factor)

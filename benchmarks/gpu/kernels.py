@@ -9,6 +9,7 @@ one CUDA graph, so that nothing waits for launches. Back must undo forward bit f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -30,6 +31,7 @@ from revdistill.engine.integers.select import backend_for
 from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.moves import Decay, Move
 from revdistill.engine.optimizers.sources import GRADIENT, THETA
+from revdistill.engine.static.rows import DeviceNumbers
 
 SIZES, QUICK = (100_000, 10_000_000), (1_000,)
 OPTIMIZERS: dict[str, Callable[[], Any]] = {"sgd": lambda: rd.SGD(0.01, MOMENTUM), "adamw": lambda: rd.AdamW(1e-3)}
@@ -51,9 +53,7 @@ class Work:
         start, self.gradient = (0.1 * torch.randn(numel, generator=draw, device=device) for _ in range(2))
         self.theta, self.fixed, self.backend = torch.empty_like(start), FixedPoint(), backend
         self.update, self.k = optimizer.resolve(Layout.of({"w": start}), 2), 1
-        if device.type != "cpu":
-            from revdistill.engine.static.rows import DeviceNumbers
-
+        if backend.interval > 1:  # its numbers are to be on the device
             numbers = DeviceNumbers(self.update, 2, device)
             self.k, self.update = numbers.begin(), numbers.update
         self.state = self.update.initial_state(self.fixed.from_float(start), self.fixed, NoHistory(), backend)
@@ -100,16 +100,16 @@ class FusedWork(Work):
         super().__init__(optimizer, numel, device, backend)
         from revdistill.engine.static.fusing import FusedMoves
 
-        self.notes = torch.zeros(2, dtype=torch.int64, device=device)
-        self._forward = FusedMoves(self.update.moves, self.state, False)
-        self._blind = FusedMoves(self.update.blind, self.state, True)
-        self._seeing = FusedMoves(self.update.seeing, self.state, True)
+        self.notes = tuple(torch.zeros((), dtype=dtype, device=device) for dtype in (torch.int64, torch.float64))
+        self._forward = FusedMoves(self.update.moves, self.state, back=False)
+        self._blind = FusedMoves(self.update.blind[::-1], self.state, back=True)
+        self._seeing = FusedMoves(self.update.seeing[::-1], self.state, back=True)
 
     def forward(self) -> None:
         self._forward.run(self.gradient, self.theta, self.notes)
 
     def back(self) -> None:
-        self._blind.run(None, self.theta, None)
+        self._blind.run(None, self.theta)
         self._seeing.run(self.gradient, None, self.notes)
 
 
@@ -200,7 +200,8 @@ def all_forms(name: str, numel: int, device_name: str) -> None:
     with here(device_name) as device:
         forms = LOOPS if device.type == "cpu" else FORMS
         for form in forms:
-            with attempt("kernels", optimizer=name, parameters=numel, form=form):
+            with attempt("kernels", optimizer=name, parameters=numel, form=form), warnings.catch_warnings():
+                warnings.simplefilter("error", rd.CompileWarning)  # that something else stands in
                 measure(name, numel, form, forms, device)
 
 

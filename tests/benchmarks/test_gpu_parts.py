@@ -87,10 +87,11 @@ def test_a_process_apart_is_not_begun_without_time(written: Path, monkeypatch: p
     assert found_in(written) == [{"part": "x", "error": "TimeoutError: no time was left"}]
 
 
+@pytest.mark.parametrize("form", ["compiled loops", "tensor operations"])
 @pytest.mark.parametrize("name", list(kernels.OPTIMIZERS))
-def test_kernels_count_what_a_step_reads_and_writes(written: Path, name: str) -> None:
+def test_kernels_count_what_a_step_reads_and_writes(written: Path, name: str, form: str) -> None:
     """By hand, in 8-byte words and in floats of 4: theta, v, head; theta, m and s in two words each, two heads."""
-    kernels.measure(name, 10, "compiled loops", kernels.LOOPS, torch.device("cpu"))
+    kernels.measure(name, 10, form, kernels.FORMS | kernels.LOOPS, torch.device("cpu"))
     forward, back = found_in(written)
     words = {"sgd": (6, 7), "adamw": (16, 20)}[name]
     assert [line["bytes_per_parameter"] for line in (forward, back)] == [8 * n + 8 for n in words]

@@ -63,3 +63,14 @@ def compiling() -> Iterator[None]:
         finally:
             if enabled and not hooks._saved_tensors_hooks_is_enabled():
                 hooks._saved_tensors_hooks_enable()
+
+
+def give_up(what: str, error: Exception | None = None) -> None:
+    """Warn that kernels are not used: tensor operations, slower and with the same bits, take their place.
+
+    Args:
+        what: is given up.
+        error: what was raised, if anything.
+    """
+    reason = f" ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]})" if error else ""
+    warnings.warn(f"{what} cannot be used{reason}; tensor operations take their place", CompileWarning, stacklevel=2)

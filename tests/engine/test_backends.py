@@ -22,11 +22,13 @@ from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.bitstore import BitStore
 from revdistill.engine.integers.compiled import Compiled
 from revdistill.engine.integers.fixedpoint import FixedPoint, Wide
+from revdistill.engine.integers.fused import Fused
 from revdistill.engine.integers.history import DeviceHistory
 from revdistill.engine.integers.loops import LOOPS
 from revdistill.engine.integers.passes import Passes
 from revdistill.engine.integers.radix import COARSE, FINE, HEAD_BITS, WIDE, Radix
 from tests import standin
+from tests.engine import interpreted
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.filterwarnings("error::revdistill.CompileWarning")]
 
@@ -49,6 +51,7 @@ BACKENDS: dict[str, Backend] = {"loops": LOOPS, "passes": Passes(), "collected":
 @pytest.fixture(
     params=[
         *BACKENDS,
+        pytest.param("fused", marks=pytest.mark.slow),  # test_fused has quick ones
         pytest.param(
             "compiled",
             marks=[
@@ -62,6 +65,8 @@ BACKENDS: dict[str, Backend] = {"loops": LOOPS, "passes": Passes(), "collected":
     scope="module",
 )
 def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "fused":
+        return interpreted.fused()
     return BACKENDS[request.param] if request.param in BACKENDS else Compiled()
 
 
@@ -72,6 +77,8 @@ def _nothing_is_dropped(backend: Backend) -> Any:
     yield
     if isinstance(backend, Compiled):
         assert backend.compiled is not None
+    if isinstance(backend, Fused):
+        assert not backend.given_up
 
 
 def drawn(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:

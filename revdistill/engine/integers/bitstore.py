@@ -40,12 +40,19 @@ class BitStore:
         history: where spilled words go.
         radix: what n is a share of.
         backend: what does the integer work; by default the device's own.
+        head: int64 [numel], all 0; by default a new tensor.
     """
 
     def __init__(
-        self, numel: int, device: torch.device, history: History, radix: Radix = COARSE, backend: Backend | None = None
+        self,
+        numel: int,
+        device: torch.device,
+        history: History,
+        radix: Radix = COARSE,
+        backend: Backend | None = None,
+        head: Tensor | None = None,
     ) -> None:
-        self.head = torch.zeros(numel, dtype=torch.int64, device=device)
+        self.head = torch.zeros(numel, dtype=torch.int64, device=device) if head is None else head
         self.history, self.radix, self._base = history, radix, radix.base
         self._backend = backend or backend_for(device)
         self._bound = 1

@@ -164,4 +164,4 @@ def _randomise(operations: _Operations) -> None:
             fill(t[1], 0, 1 << LOW_BITS)
     for o in operations:
         if isinstance(o, _Decay):
-            fill(o.head, 0, int(o.divisor) << HEAD_BITS - o.radix.bits)
+            fill(o.head, 0, int(o.divisor.min()) << HEAD_BITS - o.radix.bits)

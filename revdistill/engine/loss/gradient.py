@@ -200,7 +200,8 @@ class Gradient:
         if self.data.function is None:
             return self.data.rows(k)
         with self.determinism.outside():
-            return self.data.from_function(k)
+            batch = self.data.from_function(k)
+        return self.data.aligned(batch) if self._alike else batch
 
     def _linearize(self, k: int, theta: Tensor, batch: Any) -> EagerLinearization:
         leaf = theta.detach().requires_grad_()

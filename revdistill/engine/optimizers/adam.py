@@ -268,4 +268,4 @@ def _ends(row: list[float]) -> tuple[float, float]:
 
 
 def _sqrt(value: float | Tensor) -> float | Tensor:
-    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+    return math.sqrt(value) if isinstance(value, float) else value.sqrt()

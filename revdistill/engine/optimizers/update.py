@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from revdistill.engine.integers.backend import Backend
@@ -116,11 +117,12 @@ class Update:
         """theta: int64 [numel]; the slots start at 0 and the stores empty."""
         formats, device = self.formats_with(fixed), theta.device
         numbers = {THETA: theta} | {name: formats[name].zeros(len(theta), device) for name in self.slots}
-        stores = {
-            move.target: [
-                BitStore(part.stop - part.start, device, history, move.radix, backend) for part, _ in move.segments
-            ]
-            for move in self.moves
-            if isinstance(move, Decay)
-        }
+        stores = {}
+        for move in self.moves:
+            if isinstance(move, Decay):
+                heads = torch.zeros(len(theta), dtype=torch.int64, device=device)  # in a row, for kernels
+                stores[move.target] = [
+                    BitStore(part.stop - part.start, device, history, move.radix, backend, heads[part])
+                    for part, _ in move.segments
+                ]
         return State(numbers, formats, stores, backend)

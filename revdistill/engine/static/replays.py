@@ -73,7 +73,7 @@ class CudaGraph(Replay):
             # Other threads of the process may do with the device what they like meanwhile.
             with cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 body()
-        except Exception:
+        except BaseException:
             _tidy_up(before, pool)
             raise
 

@@ -21,6 +21,7 @@ import revdistill as rd
 from gpu.apart import apart, left
 from gpu.lines import attempt, in_words, options_of, write
 from gpu.place import here, milliseconds
+from revdistill.engine.loss.determinism import repeatable
 
 # plain autograd is a loop in the manner of `higher`, too: each step calls the module with a dict of tensors
 NAMES = ("autograd", "reversible", "reversible-default", "reversible-replayed")
@@ -104,7 +105,8 @@ def outcome(problem: Task, steps: int, compile: Any) -> tuple[Tensor, Tensor]:
     theta = rd.unroll(
         problem.loss, problem.params, problem.batches, optimizer, steps=steps, adjoint=EAGER, compile=compile
     )
-    hypergradient = torch.autograd.grad(problem.outer(theta), [problem.batches[0], rates])
+    with repeatable(rates.device):  # the outer loss too, which is no part of the unroll
+        hypergradient = torch.autograd.grad(problem.outer(theta), [problem.batches[0], rates])
     return flat(theta.values()), flat(hypergradient)
 
 

@@ -105,9 +105,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder with the embedding tied to the output, in the manner of GPT-2; no dropout."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, vocabulary: int = CHARACTERS) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(CHARACTERS, size.width), nn.Embedding(size.length, size.width)
+        self.tokens, self.places = nn.Embedding(vocabulary, size.width), nn.Embedding(size.length, size.width)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
         self.norm = nn.LayerNorm(size.width)
         for module in self.modules():
@@ -117,7 +117,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Characters [B, L] -> logits of the next ones [B, L, CHARACTERS]."""
+        """Characters [B, L] -> logits of the next ones [B, L, vocabulary]."""
         # of size about 1 at the start: as small as the weights are, they are moved far by each step, and training leaps
         hidden = (self.tokens(x) + self.places.weight[: x.shape[1]]) * math.sqrt(self.tokens.embedding_dim)
         for block in self.blocks:

@@ -7,11 +7,12 @@ The loops written here are what a user would write by hand: dicts of tensors, mo
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tasks import MOMENTUM, Task
@@ -40,7 +41,7 @@ class Method:
         return None
 
 
-def ours(adjoint: rd.Adjoint, *, compile: bool = False) -> Callable[[Task, int], Gradients]:
+def ours(adjoint: rd.Adjoint, *, compile: bool | Literal["graphs"] = False) -> Callable[[Task, int], Gradients]:
     """`rd.unroll` with an adjoint."""
 
     def run(task: Task, steps: int) -> Gradients:
@@ -97,6 +98,34 @@ def autograd(task: Task, steps: int) -> Gradients:
     for k in range(steps):
         state = sgd_step(task, state, batch(k), rate[k])
     x, lr = torch.autograd.grad(outer_loss(task, state), [task.batches[0], rates])
+    return x, lr
+
+
+@functools.cache
+def compiled_step(loss: Callable[..., Tensor]) -> Callable[..., tuple[State, State]]:
+    """torch.compile of one whole step of SGD with momentum. The gradient is torch.func's: torch.compile refuses to go
+    back twice through what autograd took within it.
+    """
+    gradient = torch.func.grad(loss)
+
+    def step(params: State, v: State, batch: tuple[Tensor, Tensor], rate: Tensor) -> tuple[State, State]:
+        g = gradient(params, batch)
+        v = {name: MOMENTUM * v[name] + g[name] for name in params}
+        return {name: p - rate * v[name] for name, p in params.items()}, v
+
+    return torch.compile(step)
+
+
+def autograd_compiled(task: Task, steps: int) -> Gradients:
+    """Plain autograd through steps that torch.compile has fused: the graph of every step is kept."""
+    rates = task.rates(steps)
+    batch, rate = rows_of(task, rates)
+    params = {name: p.detach().requires_grad_() for name, p in task.params.items()}
+    v = {name: torch.zeros_like(p).requires_grad_() for name, p in params.items()}  # or step 0 is compiled apart
+    step = compiled_step(task.loss)
+    for k in range(steps):
+        params, v = step(params, v, batch(k), rate[k])
+    x, lr = torch.autograd.grad(task.outer(params), [task.batches[0], rates])
     return x, lr
 
 
@@ -241,9 +270,11 @@ GRAPHS = 2**30  # bytes: room for the graphs of every task's 100 steps but the C
 METHODS = {
     "training": Method("torch.optim.SGD (training only)", plain_training),
     "autograd": Method("plain autograd", autograd),
+    "autograd-compiled": Method("plain autograd, torch.compile'd steps", autograd_compiled, compiles=True),
     "reversible": Method("Reversible, no graphs", ours(rd.Reversible(graph_bytes=0))),
     "reversible-default": Method("Reversible", ours(rd.Reversible())),
     "reversible-graphs": Method("Reversible, 1 GiB of graphs", ours(rd.Reversible(graph_bytes=GRAPHS))),
+    "reversible-replayed": Method("Reversible, replayed", ours(rd.Reversible(), compile="graphs")),
     "reversible-compiled": Method("Reversible, compiled", ours(rd.Reversible(), compile=True), compiles=True),
     "storeall": Method("StoreAll", ours(rd.StoreAll())),
     "storeall-compiled": Method("StoreAll, compiled", ours(rd.StoreAll(), compile=True), compiles=True),

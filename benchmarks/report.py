@@ -31,12 +31,16 @@ OURS = {
     "reversible-default": "C3",
     "reversible": "C0",
     "reversible-graphs": "C9",
+    "reversible-replayed": "C5",
     "reversible-compiled": "C4",
     "checkpoint": "C2",
     "storeall": "C1",
 }
 # columns of the main README's table of speed
-COLUMNS = ("reversible-default", "reversible", "reversible-compiled", "storeall", "higher", "torchopt")
+COLUMNS = (
+    *("reversible-default", "reversible", "reversible-replayed", "reversible-compiled", "storeall"),
+    *("autograd-compiled", "higher", "torchopt"),
+)
 TARGETED = ("tiny", "mlp", "lenet", "convnet")
 
 

@@ -52,6 +52,7 @@ def main() -> None:
         "machine",
         device=options.device,
         quick=options.quick,
+        commit=os.environ.get("REVDISTILL_COMMIT"),
         machine=machine("cuda" if on_cuda else "cpu"),
         versions=versions(),
         packages=packages,

@@ -17,7 +17,12 @@ from tasks import make
 from gpu.lines import attempt, options_of, write
 from gpu.place import here, synchronise
 
-TASKS, NAMES, STEPS, WARM_UP = ("mlp", "lenet"), ("reversible", "autograd"), (100, 1_000, 5_000), 3
+TASKS, NAMES, STEPS, WARM_UP = (
+    ("mlp", "lenet"),
+    ("reversible", "reversible-replayed", "autograd"),
+    (100, 1_000, 5_000),
+    3,
+)
 
 
 def one(task: str, method: str, lengths: tuple[int, ...], name: str) -> None:

@@ -17,7 +17,7 @@ from revdistill.engine import NonFiniteError, RangeError, unroll
 from revdistill.engine.loss.determinism import repeatable
 from revdistill.outer.data import Dataset
 from revdistill.outer.descent import Descent, clip_to, cosine
-from revdistill.outer.device import check_device
+from revdistill.outer.device import check_device, compiled_on
 from revdistill.outer.labels import are_numbers
 from revdistill.outer.networks import NetworkStack
 from revdistill.outer.optimizers import OPTIMIZERS
@@ -161,6 +161,7 @@ class Distiller:
             OPTIMIZERS[self.config.optimizer].engine(lr, momentum, self.config.weight_decay),
             steps=steps,
             adjoint=self.config.make_adjoint(),
+            compile=compiled_on(self.device),
             seed=seed,
             window=self.config.window,
         )

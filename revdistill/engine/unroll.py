@@ -163,6 +163,15 @@ def unroll(
             compiled always), the integer work; each is compared with eager on its first use, and dropped with a
             CompileWarning where it differs or cannot be compiled. Of gradient and product the faster form is kept. Keep
             one `loss` object to compile once.
+            "graphs": on CUDA a step forward, and a step back of `Reversible` for one loss, is one CUDA graph that is
+            replayed: a small network's step waits for kernel launches, and has none left. A step is captured once for
+            each `loss` object (and form of batch and optimizer) and admitted where it was proved to have eager's bits,
+            in every unroll at a few steps of each way, or else made eagerly, with a CompileWarning: a loss that waits
+            for the device (`.item()`), draws random numbers on the host, or changes what it does from step to step. A
+            state of more than 1 GiB is stepped eagerly. On a CPU nothing is captured, but steps are taken to be like
+            those before them, as with graphs: what is looked for at each step (a tensor that requires grad and reaches
+            the loss by closure) is looked for at the first three, at those whose number is a power of two, and at the
+            last.
         on_step: called as on_step(k, theta_k, loss_k) at each step of the forward pass, with detached tensors.
         return_stats: also return an `UnrollStats`.
         seed: of the random numbers inside the loss; by default that of `state`, or else drawn from torch's default
@@ -235,9 +244,8 @@ def unroll(
             taken=start.taken,
             indifferent=indifferent,
         )
-        gradient = (CompiledGradient if compile is True else Gradient)(
-            loss, layout, data, determinism, steps, usage, originals
-        )
+        rest = (loss, layout, data, determinism, steps, usage, originals)
+        gradient = CompiledGradient(*rest) if compile is True else Gradient(*rest, alike=compile == "graphs")
         if unused:
             usage.begin(0, unused)
             gradient.first = evaluation

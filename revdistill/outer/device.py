@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 
@@ -26,3 +28,15 @@ def check_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def compiled_on(device: torch.device) -> Literal["graphs"] | bool:
+    """How an outer loop's unrolls are compiled, as `rd.unroll` takes it.
+
+    Args:
+        device: on which they are made.
+
+    Returns:
+        "graphs" anywhere but on a CPU: steps are replayed where they have eager's bits, so that results are the same.
+    """
+    return "graphs" if device.type != "cpu" else False

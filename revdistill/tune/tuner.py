@@ -11,7 +11,7 @@ from torch import Tensor
 from revdistill.engine import BackwardNorms, Optimizer, unroll
 from revdistill.outer.data import Dataset
 from revdistill.outer.descent import Descent, clip_to, cosine
-from revdistill.outer.device import check_device
+from revdistill.outer.device import check_device, compiled_on
 from revdistill.outer.networks import NetworkStack, Params
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.random_streams import HELD_OUT, MINIBATCHES, NETWORKS, Minibatches, generator, mix
@@ -117,6 +117,7 @@ class Tuner:
             steps=config.steps,
             seed=k,
             window=config.window,
+            compile=compiled_on(self.device),
             clip_back=config.clip_back,
             on_step_back=norms,
         )

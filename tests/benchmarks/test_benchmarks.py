@@ -43,6 +43,18 @@ def test_every_method_gives_the_hypergradient(name: str) -> None:
         torch.testing.assert_close(rates, expected_rates, rtol=1e-8, atol=1e-12)
 
 
+def test_the_compiled_rivals_steps_are_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile is given; and it is given one thing, once."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda step: compiled.append(step) or step)
+    task = tasks.make("tiny", dtype=torch.float64)
+    for _ in range(2):
+        found = methods.autograd_compiled(task, 7)
+    assert len(compiled) == 1
+    for mine, expected in zip(found, methods.autograd(task, 7), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-8, atol=1e-12)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_stacked_jobs_are_independent(momentum: float) -> None:
     """A job distils to the same data alone as beside others, up to the rounding of batched products."""

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from gpu import launches
 from tests import standin
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/cuda.sh"
-TESTS = ("primitives", "unrolls", "ways_back", "surroundings")
-PARTS = ["machine", "verify", *TESTS, "speed", "memory", "launches", "capture", "compile"]
+TESTS = [path.stem.removeprefix("test_") for path in sorted((SCRIPT.parents[1] / "tests/cuda").glob("test_*.py"))]
+TIMED = ["speed", "kernels", "long", "gpt2", "capture", "compile"]
+PARTS = ["machine", *TESTS, "verify", "memory", "launches", *TIMED]
 BASH = shutil.which("bash")
 
 pytestmark = pytest.mark.skipif(
@@ -83,10 +85,29 @@ def test_a_part_that_hangs_is_ended_and_the_rest_are_told_to_have_no_time(tmp_pa
     assert {line["part"]: line.get("skipped") for line in rest} == dict.fromkeys(PARTS[1:], "no time was left")
 
 
-def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
-    done = run(tmp_path / "out", "--fast")
+def test_some_parts_only_in_the_scripts_order_and_told_when_they_end(tmp_path: Path) -> None:
+    says = interpreter(tmp_path, 'echo "$* until $REVDISTILL_UNTIL commit $REVDISTILL_COMMIT"')
+    run(tmp_path / "out", "--only", "gpt2=9,speed", PYTHON=says, DEADLINE="50", COMMIT="abc")
+    assert [line["part"] for line in lines_of(tmp_path / "out")] == ["machine", "speed", "gpt2"]
+    told = (tmp_path / "out/log.txt").read_text().splitlines()
+    assert all(line.endswith("commit abc") for line in told[:3])
+    until = [float(line.split(" until ")[1].split()[0]) for line in told[:3]]
+    assert all(0 < moment - time.time() < 51 for moment in until)
+    assert 30 < until[1] - until[2] < 50  # gpt2 has its own
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--fast"], "--fast"),
+        (["--only", "speed,fast"], "--only fast: there is no such part; there are machine"),
+        (["--only", "speed=soon"], "--only speed=soon: after = there must be a number of seconds"),
+    ],
+)
+def test_an_unknown_option_is_refused(tmp_path: Path, options: list[str], named: str) -> None:
+    done = run(tmp_path / "out", *options)
     assert done.returncode == 2
-    assert "--fast" in done.stderr
+    assert named in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -113,6 +134,36 @@ LINES: list[dict[str, Any]] = [
         {"method": "autograd", "ms_per_step": 2.0, "ratio_to_autograd": 1.0, "disagreement": 0.0},
         {"method": "reversible", "ms_per_step": 3.0, "ratio_to_autograd": 1.51, "disagreement": 1e-12},
     ]},
+    {"part": "speed", "task": "mlp", "title": "AN MLP", "steps": 100, "rounds": 3, "methods": [
+        {"method": "autograd", "ms_per_step": 9.0, "ratio_to_autograd": 1.0, "disagreement": 0.0},
+        {"method": "autograd-compiled", "ms_per_step": 1.2, "ratio_to_autograd": 0.63, "disagreement": 2e-7,
+         "disagreement_dtype": "float32", "first_call_seconds": 33.3, "compile_warnings": []},
+        {"method": "reversible-replayed", "error": "RuntimeError: no capture"},
+    ]},
+    {"part": "speed", "task": "tiny", "title": "TINY", "steps": 100, "rounds": 3, "methods": [
+        {"method": "autograd", "ms_per_step": 2.0, "ratio_to_autograd": 1.0, "disagreement": 0.0},
+        {"method": "reversible-replayed", "ms_per_step": 0.5, "ratio_to_autograd": 0.25, "disagreement": 1e-12,
+         "disagreement_dtype": "float64", "first_call_seconds": 1.5, "compile_warnings": ["it was dropped"]},
+    ]},
+    {"part": "speed", "task": "tiny", "title": "TINY", "steps": 100, "theta_equal": True,
+     "hypergradient_equal": False, "theta_differs_by": 0.0, "hypergradient_differs_by": 3e-8},
+    {"part": "speed", "task": "lenet", "method": "autograd-compiled", "error": "TimeoutError: not done within 60 s"},
+    {"part": "kernels", "optimizer": "sgd", "parameters": 10_000_000, "form": "one kernel for all", "way": "back",
+     "microseconds": 250.0, "bytes_per_parameter": 64.0, "gigabytes_per_second": 2560.0,
+     "share_of_copy": 0.948, "copy_gigabytes_per_second": 2700.0, "exact": True},
+    {"part": "kernels", "optimizer": "sgd", "parameters": 100_000, "form": "one kernel for all",
+     "error": "ImportError: no fusing"},
+    {"part": "long", "task": "mlp", "title": "AN MLP", "steps": 100_000, "parameters": 89_610,
+     "seconds_forward": 20.0, "seconds_back": 60.0, "peak_bytes": 12 * 2**20, "state_bytes": 1,
+     "history_bytes": 160 * 2**20, "bits_per_parameter_step": 0.1499, "amplification": 1.5, "finite": True,
+     "compile_warnings": []},
+    {"part": "gpt2", "batch": 1, "length": 512, "steps": 1, "compile": False, "probe": True, "peak_bytes": 1},
+    {"part": "gpt2", "needed_for_the_whole_batch": 250 * 2**30, "whole_batch": 64, "memory": 8e10, "fits": 16},
+    {"part": "gpt2", "batch": 16, "length": 512, "steps": 72, "compile": False,
+     "error": "OutOfMemoryError: CUDA out of memory"},
+    {"part": "gpt2", "batch": 8, "length": 512, "steps": 30, "compile": False, "parameters": 124_046_592,
+     "seconds_forward": 0.25, "seconds_back": 0.75, "peak_bytes": 40 * 2**30, "state_bytes": 1,
+     "history_bytes": 0, "finite": True, "compile_warnings": []},
     {"part": "memory", "task": "mlp", "method": "reversible", "steps": 100, "bytes": 3 * 2**20, "seconds": 1.0},
     {"part": "memory", "task": "mlp", "method": "autograd", "steps": 100,
      "error": "OutOfMemoryError: CUDA out of memory"},
@@ -142,11 +193,25 @@ def test_the_report_tells_what_was_found(tmp_path: Path) -> None:
     text = report_cuda.section(report_cuda.load(path))
     for told in (
         "A CARD (80 GB, driver 580, CUDA 13)",
-        "1 of 2 passed",
-        "0 of 1 passed",
+        "1 of 2 passed, not `tests/cuda/b`.",
+        "0 of 1 passed, not `momentum 0.9`.",
         "| tests/cuda/b | assert 1 == 2 \\| 3 |",
         "| verify: momentum 0.9 | 0.2 |",
-        "| Reversible, no graphs | 3.00 | 1.51 | 1e-12 |",
+        "| Reversible, no graphs | 3.00 | 1.51 | - | 1e-12 |",
+        "| plain autograd, torch.compile'd steps | 1.20 | 0.63 | 33.3 | 2e-07 (float32) |",
+        "| Reversible, replayed | 0.50 | 0.25 | 1.5 | 1e-12 |",
+        "replayed steps differ from eager's: the hypergradient by 3e-08 of its norm.",
+        "Reversible, replayed: warned that it was dropped",
+        "- speed mlp 100 reversible-replayed: RuntimeError: no capture",
+        "- speed lenet autograd-compiled: TimeoutError: not done within 60 s",
+        "| sgd | 10,000,000 | one kernel for all | back | 250.0 | 64 | 2,560 | 2,700 | 0.95 | yes |",
+        "- kernels sgd 100000 one kernel for all: ImportError: no fusing",
+        "T = 100,000 | 20.0 | 60.0 | 0.80 | 12.0 MiB | 160.0 MiB | 0.150 |",
+        "a network of GPT-2's size (124.0 M parameters), float32",
+        "| ours | 16 x 512 | 72 | OutOfMemoryError | - | - |",
+        "| ours | 8 x 512 | 30 | 40.0 GiB | 0.25 | 0.75 |",
+        "| 64 x 512 | 72 | 26.4 GiB | - | 11.10 |",
+        "one of 64 needs 250 GiB at once",
         "| plain autograd | OutOfMemoryError |",
         "| sgd | back | 150.5 kernel |",
         "2 x guard.py:9",
@@ -158,9 +223,13 @@ def test_the_report_tells_what_was_found(tmp_path: Path) -> None:
         "- unrolls: out of time",
     ):
         assert told in text
+    assert text.count("| plain autograd | 2.00 | 1.00 |") == 2  # the MLP's as it was measured beside ours
+    assert "| plain autograd | 9.00" not in text
     summary = report_cuda.summary(LINES)
-    assert "| 1.51 |" in summary
-    assert "3 MiB" in summary
+    assert "| - | 1.51 |" in summary or "| 0.63 | 1.51 |" in summary
+    assert "3.0 MiB" in summary
+    assert "Step by step, a hypergradient takes 1.5 to 1.5 times as long as plain autograd." in summary
+    assert "With replayed steps, a hypergradient takes 0.25 to 0.25 times" in summary
 
 
 @pytest.mark.parametrize("kept", range(1, len(LINES)))
@@ -174,7 +243,8 @@ def test_a_report_of_what_there_was_time_for(kept: int) -> None:
 @pytest.mark.skipif(not standin.available(), reason="the stand-in device needs torch 2.9 or newer")
 def test_a_dry_run_on_the_stand_in(tmp_path: Path) -> None:
     """Minutes on two cores: everything but what only a GPU has."""
-    done = run(tmp_path, "--device", "standin", "--quick", PYTHON=sys.executable)
+    patient = ",".join(f"{name}=500" for name in PARTS)  # at once on few cores
+    done = run(tmp_path, "--device", "standin", "--quick", "--only", patient, PYTHON=sys.executable)
     lines = lines_of(tmp_path)
     assert [line for line in lines if "error" in line] == [], done.stdout[-5000:]
     assert {line["part"]: line["exit"] for line in lines if "exit" in line} == dict.fromkeys(PARTS, 0), done.stdout[

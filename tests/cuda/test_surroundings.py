@@ -122,42 +122,50 @@ from gpu.place import here
 with here({device!r}) as device:
     a = torch.ones(8, 8, device=device)
     a @ a
-    {later}
     import revdistill as rd
     w = torch.eye(8, device=device, requires_grad=True)
     def loss(params, batch):
         return (a @ params["w"]).square().mean()
     theta = rd.unroll(loss, {{"w": w}}, lambda k: (), rd.SGD(0.01, 0.9), steps=3)
     theta["w"].sum().backward()
-    assert w.grad.isfinite().all()
-    print("every bit is back", flush=True)
+
+    b = torch.ones(8, 8, dtype=torch.float64)
+    start = torch.eye(8, dtype=torch.float64, requires_grad=True)
+    now, v = start, torch.zeros_like(start)
+    for _ in range(3):
+        v = 0.9 * v + torch.autograd.grad((b @ now).square().mean(), now, create_graph=True)[0]
+        now = now - 0.01 * v
+    now.sum().backward()
+    for found, expected in ((theta["w"].detach(), now.detach()), (w.grad, start.grad)):
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-6)
+    print("right", flush=True)
     if device.type == "standin":
         os._exit(0)  # torch 2.11 aborts where a thread of autograd's for such a device is still there at the end
 """
 
 
-def in_a_process(*, imports: str = "", later: str = "") -> subprocess.CompletedProcess[str]:
-    """A matrix product, then an unroll, in a process that does not inherit what importing revdistill has set in this
-    one.
+def in_a_process(imports: str = "") -> subprocess.CompletedProcess[str]:
+    """A matrix product, then an unroll beside a loop in float64, in a process that does not inherit what importing
+    revdistill has set in this one.
     """
-    code = _UNROLL.format(
-        root=str(ROOT), benchmarks=str(ROOT / "benchmarks"), device=DEVICE, imports=imports, later=later
-    )
+    code = _UNROLL.format(root=str(ROOT), benchmarks=str(ROOT / "benchmarks"), device=DEVICE, imports=imports)
     environment = {name: value for name, value in os.environ.items() if name != CUBLAS_VARIABLE}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
 
 
 def test_a_product_after_the_import_and_before_the_first_unroll(device: torch.device) -> None:
-    done = in_a_process(imports="import revdistill")
-    assert (done.returncode, done.stdout) == (0, "every bit is back\n"), done.stderr
+    done = in_a_process("import revdistill")
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
 
 
-@only_on_cuda
-def test_a_product_before_the_import_is_an_error_that_says_what_to_do(device: torch.device) -> None:
-    done = in_a_process(later="torch.cuda.synchronize()")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()
-    assert any("UnsupportedError" in line and CUBLAS_VARIABLE in line for line in last), done.stderr
+def test_a_product_before_the_import_is_right_or_an_error_that_says_what_to_do(device: torch.device) -> None:
+    """Whether torch still takes CUBLAS_WORKSPACE_CONFIG after its first product differs between its versions."""
+    done = in_a_process()
+    if done.returncode == 0:
+        assert done.stdout == "right\n"
+        return
+    named = [line for line in done.stderr.splitlines() if "UnsupportedError: " in line]
+    assert any(CUBLAS_VARIABLE in line and "import revdistill" in line for line in named), done.stderr
 
 
 @pytest.mark.parametrize("name", augment.AUGMENTATIONS)

@@ -201,7 +201,7 @@ def test_a_launch_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(theta, expected.floats(THETA, torch.float32))
     assert (int(notes[0]), float(notes[1])) == (LOOPS.fingerprint(g), LOOPS.largest(g))
     moves.run(g)  # without a second warning
-    whole._one_by_one(g, None, None)
+    Moves.run(whole, g)
     assert_same(contents(state), contents(expected))
 
 

@@ -18,7 +18,7 @@ from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
 from revdistill.engine.optimizers.update import Update
 from revdistill.engine.problem import Problem
 from revdistill.engine.static.batch import StaticBatch
-from revdistill.engine.static.made import Moves
+from revdistill.engine.static.fusing import moves_of
 from revdistill.engine.static.notes import Notes
 from revdistill.engine.static.replays import Body, Replay, pool_of, replay_of
 from revdistill.engine.static.rows import DeviceNumbers
@@ -67,9 +67,14 @@ class Program:
         self._k = 0
         self._pool = pool_of(device)
         moves: Update = numbers.update
-        self._forward_moves = Moves(moves.moves, self.state, back=False)
-        self._blind = Moves(moves.blind[::-1], self.state, back=True)
-        self._seeing = Moves(moves.seeing[::-1], self.state, back=True)
+        self._forward_moves = moves_of(moves.moves, self.state, back=False)
+        self._blind = moves_of(moves.blind[::-1], self.state, back=True)
+        self._seeing = moves_of(moves.seeing[::-1], self.state, back=True)
+        self._clips = moves.clipping is not None
+        self._found = (
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.zeros((), dtype=torch.float64, device=device),
+        )
         self._derivatives = Derivatives(moves)
         self._forward: Replay | None = None
         self._back: Replay | None = None
@@ -126,15 +131,24 @@ class Program:
             self._forward = replay_of(self._step_forward, self._undone, self.buffer.device, self._pool)
 
     def _step_forward(self) -> None:
-        k, backend = self.numbers.begin(), self.state.backend
+        k = self.numbers.begin()
         linear = self._linear()
         gradient = linear.gradient
-        entry = torch.as_tensor(backend.largest(gradient), device=gradient.device)
-        fingerprint = torch.as_tensor(backend.fingerprint(gradient), device=gradient.device)
+        if self._clips:  # the moves see another gradient than is noted
+            fingerprint, entry = self._noted(gradient)
+            self._forward_moves.run(self._derivatives.as_moves_saw_it(k, gradient), self.buffer)
+        else:
+            fingerprint, entry = self._found
+            self._forward_moves.run(gradient, self.buffer, self._found)
         self.forward_notes.write(entry, linear.loss, fingerprint)
         self.loss.copy_(linear.loss)
-        self._forward_moves.run(self._derivatives.as_moves_saw_it(k, gradient), self.buffer)
         self.numbers.counter.add_(1)
+
+    def _noted(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient's fingerprint, and its largest entry."""
+        found = self.state.backend.fingerprint(gradient), self.state.backend.largest(gradient)
+        fingerprint, entry = (torch.as_tensor(n, device=gradient.device) for n in found)
+        return fingerprint, entry
 
     def _linear(self) -> EagerLinearization:
         """The loss and its gradient at the theta that is in the buffer."""
@@ -205,7 +219,7 @@ class Program:
 
     def _step_back(self) -> None:
         assert self.bars is not None
-        k, bars, state = self.numbers.begin(), self.bars, self.state
+        k, bars = self.numbers.begin(), self.bars
         bad, where = worst_of(bars.flat[THETA])
         values = self._slots()
         for name, row in bars.tables.items():
@@ -214,7 +228,7 @@ class Program:
         self._blind.run(None, self.buffer)
         linear = self._linear()
         gradient = linear.gradient
-        fingerprint = torch.as_tensor(state.backend.fingerprint(gradient), device=gradient.device)
+        fingerprint = torch.as_tensor(self.state.backend.fingerprint(gradient), device=gradient.device)
         self.back_notes.write(where, bad, fingerprint)
         seen = self._derivatives.as_moves_saw_it(k, gradient)
         values[THETA] = self.buffer

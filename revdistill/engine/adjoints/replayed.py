@@ -21,6 +21,7 @@ from revdistill.engine.compiling import warn_of_replays
 from revdistill.engine.errors import RevdistillError, ReversalError
 from revdistill.engine.integers.history import NoHistory
 from revdistill.engine.integers.snapshot import Snapshot
+from revdistill.engine.loss.data import like_fresh
 from revdistill.engine.loss.randomness import generators_of
 from revdistill.engine.optimizers.moves import Decay
 from revdistill.engine.problem import Problem
@@ -32,6 +33,7 @@ from revdistill.engine.static.rows import DeviceNumbers, NoRowsError
 FIRST = 2  # the first step that may be replayed: step 0 is another one, and step 1 has a state at rest behind it
 FEWEST = 4  # steps that it is worth to prepare for
 LOOKED_AT = frozenset(FIRST + 16**i - 1 for i in range(1, 16))  # steps that are compared again, besides the last
+LARGEST = 2**30  # bytes of a state: a larger network's steps are long, and copies of it, to compare, are large too
 KEPT_BYTES = 256 * 2**20  # of a program that is kept for the loss's next unroll
 
 
@@ -77,7 +79,9 @@ class Replayed:
         program: Program | None = kept.take(problem.gradient.loss, self._key)
         if program is None:
             nbytes = 2 * trajectory.state.nbytes + sum(t.nbytes for t in problem.data.hypers)
-            program = Program(trajectory, batch, self._numbers, kept=nbytes <= KEPT_BYTES)
+            # Copies of hyper would lie elsewhere than eager steps find them, and bits depend on that.
+            fresh = all(like_fresh(t) is t for t in problem.data.hypers)
+            program = Program(trajectory, batch, self._numbers, kept=fresh and nbytes <= KEPT_BYTES)
         self._program, self._at = program, -1
         program.take(trajectory, self._numbers)
         return program
@@ -372,8 +376,9 @@ def _are_wanted(problem: Problem) -> bool:
 
 
 def forward_of(trajectory: Trajectory) -> Forward | None:
-    """What replays the trajectory's steps; None where that was not asked for."""
-    return Forward(trajectory) if _are_wanted(trajectory.problem) else None
+    """What replays the trajectory's steps; None where that was not asked for, or cannot pay."""
+    wanted = _are_wanted(trajectory.problem) and trajectory.state.nbytes <= LARGEST
+    return Forward(trajectory) if wanted else None
 
 
 def back_of(trajectory: Trajectory, sweep: Sweep, repeated: Repeated, eager: Callable[[int], Any]) -> Back | None:
@@ -393,12 +398,12 @@ def _key_of(problem: Problem, trajectory: Trajectory, numbers: DeviceNumbers, ba
     return (
         problem.update.layout,
         trajectory.fixed,
-        problem.steps,
+        numbers.capacity,
         data.form,
         form_of(batch),
         form_of(data.hypers),
         tuple(t.requires_grad for t in (*data.tensors, *data.hypers)),
-        tuple(table.values.requires_grad for table in problem.update.tables.values()),
+        tuple((t.values.requires_grad, len(t.values) == 1) for t in problem.update.tables.values()),
         numbers.signature,
         (determinism.autocast, determinism.autocast_dtype, determinism.threads),
         determinism.modules.modes,

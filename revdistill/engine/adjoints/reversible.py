@@ -78,7 +78,7 @@ class _Reversal(Recording):
         self._problem = problem
         self.history = open_history(adjoint.history, theta0.device)
         self._graph_bytes = adjoint.graph_bytes
-        if problem.replays:  # no graph is evaluated step by step that could be kept
+        if problem.replays and problem.backend.interval > 1:  # no graph is evaluated step by step that could be kept
             self._graph_bytes = 0
         if self._graph_bytes is None:
             self._graph_bytes = min(GRAPH_BYTES, free_bytes(theta0.device) // _SHARE)

@@ -16,7 +16,7 @@ from revdistill.engine.integers.history import History
 from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.loss.gradient import Linearization
 from revdistill.engine.optimizers.sources import THETA
-from revdistill.engine.problem import OnStep, Problem
+from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
 
 BeforeStep = Callable[[int], None]
@@ -75,6 +75,7 @@ class Trajectory:
         self._blind, self._seeing = problem.update.blind[::-1], problem.update.seeing[::-1]
         self._clipping = problem.update.clipping
         self._reset(problem.backend.interval)
+        self._shown = 0  # steps that `on_step` has seen: where steps are made again, it does not see them again
         self.was_replayed = False
         self._replayed: Replays | None = replays(self) if replays is not None and problem.replays else None
 
@@ -114,22 +115,22 @@ class Trajectory:
     def run(self, before_step: BeforeStep = _nothing, after_step: AfterStep = _nothing) -> None:
         """All steps forward, with a call before and after each; then the checks that are still open."""
         try:
-            self._run(before_step, after_step, self.problem.on_step)
+            self._run(before_step, after_step)
         except SuspicionError:
             # The same steps again, looked at one by one: raises the named error, or shows that nothing was wrong.
             self.was_replayed = False
             self._reset(interval=1)
-            self._run(before_step, after_step, on_step=None)
+            self._run(before_step, after_step)
         except OtherBitsError as error:
             warn_of_replays(str(error))
             self.was_replayed = False
             self._reset(self.problem.backend.interval)
-            self._run(before_step, after_step, on_step=None)
+            self.run(before_step, after_step)
 
-    def _run(self, before_step: BeforeStep, after_step: AfterStep, on_step: OnStep | None) -> None:
+    def _run(self, before_step: BeforeStep, after_step: AfterStep) -> None:
         bar = Bar(self.problem.progress, self.problem.steps, "forward", "loss")
         try:
-            self._steps(before_step, after_step, on_step, bar)
+            self._steps(before_step, after_step, bar)
             if self._replayed is not None:
                 self._replayed.flush()
         finally:
@@ -140,14 +141,16 @@ class Trajectory:
         self.guard.flush(self.state)
         self.problem.gradient.flush()
 
-    def _steps(self, before_step: BeforeStep, after_step: AfterStep, on_step: OnStep | None, bar: Bar) -> None:
+    def _steps(self, before_step: BeforeStep, after_step: AfterStep, bar: Bar) -> None:
         for k in range(self.problem.steps):
             before_step(k)
             self._save(k)
+            on_step = self.problem.on_step if k >= self._shown else None
             theta = None if on_step is None else self.theta().clone()
             linear = None if self._replayed is not None and self._replayed.makes(k) else self.step(k)
             if on_step is not None:
                 assert theta is not None
+                self._shown = k + 1
                 with self.problem.determinism.watching():
                     on_step(self.problem.number(k), self.problem.update.layout.views(theta), self._loss(linear).clone())
             after_step(k, linear)

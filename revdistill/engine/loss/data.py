@@ -97,7 +97,16 @@ class Data:
 
     def rows(self, k: int) -> tuple[Tensor, ...]:
         """Step k's batch of tensors, detached; () where a function gives the batches."""
-        return self._batches.batch(self.row(k)) if self.tensors else ()
+        found = self._batches.batch(self.row(k)) if self.tensors else ()
+        return tuple(map(like_fresh, found))
+
+    def aligned(self, batch: Any) -> Any:
+        """A batch that a function gave, its tensors as `like_fresh` has them."""
+        found = [leaf for _, leaf in leaves(batch, "")]
+        copies = [like_fresh(leaf) if isinstance(leaf, Tensor) else leaf for leaf in found]
+        if all(a is b for a, b in zip(found, copies, strict=True)):
+            return batch
+        return rebuild(structure_of(batch), copies)
 
     def batches_of(self, tensors: Sequence[Tensor]) -> _Views | Gathered:
         """The batches of tensors that stand for `tensors`, by the row."""
@@ -151,6 +160,18 @@ class Data:
     def arguments(self, batch: Any, hypers: Sequence[Tensor]) -> tuple[Any, ...]:
         """See `Form.arguments`."""
         return self.form.arguments(batch, hypers)
+
+
+_ALIGNED = 512  # bytes: where memory that torch takes on CUDA begins
+
+
+def like_fresh(t: Tensor) -> Tensor:
+    """The tensor, or on CUDA, where it begins elsewhere than new ones do, a copy.
+
+    Libraries choose their kernels, and so the last bits, by where numbers lie in memory: a row of a table would have
+    other bits than the same numbers in another row, or copied into the memory of a step that is replayed.
+    """
+    return t.clone() if t.device.type == "cuda" and t.data_ptr() % _ALIGNED else t
 
 
 class _Views:

@@ -33,6 +33,7 @@ from revdistill.engine.loss.usage import UnusedParametersError, Usage
 # tiny networks, where it is a third of a graph.
 _NODE_BYTES = 1024
 
+FIRST_ALIKE = 3  # the first step that may be taken to be like those before it
 
 BACKWARD_INSIDE = (
     "the loss calls .backward() itself, and what that adds to gradients would be dropped; return the sum "
@@ -111,6 +112,7 @@ class Gradient:
         steps: of the unroll.
         usage: which parameters must have a gradient; by default any may lack it, at all steps.
         originals: watches that the loss does not read the parameters as they were given.
+        alike: whether the steps after the first few are taken to be like these, and checked once in a while only.
 
     Attributes:
         fingerprints: of each step's gradient, as it was evaluated first.
@@ -126,7 +128,10 @@ class Gradient:
         steps: int,
         usage: Usage | None = None,
         originals: Originals | None = None,
+        *,
+        alike: bool = False,
     ) -> None:
+        self._alike = alike
         self.loss, self.layout, self.data, self.determinism = loss, layout, data, determinism
         self.usage = usage or Usage(layout.names)
         self.fingerprints = Fingerprints(steps, layout.device)
@@ -183,7 +188,8 @@ class Gradient:
 
     def leaves_of(self, tensors: Sequence[Tensor], hypers: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
         """New leaves over a batch's tensors and over those of hyper, which require grad where the unroll's do."""
-        return _leaves(tuple(tensors), self._batch_wanted), _leaves(tuple(hypers), self._hyper_wanted)
+        wanted = self._batch_wanted if tensors else ()
+        return _leaves(tuple(tensors), wanted), _leaves(tuple(hypers), self._hyper_wanted)
 
     def flush(self) -> None:
         """All steps have been evaluated: the checks that are still open. Raises: UnsupportedError."""
@@ -194,10 +200,13 @@ class Gradient:
         if self.data.function is None:
             return self.data.rows(k)
         with self.determinism.outside():
-            return self.data.from_function(k)
+            batch = self.data.from_function(k)
+        return self.data.aligned(batch) if self._alike else batch
 
     def _linearize(self, k: int, theta: Tensor, batch: Any) -> EagerLinearization:
         leaf = theta.detach().requires_grad_()
+        if self._alike and k >= FIRST_ALIKE and k not in self._looks:
+            return self._as_before(k, leaf, batch)
         batch_leaves: tuple[Tensor, ...] = ()
         given = None if self.data.function is None else batch
         if self.data.function is None:
@@ -231,6 +240,19 @@ class Gradient:
         )
         if self.usage.to_spare:
             raise UnusedParametersError(self.usage.unused, found)
+        return found
+
+    def _as_before(self, k: int, leaf: Tensor, batch: Any) -> EagerLinearization:
+        """Without looking whether the step is like those before it."""
+        if self.data.function is None:
+            batch, hyper_leaves = self.leaves_of(batch, self.data.hypers)
+            batch_leaves = batch
+        else:
+            batch_leaves, hyper_leaves = self.leaves_of((), self.data.hypers)
+        with self.determinism.step(k):
+            found = self.bare(k, leaf, batch, batch_leaves, hyper_leaves)
+        if self.data.function is not None:
+            found.batch = batch
         return found
 
     def _evaluated(self, k: int, evaluate: Callable[[], Tensor], batch: Any) -> Tensor:

@@ -23,13 +23,11 @@ from revdistill.engine.integers.state import THETA, State
 from revdistill.engine.optimizers.moves import Add, Factor, Move, RunningMaximum
 from revdistill.engine.optimizers.sources import GRADIENT, Read
 from revdistill.engine.static.expressions import Expression, InKernel, Values, Writer
-from revdistill.engine.static.made import Moves
+from revdistill.engine.static.made import Moves, Notes
 from revdistill.engine.static.rows import ANY, RowDecay
 
 BLOCK = 512  # elements of one program, four to a thread
 _BITS = {torch.float32: "tl.int32", torch.float64: "tl.int64"}
-
-Notes = tuple[Tensor, Tensor]
 
 
 def moves_of(moves: Sequence[Move], state: State, *, back: bool) -> Moves:
@@ -63,33 +61,24 @@ class FusedMoves(Moves):
         self._given_up = False
 
     def run(self, gradient: Tensor | None, theta_out: Tensor | None = None, notes: Notes | None = None) -> None:
-        """Make them.
-
-        Args:
-            gradient: float32 or float64 [numel]; None where no move sees it and no notes are wanted.
-            theta_out: float [numel], to be filled with theta after them.
-            notes: (int64 [], float64 []), to be filled with the gradient's fingerprint and its largest magnitude.
-
-        Raises:
-            ValueError: there is no gradient, and it is needed.
-        """
+        """See `Moves.run`. Raises: ValueError where there is no gradient, and it is needed."""
         needed = notes is not None or any(GRADIENT in move.reads for move in self._moves)
         if needed and gradient is None:
             raise ValueError("gradient: needed by these moves or for notes, got None")
-        for t in notes or ():
-            t.zero_()
         if self._given_up or not self._launched(gradient if needed else None, theta_out, notes):
-            self._one_by_one(gradient, theta_out, notes)
+            super().run(gradient, theta_out, notes)
 
     def _launched(self, gradient: Tensor | None, theta_out: Tensor | None, notes: Notes | None) -> bool:
         theta = self._state.numbers[THETA]
         numel = theta.shape[-1]
         if not numel:
-            return True
+            return False
         called: dict[str, Tensor] = {} if gradient is None else {"gradient_at": gradient}
         if theta_out is not None:
             called["theta_out_at"] = theta_out
         if notes is not None:
+            for note in notes:
+                note.zero_()
             called |= {"fingerprint_at": notes[0], "largest_at": notes[1].view(torch.int64)}
         try:
             source, arguments = self._source(
@@ -104,14 +93,6 @@ class FusedMoves(Moves):
             give_up("one kernel for all moves of a step", error)
             return False
         return True
-
-    def _one_by_one(self, gradient: Tensor | None, theta_out: Tensor | None, notes: Notes | None) -> None:
-        backend = self._state.backend
-        if notes is not None:
-            assert gradient is not None
-            notes[0].add_(backend.fingerprint(gradient))
-            notes[1].add_(backend.largest(gradient))
-        super().run(gradient, theta_out)
 
     def _source(self, gradient: torch.dtype | None, theta_out: bool, notes: bool) -> tuple[str, dict[str, Tensor]]:
         """The kernel's text for a run with these, and all arguments but these."""

@@ -45,6 +45,7 @@ class CudaGraph(Replay):
     Args:
         body: waits for nothing, and reads and writes memory that stays where it is.
         warm_up: calls body, and puts everything back that it changed.
+        device: on which it computes.
         pool: of the memory that is made within, shared with other graphs that are not replayed at the same time.
 
     Raises:
@@ -53,7 +54,13 @@ class CudaGraph(Replay):
 
     captured = True
 
-    def __init__(self, body: Body, warm_up: Callable[[Body], None], pool: Any) -> None:
+    def __init__(self, body: Body, warm_up: Callable[[Body], None], device: torch.device, pool: Any) -> None:
+        cuda: Any = torch.cuda
+        with cuda.device(device):  # a stream is one device's, and the current device's by default
+            self._graph = cuda.CUDAGraph()
+            self._capture(body, warm_up, pool)
+
+    def _capture(self, body: Body, warm_up: Callable[[Body], None], pool: Any) -> None:
         cuda: Any = torch.cuda
         side = cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -61,13 +68,12 @@ class CudaGraph(Replay):
             for _ in range(WARM_UP):
                 warm_up(body)
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = cuda.CUDAGraph()
         before = torch.cuda.current_stream()
         try:
             # Other threads of the process may do with the device what they like meanwhile.
             with cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 body()
-        except Exception:
+        except BaseException:
             _tidy_up(before, pool)
             raise
 
@@ -97,9 +103,12 @@ def _tidy_up(stream: Any, pool: Any) -> None:
 
 def pool_of(device: torch.device) -> Any:
     """Memory that graphs can share; None where there are none."""
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        return torch.cuda.graph_pool_handle()
 
 
 def replay_of(body: Body, warm_up: Callable[[Body], None], device: torch.device, pool: Any) -> Replay:
     """body, to be done again and again; it is not done yet. See `CudaGraph`."""
-    return CudaGraph(body, warm_up, pool) if device.type == "cuda" else Called(body)
+    return CudaGraph(body, warm_up, device, pool) if device.type == "cuda" else Called(body)

@@ -116,7 +116,7 @@ class DeviceNumbers:
 
     Attributes:
         update: with a row in the place of each table.
-        tables: each of these, by the name of the hyperparameter; of those that are one row for all steps, the row.
+        capacity: how many steps an unroll that has the same memory may make.
 
     Raises:
         NoRowsError: the steps after the first are not all of one form.
@@ -127,6 +127,7 @@ class DeviceNumbers:
         self._columns: list[Tensor] = []
         self._width = 0
         self._device, self._steps = device, steps
+        self.capacity = 1 << max(0, steps - 1).bit_length()  # unrolls of other lengths fit in
         self._rows: dict[int, RowTable] = {}
         self._places: list[tuple[RowTable, slice]] = []
         self._pending: list[tuple[int, Table, Tensor]] = []
@@ -137,7 +138,8 @@ class DeviceNumbers:
                 numerators[id(move)] = self._place(exact.round())
         tables = _tables_of(update)
         places = {key: self._place(table.values.detach()) for key, table in tables.items()}
-        self._matrix = torch.cat(self._columns, dim=1) if self._columns else torch.zeros(steps, 0, device=device)
+        self._matrix = torch.zeros(self.capacity, self._width, dtype=torch.float64, device=device)
+        torch.cat(self._columns, dim=1, out=self._matrix[:steps])
         self._row = self._matrix[:1].clone()
         rows = {key: RowTable(self._row[:, places[key]], table.index, []) for key, table in tables.items()}
         self._rows = rows
@@ -169,7 +171,7 @@ class DeviceNumbers:
 
     def load(self, other: DeviceNumbers) -> None:
         """Take the numbers of another unroll, of the same form."""
-        self._matrix.copy_(other._matrix)
+        self._matrix[: other._steps].copy_(other._matrix[: other._steps])
 
     def go_to(self, k: int) -> None:
         """The next step is k."""

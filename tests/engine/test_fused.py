@@ -293,6 +293,24 @@ def test_tensors_with_gaps_are_refused(fused: Fused) -> None:
         fused.add(torch.zeros(6, dtype=torch.int64)[::2], torch.zeros(3), 1.0, 1)
 
 
+def test_what_is_read_may_have_gaps(fused: Fused) -> None:
+    """A gradient may be one number for all: of a sum."""
+    one = torch.tensor(2.5, dtype=torch.float64).expand(5)
+    gaps = torch.arange(10.0, dtype=torch.float64)[::2]
+    words = torch.arange(12).reshape(6, 2).t()
+    for x in (one, gaps):
+        found, expected = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+        for backend, target in ((fused, found), (LOOPS, expected)):
+            backend.add(target, x, gaps, 1)
+        assert torch.equal(found, expected)
+        assert int(fused.fingerprint(x)) == int(LOOPS.fingerprint(x.contiguous()))
+        assert float(fused.largest(x)) == float(x.max())
+        assert torch.equal(fused.ratio(x, gaps, 0.5, gaps + 1, 1e-8), LOOPS.ratio(x, gaps, 0.5, gaps + 1, 1e-8))
+    q = torch.zeros(2, 6, dtype=torch.int64)
+    fused.maximum(q, words)
+    assert torch.equal(q, words)
+
+
 def test_every_backend_can_be_asked_for() -> None:
     cpu, passes = torch.device("cpu"), Passes()
     with select.using(passes):

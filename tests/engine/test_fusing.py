@@ -213,6 +213,29 @@ def test_a_gradient_that_is_needed_is_asked_for() -> None:
     assert not before.differs(state)
 
 
+def test_operands_of_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient may be one number for all; what is wrong is named; memory that moved is found."""
+    (moves, state), (others, expected) = made("sgd"), made("sgd")
+    one = torch.tensor(0.5).expand(10)
+    moves.run(one, torch.empty(10))
+    others.run(one.contiguous())
+    assert_same(contents(state), contents(expected))
+    with pytest.raises(ValueError, match=r"gradient: needs the shape of theta's numbers, got \[9\]"):
+        moves.run(one[:9])
+    for out in (torch.empty(20)[::2], torch.empty(9)):
+        with pytest.raises(ValueError, match="theta_out: needs 10 numbers without gaps, got shape"):
+            moves.run(one, out)
+    for name, q in state.numbers.items():
+        state.numbers[name] = q.clone()
+    (store,) = state.stores["v"]
+    before, store.head = store.head, store.head.clone()
+    kept = before.clone()
+    moves.run(one)
+    others.run(one.contiguous())
+    assert_same(contents(state), contents(expected))
+    assert torch.equal(before, kept)
+
+
 def test_who_has_no_kernels_makes_moves_one_by_one() -> None:
     update = update_of("sgd")
     state = begun(update, gradients(10, torch.float32)[0])

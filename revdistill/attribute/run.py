@@ -192,7 +192,7 @@ class Run:
 def _check_unrolls(**given: Any) -> None:
     """Raise what rd.unroll itself says of these arguments, before anything is computed; what it warns of, it will."""
     others = ("hyper", "on_step", "on_step_back", "clip_back", "window", "save_at", "state")
-    flags = ("return_state", "return_stats", "progress")
+    flags = ("compile", "return_state", "return_stats", "progress")
     batches = {"batches": lambda k: (), "steps": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

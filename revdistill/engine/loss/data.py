@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from revdistill.engine.layout import order_of
 from revdistill.engine.loss.batches import function_of, is_table
 from revdistill.engine.loss.minibatches import Gathered, Indices, Minibatches
 from revdistill.engine.loss.tree import Structure, check_form, contents, leaves, rebuild, structure_of
@@ -166,12 +167,16 @@ _ALIGNED = 512  # bytes: where memory that torch takes on CUDA begins
 
 
 def like_fresh(t: Tensor) -> Tensor:
-    """The tensor, or on CUDA, where it begins elsewhere than new ones do, a copy.
+    """The tensor, or off the CPU, where it does not lie in memory as a new one would, a copy.
 
-    Libraries choose their kernels, and so the last bits, by where numbers lie in memory: a row of a table would have
-    other bits than the same numbers in another row, or copied into the memory of a step that is replayed.
+    Libraries choose their kernels, and so the last bits, by where numbers lie: a row of a table would have other bits
+    than the same numbers in another row, or copied into the memory of a step that is replayed.
     """
-    return t.clone() if t.device.type == "cuda" and t.data_ptr() % _ALIGNED else t
+    if t.device.type == "cpu":
+        return t
+    begins_elsewhere = t.device.type == "cuda" and t.data_ptr() % _ALIGNED
+    has_gaps = not t.is_contiguous() and order_of(t) is None
+    return t.clone() if begins_elsewhere or has_gaps else t
 
 
 class _Views:

@@ -120,7 +120,7 @@ def test_steps_are_made_and_undone_to_the_bit(name: str, dtype: torch.dtype) -> 
     reasons = [move.irreversible for move in update.moves if move.irreversible]
     if reasons:
         with pytest.raises(ValueError, match=reasons[0]):
-            FusedMoves(moves.moves[::-1], state, back=True)
+            FusedMoves(moves.moves[::-1], state, back=True).run(g[-1])
         return
     blind, seeing = (FusedMoves(part[::-1], state, back=True) for part in (moves.blind, moves.seeing))
     for k in reversed(range(1, MADE)):

@@ -46,22 +46,25 @@ class FusedMoves(Moves):
         back: whether each is undone.
 
     Raises:
-        ValueError: back, and one of them cannot be undone; or the state has another backend.
+        ValueError: the state has another backend.
     """
 
     def __init__(self, moves: Sequence[Move], state: State, *, back: bool) -> None:
         super().__init__(moves, state, back=back)
         if not isinstance(state.backend, Fused):
             raise ValueError(f"fused moves need the backend Fused, got {type(state.backend).__name__}")
-        for move in moves if back else ():
-            if move.irreversible is not None:
-                raise ValueError(move.irreversible)
+        # Whoever never goes back may have these too.
+        self._refused = next((move.irreversible for move in moves if back and move.irreversible), None)
         self._kernels, self._block = state.backend.kernels, min(BLOCK, state.backend.block)
         self._written: dict[tuple[Any, ...], tuple[str, dict[str, Tensor]]] = {}
         self._given_up = False
 
     def run(self, gradient: Tensor | None, theta_out: Tensor | None = None, notes: Notes | None = None) -> None:
-        """See `Moves.run`. Raises: ValueError: the gradient is missing, or of another shape; theta_out has gaps."""
+        """See `Moves.run`. Raises: ValueError: a move cannot be undone; the gradient is missing, or of another shape;
+        theta_out has gaps.
+        """
+        if self._refused:
+            raise ValueError(self._refused)
         needed = notes is not None or any(GRADIENT in move.reads for move in self._moves)
         if needed and gradient is None:
             raise ValueError("gradient: needed by these moves or for notes, got None")

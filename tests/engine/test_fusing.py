@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import revdistill as rd
+from revdistill.engine.integers import select
 from revdistill.engine.integers.fixedpoint import FixedPoint
+from revdistill.engine.integers.fused import Fused
 from revdistill.engine.integers.history import DeviceHistory
 from revdistill.engine.integers.loops import LOOPS
 from revdistill.engine.integers.snapshot import Snapshot
@@ -25,6 +27,7 @@ from revdistill.engine.static.fusing import FusedMoves, flat_head, moves_of
 from revdistill.engine.static.made import Moves
 from revdistill.engine.static.rows import DeviceNumbers, NoRowsError
 from tests.engine import interpreted, ptx
+from tests.engine.small import CE, data, mlp, total
 from tests.engine.test_moves import LAYOUT, OPTIMIZERS, STEPS, groups
 
 CPU = torch.device("cpu")
@@ -283,3 +286,31 @@ def test_heads_that_do_not_lie_in_a_row_are_refused() -> None:
     stores[1].head = stores[1].head.clone()
     with pytest.raises(ValueError, match="heads of one tensor's bit stores do not lie in a row"):
         flat_head(stores)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda lr: rd.SGD(lr, 0.9), lambda lr: rd.AdamW(lr, amsgrad=True)], ids=["sgd", "amsgrad"]
+)
+def test_a_whole_unroll_by_kernels(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eagerly each operation is one, replayed each step; both train to the CPU's bits."""
+    launches, launched = [], FusedMoves._launched
+    monkeypatch.setattr(FusedMoves, "_launched", lambda *args: launches.append(launched(*args)) or launches[-1])
+    loss, params = rd.from_module(mlp(), CE)
+    batches = data(5)
+
+    def run(**kwargs: Any) -> tuple[dict[str, Tensor], Tensor]:
+        lr = torch.full((6,), 0.01, dtype=torch.float64, requires_grad=True)
+        theta = rd.unroll(loss, params, batches, make(lr), steps=6, seed=1, **kwargs)
+        (found,) = torch.autograd.grad(total(theta), lr)
+        return {name: p.detach() for name, p in theta.items()}, found
+
+    expected, gradient = run()
+    for kwargs in ({}, {"compile": "graphs"}):
+        backend = Fused(interpreted.kernels(), 64, 64)
+        with select.using(backend):
+            theta, found = run(**kwargs)
+        assert_same(theta, expected)
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=0)
+        assert not backend.given_up
+        assert all(launches)
+        assert bool(launches) == bool(kwargs)

@@ -91,5 +91,4 @@ class Stretch:
             sweep.to_theta(k, theta, linear, self._slots.pop(k + 1, {}))
             repeated.check(k, linear.gradient)
             sweep.to_start_of_step(k, self._slots.get(k, {}))
-            sweep.arrive(k)
         repeated.finish()

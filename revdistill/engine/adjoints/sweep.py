@@ -171,9 +171,14 @@ class Sweep:
             if bar is not None and product is not None:
                 bar.add_(product)
 
-    def to_start_of_step(self, k: int, slots: dict[str, Tensor]) -> None:
-        """On to before step k: through the decays of the slots. slots: before step k."""
+    def to_start_of_step(self, k: int, slots: dict[str, Tensor], *, arrives: bool = True) -> None:
+        """On to before step k: through the decays of the slots; then, unless somebody else does it, `arrive`.
+
+        slots: before step k.
+        """
         self.derivatives.to_start_of_step(k, slots, self.bars)
+        if arrives:
+            self.arrive(k)
 
     def _tick(self) -> None:
         if self.problem.progress:

@@ -13,7 +13,7 @@ import pytest
 
 from revdistill.engine.integers.fused import Fused
 
-BLOCK = 4  # elements of a program: few, so that small tensors have several
+BLOCK = 8  # elements of a program: few, so that small tensors have several
 
 
 def needs_triton() -> None:

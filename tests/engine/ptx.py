@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 TARGETS = (80, 90)  # compute capabilities: A100, H100
-Case = tuple[str, Mapping[str, str], Mapping[str, Any]]  # kernel, types of arguments, constants
+# kernel, types of arguments, constants, targets
+Case = tuple[str, Mapping[str, str], Mapping[str, Any], Sequence[int]]
 
 
 def compiled(module: str, cases: Mapping[str, Case], cache: Path) -> dict[str, str]:
@@ -34,8 +35,8 @@ def main(module: str) -> None:
 
     kernels = importlib.import_module(module)
     found = {}
-    for name, (kernel, types, constants) in json.load(sys.stdin).items():
-        for capability in TARGETS:
+    for name, (kernel, types, constants, targets) in json.load(sys.stdin).items():
+        for capability in targets:
             found[f"{name} {capability}"] = ptx(getattr(kernels, kernel), types, constants, capability)
     json.dump(found, sys.stdout)
 

@@ -182,7 +182,7 @@ def test_to_float(fused: Fused, dtype: torch.dtype, draw: random.Random) -> None
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@few
+@settings(few, max_examples=2)
 @given(draw=SEEDS)
 def test_largest_and_fingerprint(fused: Fused, dtype: torch.dtype, draw: random.Random) -> None:
     """Of any bits at all, and of finite numbers with or without one that is not."""
@@ -293,6 +293,24 @@ def test_tensors_with_gaps_are_refused(fused: Fused) -> None:
         fused.add(torch.zeros(6, dtype=torch.int64)[::2], torch.zeros(3), 1.0, 1)
 
 
+def test_what_is_read_may_have_gaps(fused: Fused) -> None:
+    """A gradient may be one number for all: of a sum."""
+    one = torch.tensor(2.5, dtype=torch.float64).expand(5)
+    gaps = torch.arange(10.0, dtype=torch.float64)[::2]
+    words = torch.arange(12).reshape(6, 2).t()
+    for x in (one, gaps):
+        found, expected = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+        for backend, target in ((fused, found), (LOOPS, expected)):
+            backend.add(target, x, gaps, 1)
+        assert torch.equal(found, expected)
+        assert int(fused.fingerprint(x)) == int(LOOPS.fingerprint(x.contiguous()))
+        assert float(fused.largest(x)) == float(x.max())
+        assert torch.equal(fused.ratio(x, gaps, 0.5, gaps + 1, 1e-8), LOOPS.ratio(x, gaps, 0.5, gaps + 1, 1e-8))
+    q = torch.zeros(2, 6, dtype=torch.int64)
+    fused.maximum(q, words)
+    assert torch.equal(q, words)
+
+
 def test_every_backend_can_be_asked_for() -> None:
     cpu, passes = torch.device("cpu"), Passes()
     with select.using(passes):
@@ -360,7 +378,7 @@ def test_kernels_compile_to_exact_arithmetic(tmp_path: Path) -> None:
     n = pointers(**words, head="i64", n="fp64")
     source = pointers(**words, source="fp32", factor="fp64")
     floats = dict.fromkeys(("m", "s", "out", "c1", "per_root_c2", "eps"), "fp64")
-    cases: dict[str, ptx.Case] = {
+    kinds: dict[str, Any] = {
         "multiply": ("decay", n, {"BACK": False, "WORDS": 1, **decays}),
         "multiply wide": ("decay", n, {"BACK": False, "WORDS": 2, **decays}),
         "divide": ("decay", n, {"BACK": True, "WORDS": 1, **decays}),
@@ -375,6 +393,7 @@ def test_kernels_compile_to_exact_arithmetic(tmp_path: Path) -> None:
         "largest float64": ("largest", pointers(bits="i64", out="i64"), {"MAGNITUDE": 2**63 - 1, **summed}),
         "fingerprint": ("fingerprint", pointers(bits="i32", out="i64"), summed),
     }
+    cases: dict[str, ptx.Case] = {name: (*case, ptx.TARGETS) for name, case in kinds.items()}
     expected = {
         "multiply": ["div.rn.f64"],
         "divide wide": ["div.rn.f64", "mul.rn.f64", "cvt.rmi.f64.f64"],

@@ -29,7 +29,7 @@ _VALUE, _ONE, _EACH = range(3)  # as in `kernels`
 class Fused(Passes):
     """Kernels launched on the stream that is current; nothing waits for the device.
 
-    n may be a float64 tensor on the device, 0-dim or [numel], and so may every other number. Tensors must be
+    n may be a float64 tensor on the device, 0-dim or [numel], and so may every other number. What is changed must be
     contiguous, of two words each of these.
 
     Args:
@@ -58,7 +58,7 @@ class Fused(Passes):
     def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:
         by, kind = _number(factor)
         options = {"SIGN": sign, "WORDS": target.ndim, "KIND": kind}
-        if not self._launch("add", source, *_words(target), source, by, **options):
+        if not self._launch("add", source, *_words(target), source.contiguous(), by, **options):
             super().add(target, source, factor, sign)
 
     def to_float(self, q: Tensor, out: Tensor, form: Format) -> Tensor:
@@ -68,7 +68,7 @@ class Fused(Passes):
         return out
 
     def largest(self, x: Tensor) -> float | Tensor:
-        x = x.reshape(-1)
+        x = x.reshape(-1).contiguous()
         bits = x.view(_INTEGERS[x.dtype])
         found = torch.zeros((), dtype=bits.dtype, device=x.device)
         if not self._launch("largest", bits, bits, found, MAGNITUDE=_MAGNITUDE[x.dtype]):
@@ -77,18 +77,18 @@ class Fused(Passes):
 
     def fingerprint(self, x: Tensor) -> int | Tensor:
         found = torch.zeros((), dtype=torch.int64, device=x.device)
-        bits = x.view(_INTEGERS[x.dtype])
+        bits = x.contiguous().view(_INTEGERS[x.dtype])
         return found if self._launch("fingerprint", bits, bits, found) else super().fingerprint(x)
 
     def ratio(self, m: Tensor, s: Tensor, c1: Scalar, per_root_c2: Scalar, eps: Scalar) -> Tensor:
-        out = torch.empty_like(m)
+        out = torch.empty(m.shape, dtype=m.dtype, device=m.device)
         (by1, kind1), (by2, kind2), (by, kind) = map(_number, (c1, per_root_c2, eps))
-        if self._launch("ratio", out, m, s, out, by1, by2, by, C1=kind1, C2=kind2, EPS=kind):
+        if self._launch("ratio", out, m.contiguous(), s.contiguous(), out, by1, by2, by, C1=kind1, C2=kind2, EPS=kind):
             return out
         return super().ratio(m, s, c1, per_root_c2, eps)
 
     def maximum(self, target: Tensor, source: Tensor) -> None:
-        if not self._launch("maximum", target[0], *_words(target), *_words(source)):
+        if not self._launch("maximum", target[0], *_words(target), *_words(source.contiguous())):
             super().maximum(target, source)
 
     def _launch(self, name: str, like: Tensor, *args: Any, **options: Any) -> bool:
@@ -96,7 +96,7 @@ class Fused(Passes):
         if name in self.given_up:
             return False
         numel = like.numel()
-        for t in (*args, like):
+        for t in args:
             if isinstance(t, Tensor) and not t.is_contiguous():
                 raise ValueError(f"{name}: tensors must be contiguous, got strides {t.stride()} of shape {[*t.shape]}")
         if not numel:
@@ -123,5 +123,5 @@ def _words(v: Tensor) -> tuple[Tensor, Tensor]:
 def _number(x: Scalar) -> tuple[int | Tensor, int]:
     """As an argument of a kernel, and its kind: a float's bits, as Triton would round it to float32."""
     if isinstance(x, Tensor):
-        return x, _EACH if x.ndim else _ONE
+        return x.contiguous(), _EACH if x.ndim else _ONE
     return struct.unpack("q", struct.pack("d", x))[0], _VALUE

@@ -56,7 +56,7 @@ class Writer:
     def each(self, values: Tensor) -> str:
         """float64 [numel], loaded."""
         name = self.name("each")
-        self.arguments[f"{name}_at"] = values
+        self.arguments[f"{name}_at"] = values.contiguous()
         self.loads.append(f"{name} = tl.load({name}_at + i, inside, other=1.0)")
         return name
 
@@ -64,7 +64,7 @@ class Writer:
         """float64 [1, G], loaded: its number, or each element's own. Raises: ValueError for more than one row."""
         key = values.data_ptr(), -1 if index is None else index.data_ptr()
         if key not in self._rows:
-            if values.shape[0] != 1:
+            if values.shape[0] != 1 or not values.is_contiguous():
                 raise ValueError(f"a kernel sees one row of a table, got one of shape {[*values.shape]}")
             name = self._rows[key] = self.name("row")
             self.arguments[f"{name}_at"] = values
@@ -75,7 +75,7 @@ class Writer:
         key = index.data_ptr()
         if key not in self._columns:
             name = self._columns[key] = self.name("column")
-            self.arguments[f"{name}_at"] = index
+            self.arguments[f"{name}_at"] = index.contiguous()
             self.loads.append(f"{name} = tl.load({name}_at + i, inside, other=0)")
         return self._columns[key]
 

@@ -46,25 +46,30 @@ class FusedMoves(Moves):
         back: whether each is undone.
 
     Raises:
-        ValueError: back, and one of them cannot be undone; or the state has another backend.
+        ValueError: the state has another backend.
     """
 
     def __init__(self, moves: Sequence[Move], state: State, *, back: bool) -> None:
         super().__init__(moves, state, back=back)
         if not isinstance(state.backend, Fused):
             raise ValueError(f"fused moves need the backend Fused, got {type(state.backend).__name__}")
-        for move in moves if back else ():
-            if move.irreversible is not None:
-                raise ValueError(move.irreversible)
+        # Whoever never goes back may have these too.
+        self._refused = next((move.irreversible for move in moves if back and move.irreversible), None)
         self._kernels, self._block = state.backend.kernels, min(BLOCK, state.backend.block)
-        self._written: dict[tuple[torch.dtype | None, bool, bool], tuple[str, dict[str, Tensor]]] = {}
+        self._written: dict[tuple[Any, ...], tuple[str, dict[str, Tensor]]] = {}
         self._given_up = False
 
     def run(self, gradient: Tensor | None, theta_out: Tensor | None = None, notes: Notes | None = None) -> None:
-        """See `Moves.run`. Raises: ValueError where there is no gradient, and it is needed."""
+        """See `Moves.run`. Raises: ValueError: a move cannot be undone; the gradient is missing, or of another shape;
+        theta_out has gaps.
+        """
+        if self._refused:
+            raise ValueError(self._refused)
         needed = notes is not None or any(GRADIENT in move.reads for move in self._moves)
         if needed and gradient is None:
             raise ValueError("gradient: needed by these moves or for notes, got None")
+        if gradient is not None and gradient.shape != self._state.numbers[THETA].shape[-1:]:
+            raise ValueError(f"gradient: needs the shape of theta's numbers, got {[*gradient.shape]}")
         if self._given_up or not self._launched(gradient if needed else None, theta_out, notes):
             super().run(gradient, theta_out, notes)
 
@@ -73,8 +78,10 @@ class FusedMoves(Moves):
         numel = theta.shape[-1]
         if not numel:
             return False
-        called: dict[str, Tensor] = {} if gradient is None else {"gradient_at": gradient}
+        called: dict[str, Tensor] = {} if gradient is None else {"gradient_at": gradient.contiguous()}
         if theta_out is not None:
+            if not theta_out.is_contiguous() or theta_out.shape != theta.shape[-1:]:
+                raise ValueError(f"theta_out: needs {numel} numbers without gaps, got shape {[*theta_out.shape]}")
             called["theta_out_at"] = theta_out
         if notes is not None:
             for note in notes:
@@ -96,9 +103,11 @@ class FusedMoves(Moves):
 
     def _source(self, gradient: torch.dtype | None, theta_out: bool, notes: bool) -> tuple[str, dict[str, Tensor]]:
         """The kernel's text for a run with these, and all arguments but these."""
-        key = gradient, theta_out, notes
+        heads = [store.head for store in self._state.all_stores()]
+        places = [t.data_ptr() for t in (*self._state.numbers.values(), *heads)]
+        key = gradient, theta_out, notes, *places
         if key not in self._written:
-            self._written[key] = self._write(*key)
+            self._written = {key: self._write(gradient, theta_out, notes)}
         return self._written[key]
 
     def _write(self, gradient: torch.dtype | None, theta_out: bool, notes: bool) -> tuple[str, dict[str, Tensor]]:

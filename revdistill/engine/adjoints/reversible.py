@@ -20,7 +20,7 @@ from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.errors import ReversalError, UnsupportedError
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory, check_place, open_history
-from revdistill.engine.loss.gradient import Linearization
+from revdistill.engine.loss.linearization import Linearization
 from revdistill.engine.problem import Problem
 from revdistill.engine.scalars import is_integer
 

@@ -15,7 +15,7 @@ from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory
-from revdistill.engine.loss.gradient import Linearization
+from revdistill.engine.loss.linearization import Linearization
 from revdistill.engine.problem import Problem
 
 

@@ -15,7 +15,7 @@ from revdistill.engine.adjoints.guard import FiniteWatch
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.cotangents import Batching
 from revdistill.engine.errors import NonFiniteError
-from revdistill.engine.loss.gradient import Linearization, Products
+from revdistill.engine.loss.linearization import Linearization, Products
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
 from revdistill.engine.optimizers.update import Update
 from revdistill.engine.problem import Problem

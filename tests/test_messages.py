@@ -175,6 +175,8 @@ def test_every_error_has_its_case_and_its_row_in_the_readme() -> None:
         "SuspicionError",
         "CannotFollowError",
         "UnusedParametersError",
+        "OtherBitsError",
+        "NoRowsError",
         "RevdistillError",
         "UserError",
     }  # caught inside; the base; the command's, whose lines are in test_cli

@@ -13,7 +13,7 @@ from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.integers.history import NoHistory
 from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.integers.state import State
-from revdistill.engine.loss.gradient import EagerLinearization
+from revdistill.engine.loss.linearization import EagerLinearization
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
 from revdistill.engine.optimizers.update import Update
 from revdistill.engine.problem import Problem

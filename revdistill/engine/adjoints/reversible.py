@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.errors import ReversalError, UnsupportedError
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory, check_place, open_history
-from revdistill.engine.loss.gradient import Linearization
+from revdistill.engine.loss.linearization import Linearization
 from revdistill.engine.problem import Problem
 from revdistill.engine.scalars import is_integer
 
@@ -113,13 +114,15 @@ class _Reversal(Recording):
 
     def backward(self, sweep: Sweep) -> Hypergradients:
         trajectory, problem, repeated = self._trajectory, sweep.problem, Repeated(sweep.problem)
-        replayed = back_of(trajectory, sweep, repeated, lambda k: self._step_back(k, sweep, repeated))
+        replayed = back_of(trajectory, sweep, repeated, partial(self._step_back, sweep=sweep, repeated=repeated))
         slots: Slots | None = None
         try:
             for k in reversed(range(problem.first, problem.steps)):
-                made = replayed is not None and replayed.makes(k)
-                slots = None if made else self._step_back(k, sweep, repeated, slots)
-                sweep.arrive(k, watched=made)
+                if replayed is not None and replayed.makes(k):
+                    slots = None
+                    sweep.arrive(k, watched=True)
+                else:
+                    slots = self._step_back(k, sweep, repeated, slots, arrives=True)
             if replayed is not None:
                 replayed.flush()
         finally:
@@ -135,14 +138,17 @@ class _Reversal(Recording):
             )
         return found
 
-    def _step_back(self, k: int, sweep: Sweep, repeated: Repeated, slots: Slots | None = None) -> Slots:
-        """Eagerly; but for what enters the sweep there.
+    def _step_back(
+        self, k: int, sweep: Sweep, repeated: Repeated, slots: Slots | None = None, *, arrives: bool = False
+    ) -> Slots:
+        """Eagerly.
 
         Args:
             k: the step.
             sweep: over the steps.
             repeated: is told the gradient.
             slots: as floats, where they are known.
+            arrives: whether the sweep is then at theta_k; otherwise `Sweep.arrive` is still to be called.
 
         Returns:
             The slots before the step, {} where they are not wanted.
@@ -162,5 +168,5 @@ class _Reversal(Recording):
         repeated.check(k, gradient)
         trajectory.undo_rest(k, gradient)
         slots = trajectory.slots() if sweep.wants_slots else {}
-        sweep.to_start_of_step(k, slots)
+        sweep.to_start_of_step(k, slots, arrives=arrives)
         return slots

@@ -15,7 +15,7 @@ from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory
-from revdistill.engine.loss.gradient import Linearization
+from revdistill.engine.loss.linearization import Linearization
 from revdistill.engine.problem import Problem
 
 
@@ -91,5 +91,4 @@ class Stretch:
             sweep.to_theta(k, theta, linear, self._slots.pop(k + 1, {}))
             repeated.check(k, linear.gradient)
             sweep.to_start_of_step(k, self._slots.get(k, {}))
-            sweep.arrive(k)
         repeated.finish()

@@ -15,7 +15,7 @@ from revdistill.engine.adjoints.guard import FiniteWatch
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.cotangents import Batching
 from revdistill.engine.errors import NonFiniteError
-from revdistill.engine.loss.gradient import Linearization, Products
+from revdistill.engine.loss.linearization import Linearization, Products
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
 from revdistill.engine.optimizers.update import Update
 from revdistill.engine.problem import Problem
@@ -171,9 +171,14 @@ class Sweep:
             if bar is not None and product is not None:
                 bar.add_(product)
 
-    def to_start_of_step(self, k: int, slots: dict[str, Tensor]) -> None:
-        """On to before step k: through the decays of the slots. slots: before step k."""
+    def to_start_of_step(self, k: int, slots: dict[str, Tensor], *, arrives: bool = True) -> None:
+        """On to before step k: through the decays of the slots; then, unless somebody else does it, `arrive`.
+
+        slots: before step k.
+        """
         self.derivatives.to_start_of_step(k, slots, self.bars)
+        if arrives:
+            self.arrive(k)
 
     def _tick(self) -> None:
         if self.problem.progress:

@@ -14,7 +14,7 @@ from revdistill.engine.compiling import warn_of_replays
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import History
 from revdistill.engine.integers.snapshot import Snapshot
-from revdistill.engine.loss.gradient import Linearization
+from revdistill.engine.loss.linearization import Linearization
 from revdistill.engine.optimizers.sources import THETA
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar

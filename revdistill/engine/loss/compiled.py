@@ -23,7 +23,8 @@ from revdistill.engine.layout import Layout
 from revdistill.engine.loss.compile_cache import CompiledFunction, CompiledProduct, compiled_of
 from revdistill.engine.loss.data import Data, Loss
 from revdistill.engine.loss.determinism import Determinism
-from revdistill.engine.loss.gradient import EagerLinearization, Gradient, Linearization, Products
+from revdistill.engine.loss.gradient import Gradient
+from revdistill.engine.loss.linearization import EagerLinearization, Linearization, Products
 from revdistill.engine.loss.originals import Originals
 from revdistill.engine.loss.timing import best_times
 from revdistill.engine.loss.usage import Usage, Zeros

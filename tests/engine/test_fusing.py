@@ -297,8 +297,8 @@ def test_a_whole_unroll_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = data(16)  # each as aligned as a new tensor is: the CPU's products have other bits elsewhere
 
     def run(**kwargs: Any) -> tuple[dict[str, Tensor], Tensor]:
-        lr = torch.full((5,), 0.01, dtype=torch.float64, requires_grad=True)
-        theta = rd.unroll(loss, params, batches, rd.AdamW(lr), steps=5, seed=1, **kwargs)
+        lr = torch.full((6,), 0.01, dtype=torch.float64, requires_grad=True)
+        theta = rd.unroll(loss, params, batches, rd.AdamW(lr), steps=6, seed=1, **kwargs)
         (found,) = torch.autograd.grad(total(theta), lr)
         return {name: p.detach() for name, p in theta.items()}, found
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from revdistill.engine.adjoints.program import Program
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.compiling import warn_of_replays
 from revdistill.engine.loss.data import like_fresh
+from revdistill.engine.loss.evaluation import Modes
 from revdistill.engine.optimizers.moves import Decay
 from revdistill.engine.problem import Problem
 from revdistill.engine.static import kept
 from revdistill.engine.static.batch import form_of
+from revdistill.engine.static.replays import stream_of
 from revdistill.engine.static.rows import DeviceNumbers
 
 KEPT_BYTES = 256 * 2**20  # of a program that is kept for the loss's next unroll
@@ -32,6 +35,7 @@ class Lease:
         self._program: Program | None = None
         self._numbers: DeviceNumbers | None = None
         self._key: Hashable = None
+        self._modes: Modes = ()  # of the loss's modules, in which the program evaluates it
         self._at = -1  # the step that the device's counter is at
         self._noted = 0  # steps in the ring
         self._decays = [move for move in self._problem.update.moves if isinstance(move, Decay)]
@@ -39,10 +43,14 @@ class Lease:
 
     def give_up(self, why: str, error: Exception | None = None) -> None:
         """No more replays in this direction, nor for the next unroll like this one."""
+        self.refuse()
+        warn_of_replays(why, error)
+
+    def refuse(self) -> None:
+        """`give_up` without the warning."""
         self.off = True
         if self._key is not None:
             kept.refuse(self._problem.gradient.loss, self._key)
-        warn_of_replays(why, error)
 
     def _batch(self, k: int) -> Any:
         data = self._problem.data
@@ -51,19 +59,25 @@ class Lease:
         with self._problem.determinism.outside():
             return data.from_function(k)
 
-    def _lease(self, batch: Any) -> Program | None:
-        """A program that holds the trajectory's state from now on; None where there can be none, which was said."""
+    def _lease(self, k: int, batch: Any) -> Program | None:
+        """A program that holds the trajectory's state from now on; None where there can be none, which was said.
+
+        Args:
+            k: a step like those that are to be replayed.
+            batch: its.
+        """
         problem, trajectory = self._problem, self._trajectory
         if self._numbers is None:
             self._numbers = DeviceNumbers(problem.update, problem.steps, problem.update.layout.device)
-            self._key = _key_of(problem, trajectory, self._numbers, batch)
+            self._modes = problem.determinism.modules.modes_at(k)
+            self._key = _key_of(problem, trajectory, self._numbers, batch, self._modes)
         if kept.is_refused(problem.gradient.loss, self._key):
             return None
-        program: Program | None = kept.take(problem.gradient.loss, self._key)
+        # Else copies of hyper would lie elsewhere than eager steps find them, and bits depend on that.
+        fresh = all(like_fresh(t) is t for t in problem.data.hypers)
+        program: Program | None = kept.take(problem.gradient.loss, self._key) if fresh else None
         if program is None:
             nbytes = 2 * trajectory.state.nbytes + sum(t.nbytes for t in problem.data.hypers)
-            # Copies of hyper would lie elsewhere than eager steps find them, and bits depend on that.
-            fresh = all(like_fresh(t) is t for t in problem.data.hypers)
             program = Program(trajectory, batch, self._numbers, kept=fresh and nbytes <= KEPT_BYTES)
         self._program, self._at = program, -1
         program.take(trajectory, self._numbers)
@@ -77,6 +91,7 @@ class Lease:
             program.numbers.go_to(k)
             self._trajectory.theta_in(program.buffer)
             self._at = k
+        program.refresh()
         program.batch.copy_(batch)
         self._problem.determinism.seed_for(k)
 
@@ -86,7 +101,7 @@ class Lease:
         if program is None:
             return
         program.give(self._trajectory)
-        if program.kept:
+        if program.kept and program.is_known and program.nbytes <= KEPT_BYTES and not self.off:
             kept.give_back(self._problem.gradient.loss, self._key, program)
 
     def _stores(self, k: int) -> list[tuple[Any, Tensor, int]]:
@@ -95,7 +110,7 @@ class Lease:
         return [(store, v, n) for decay in self._decays for v, store, n in decay.parts(k, state)]
 
 
-def _key_of(problem: Problem, trajectory: Trajectory, numbers: DeviceNumbers, batch: Any) -> Hashable:
+def _key_of(problem: Problem, trajectory: Trajectory, numbers: DeviceNumbers, batch: Any, modes: Modes) -> Hashable:
     """What a program depends on, beside the loss."""
     data, determinism = problem.data, problem.determinism
     return (
@@ -106,9 +121,11 @@ def _key_of(problem: Problem, trajectory: Trajectory, numbers: DeviceNumbers, ba
         form_of(batch),
         form_of(data.hypers),
         tuple(t.requires_grad for t in (*data.tensors, *data.hypers)),
-        tuple((t.values.requires_grad, len(t.values) == 1) for t in problem.update.tables.values()),
+        tuple((t.values.requires_grad, t.values.shape[1], len(t.values) == 1) for t in problem.update.tables.values()),
         numbers.signature,
         (determinism.autocast, determinism.autocast_dtype, determinism.threads),
-        determinism.modules.modes,
+        modes,
+        torch.get_default_dtype(),
         type(problem.backend),
+        stream_of(determinism.device),
     )

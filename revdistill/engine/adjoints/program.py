@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.integers.history import NoHistory
 from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.integers.state import State
+from revdistill.engine.loss.evaluation import HoldsBuffers
 from revdistill.engine.loss.linearization import EagerLinearization
+from revdistill.engine.loss.uncompiled import uncompiled
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
 from revdistill.engine.optimizers.update import Update
 from revdistill.engine.problem import Problem
-from revdistill.engine.static.batch import StaticBatch
+from revdistill.engine.static.batch import StaticBatch, form_of
 from revdistill.engine.static.fusing import moves_of
 from revdistill.engine.static.notes import Notes
 from revdistill.engine.static.replays import Body, Replay, pool_of, replay_of
 from revdistill.engine.static.rows import DeviceNumbers
+from revdistill.engine.static.trace import Trace, is_like
 
 FINGERPRINT = 2  # the column of both rings that holds the gradient's
 
@@ -78,6 +82,11 @@ class Program:
         self._derivatives = Derivatives(moves)
         self._forward: Replay | None = None
         self._back: Replay | None = None
+        self._trace_forward: Trace | None = None
+        self._trace_back: Trace | None = None
+        # By whose they are, which holds the loss perhaps.
+        self._buffers: weakref.WeakKeyDictionary[HoldsBuffers, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+        self._versions: list[int] = []
         self._wants_slots = self._wants_gradient = False
         self.bars: Bars | None = None
         self.batch_bars: list[Tensor | None] = []
@@ -90,9 +99,9 @@ class Program:
         self.problem = problem = trajectory.problem
         if numbers is not self.numbers:
             self.numbers.load(numbers)
-        for mine, other in zip(self.hypers, problem.data.hypers, strict=True):
-            if mine.data_ptr() != other.data_ptr():
-                mine.copy_(other.detach())
+        self._versions = []
+        self.refresh()
+        self._take_buffers(problem.determinism.modules.buffers)
         for name, q in trajectory.state.numbers.items():
             if q is not self.state.numbers[name]:
                 trajectory.state.numbers[name] = self.state.numbers[name].copy_(q)
@@ -100,11 +109,36 @@ class Program:
             if store.head is not own.head:
                 store.head = own.head.copy_(store.head)
 
+    def refresh(self) -> None:
+        """Take the unroll's hyper, where it was changed."""
+        assert self.problem is not None
+        hypers = self.problem.data.hypers
+        versions = [-1 if t.is_inference() else t._version for t in hypers]
+        if not self.kept or (versions == self._versions and -1 not in versions):
+            return
+        self._versions = versions
+        for mine, other in zip(self.hypers, hypers, strict=True):
+            mine.copy_(other.detach())
+
+    def _take_buffers(self, theirs: dict[HoldsBuffers, dict[str, Tensor]]) -> None:
+        """Every step sees the modules' buffers as they were when its unroll began: here they lie where others' lay."""
+        for owner, found in theirs.items() if self.kept else ():
+            mine = self._buffers.get(owner)
+            if mine is None or form_of(mine) != form_of(found):
+                self._buffers[owner] = mine = {name: b.clone() for name, b in found.items()}
+            for name, b in found.items():
+                mine[name].copy_(b)
+            theirs[owner] = mine
+
     def give(self, trajectory: Trajectory) -> None:
         """The trajectory goes on without the program, which holds nothing of its unroll any more."""
-        self.problem = None
+        problem, self.problem = self.problem, None
         if not self.kept:
             return
+        assert problem is not None
+        buffers = problem.determinism.modules.buffers
+        for owner, found in buffers.items():
+            buffers[owner] = {name: b.clone() for name, b in found.items()}
         state = trajectory.state
         for name, q in state.numbers.items():
             state.numbers[name] = q.clone()
@@ -124,11 +158,46 @@ class Program:
         """Whether replays call no function of Python any more."""
         return any(replay is not None and replay.captured for replay in (self._forward, self._back))
 
-    def capture_forward(self, k: int) -> None:
-        """See `replay_of`; nothing is changed. k: the step whose batch is there."""
+    def capture_forward(self, k: int, loss: torch.dtype) -> None:
+        """See `replay_of`; nothing is changed.
+
+        Args:
+            k: the step whose batch is there.
+            loss: its dtype.
+        """
         self._k = k
-        if self._forward is None:
-            self._forward = replay_of(self._step_forward, self._undone, self.buffer.device, self._pool)
+        trace = self._traced(back=False)
+        if self._forward is not None and is_like(trace, self._trace_forward) and self.loss.dtype == loss:
+            return
+        self._forward = None
+        if self.loss.dtype != loss:
+            self.loss = torch.zeros((), dtype=loss, device=self.buffer.device)
+        self._forward = replay_of(self._step_forward, self._undone, self.buffer.device, self._pool)
+        self._trace_forward = trace
+
+    def _traced(self, *, back: bool) -> Trace | None:
+        """What the loss and its derivatives do here, called once more; None where that cannot be seen."""
+        trace = Trace(self.buffer.device)
+        try:
+            with uncompiled(), trace:
+                linear = self._linear()
+                if back:
+                    assert self.bars is not None
+                    linear.product(self.bars.flat[GRADIENT])
+        except Exception:  # an operator that loses its graph, a function of torch's that no mode is told of
+            return None
+        return trace
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its graphs keep for what is made within them."""
+        return sum(replay.nbytes for replay in (self._forward, self._back) if replay is not None)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it can be told if another unroll's steps are these."""
+        captured = ((self._forward, self._trace_forward), (self._back, self._trace_back))
+        return all(replay is None or trace is not None for replay, trace in captured)
 
     def _step_forward(self) -> None:
         k = self.numbers.begin()
@@ -212,10 +281,14 @@ class Program:
         self._back()
 
     def capture_back(self, k: int) -> None:
-        """See `capture_forward`."""
+        """See `capture_forward`. k: the step whose batch is there."""
         self._k = k
-        if self._back is None:
-            self._back = replay_of(self._step_back, self._undone, self.buffer.device, self._pool)
+        trace = self._traced(back=True)
+        if self._back is not None and is_like(trace, self._trace_back):
+            return
+        self._back = None
+        self._back = replay_of(self._step_back, self._undone, self.buffer.device, self._pool)
+        self._trace_back = trace
 
     def _step_back(self) -> None:
         assert self.bars is not None

@@ -8,7 +8,7 @@ dL/d(...) must be the same too, likewise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ from revdistill.engine.adjoints.lease import Lease
 from revdistill.engine.adjoints.repeated import Repeated
 from revdistill.engine.adjoints.sweep import Sweep
 from revdistill.engine.adjoints.trajectory import OtherBitsError, Trajectory
-from revdistill.engine.errors import RevdistillError, ReversalError
+from revdistill.engine.errors import RevdistillError, ReversalError, UnsupportedError
+from revdistill.engine.integers.fingerprint import same_bits
 from revdistill.engine.integers.history import NoHistory
 from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.loss.randomness import generators_of
+from revdistill.engine.optimizers.sources import THETA
 from revdistill.engine.problem import Problem
 from revdistill.engine.static.notes import as_floats
 from revdistill.engine.static.rows import NoRowsError
@@ -44,22 +46,37 @@ class Forward(Lease):
         batch = self._batch(k)
         if self._program is None:
             return self._begin(k, batch)
-        if not self._program.batch.fits(batch):
+        modules = problem.determinism.modules
+        if not self._program.batch.fits(batch) or not self._modes == modules.modes == modules.modes_at(k):
             self.flush()
             return False
         self._trajectory.guard.flush(self._trajectory.state)
         if k in LOOKED_AT or k == problem.steps - 1:
             if not self._is_proved(k, batch):
-                raise OtherBitsError(f"step {problem.number(k)}, replayed, had other bits than an eager one")
+                self._refused(f"step {problem.number(k)}, replayed, had other bits than an eager one")
         else:
             self._replay(k, batch)
             if self._noted == problem.backend.interval:
                 self.flush()
         return True
 
+    def _refused(self, why: str) -> NoReturn:
+        """The steps that were replayed are not to be trusted."""
+        self.refuse()
+        if self._problem.on_step is not None:
+            raise UnsupportedError(
+                f'compile="graphs": {why}: the loss does another thing at some steps than at others, which a replay '
+                "cannot, and what on_step was shown is not what training is. Leave compile out, or let on_step, and "
+                "the loss itself, change nothing that the loss is computed from"
+            )
+        raise OtherBitsError(why)
+
     def _begin(self, k: int, batch: Any) -> bool:
+        modules = self._problem.determinism.modules
+        if modules.modes != modules.modes_at(k):
+            return False  # an eager step notes them
         try:
-            program = self._lease(batch)
+            program = self._lease(k, batch)
         except NoRowsError as error:
             self.give_up(str(error))
             return False
@@ -93,6 +110,7 @@ class Forward(Lease):
         before.restore(state)
         self._at = -1
         error = self._not_ready(k, batch, draws) if first else None
+        before.restore(state)  # a capture leaves all as it was; if not, a graph is not to be taken for what it did
         if error is not None:
             after.restore(state)
             for word in reversed(words):
@@ -102,7 +120,7 @@ class Forward(Lease):
         self._replay(k, batch)
         self._noted = 0
         fingerprint = int(program.forward_notes.last(1)[0, 2])
-        same = torch.equal(self.loss, program.loss) and not bool(after.differs(state))
+        same = same_bits(linear.loss, program.loss) and not bool(after.differs(state))
         if same and _recorded(self._problem, k) == fingerprint:
             return True
         after.restore(state)
@@ -122,11 +140,13 @@ class Forward(Lease):
         assert program is not None
         self._go_to(k, batch)
         try:
-            program.capture_forward(k)
+            program.capture_forward(k, self.loss.dtype)
         except RevdistillError:
             raise
         except Exception as error:  # whatever torch says of a capture, eager is right
             return "the step could not be captured", error
+        finally:
+            self._at = -1
         if draws and program.captured:
             return "the loss draws from the CPU's random numbers, which a graph would repeat", None
         return None
@@ -174,17 +194,20 @@ class Back(Lease):
     def makes(self, k: int) -> bool:
         """Go back over step k, but for what enters there. False: it is to be done eagerly."""
         if self.off or k < self._lowest or k == self._problem.steps - 1:
+            self.flush()  # eager steps are looked at in order, after these
             return False
         if self._program is None and k - self._lowest < FEWEST:
             return False
         batch = self._batch(k)
-        if self._program is not None and not self._program.batch.fits(batch):
+        is_in_its_modes = self._modes == self._problem.determinism.modules.modes_at(k)
+        if self._program is not None and not (is_in_its_modes and self._program.batch.fits(batch)):
             self.flush()
             return False
         if self._program is None:
             return self._begin(k, batch)
         if (k in LOOKED_AT or k == self._lowest) and not self._takes_words(k):
             if not self._is_proved(k, batch):
+                self.refuse()
                 raise ReversalError(
                     f'a step back that compile="graphs" replayed, step {self._problem.number(k)}, was not the eager '
                     "one to the bit, so the hypergradient is not returned. The loss does another thing at some steps "
@@ -203,7 +226,7 @@ class Back(Lease):
         if self._takes_words(k):
             return False  # to be made twice a step must leave the history alone: the next one will
         try:
-            program = self._lease(batch)
+            program = self._lease(k, batch)
         except NoRowsError as error:
             self.give_up(str(error))
             return False
@@ -220,6 +243,11 @@ class Back(Lease):
     def _is_proved(self, k: int, batch: Any, *, first: bool = False) -> bool:
         """Go back over step k, both ways. The eager one counts where they differ."""
         self.flush()
+        same = self._is_same(k, batch, first=first)
+        self._sweep.watch.look(k, self._sweep.bars.flat[THETA])
+        return same
+
+    def _is_same(self, k: int, batch: Any, *, first: bool) -> bool:
         sweep, trajectory, program = self._sweep, self._trajectory, self._program
         assert program is not None
         assert program.bars is not None
@@ -230,13 +258,15 @@ class Back(Lease):
         before.restore(state)
         sweep.restore(bars)
         error = self._not_ready(k, batch) if first else None
+        before.restore(state)  # as on the way forward
+        sweep.restore(bars)
         if error is None:
             self._replay(k, batch)
             self._noted = 0
             fingerprint = int(program.back_notes.last(1)[0, 2])
             if (
                 not bool(after.differs(state))
-                and all(map(torch.equal, found, sweep.copies()))
+                and all(map(same_bits, found, sweep.copies()))
                 and fingerprint == _recorded(self._problem, k)
             ):
                 return True
@@ -256,6 +286,8 @@ class Back(Lease):
             raise
         except Exception as error:  # as on the way forward
             return "the step back could not be captured", error
+        finally:
+            self._at = -1
         return None
 
     def _replay(self, k: int, batch: Any) -> None:
@@ -276,11 +308,12 @@ class Back(Lease):
         assert self._program is not None
         rows = self._program.back_notes.last(count).flip(0)  # by step, the first at the beginning
         self._repeated.compare(self._last, rows[:, 2].tolist())
+        self._sweep.watch.flush()  # of the steps before them on the way back
         bad, where = as_floats(rows[:, 1:2])[:, 0].tolist(), rows[:, 0].tolist()
         for k in reversed(range(self._last, self._last + count)):
             i = k - self._last
             self._sweep.watch.judge(k + 1, bad[i], where[i], 0.0)
-        self._sweep.watch.look(self._last, self._sweep.bars.flat["theta"])
+        self._sweep.watch.look(self._last, self._sweep.bars.flat[THETA])
 
     def release(self) -> None:
         """The sweep's too."""

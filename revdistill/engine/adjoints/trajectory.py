@@ -124,6 +124,7 @@ class Trajectory:
         except OtherBitsError as error:
             warn_of_replays(str(error))
             self.was_replayed = False
+            self.problem.gradient.look_at_all()
             self._reset(self.problem.backend.interval)
             self.run(before_step, after_step)
 

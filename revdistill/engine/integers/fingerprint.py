@@ -43,6 +43,12 @@ class Fingerprints:
         return self._kept[first:last].tolist()  # type: ignore[no-any-return]
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of floats or integers are the same: a NaN is itself, and -0 is not 0."""
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}.get(a.element_size(), a.dtype)
+    return a.dtype == b.dtype and torch.equal(a.detach().view(words), b.detach().view(words))
+
+
 def fingerprint_of(t: Tensor) -> int:
     """Of a tensor of any dtype and shape: of its bits, or of its values where its dtype is a narrower one."""
     flat = t.detach().contiguous().reshape(-1)

@@ -107,6 +107,10 @@ class Data:
         copies = [like_fresh(leaf) if isinstance(leaf, Tensor) else leaf for leaf in found]
         if all(a is b for a, b in zip(found, copies, strict=True)):
             return batch
+        try:
+            check_form(batch, "batches")
+        except TypeError:
+            return batch  # no step with it is replayed
         return rebuild(structure_of(batch), copies)
 
     def batches_of(self, tensors: Sequence[Tensor]) -> _Views | Gathered:

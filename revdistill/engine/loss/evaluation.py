@@ -22,6 +22,7 @@ from revdistill.engine.loss.modules import HOOKS, OWN
 from revdistill.engine.loss.operators import name_error
 
 Flags = list[bool]
+Modes = tuple[tuple[bool, ...], ...]
 
 
 class _Local(threading.local):
@@ -111,9 +112,13 @@ class Modules:
         return [named for record in self._records.values() for named in record.frozen]
 
     @property
-    def modes(self) -> tuple[tuple[bool, ...], ...]:
+    def modes(self) -> Modes:
         """The training modes of each module, as they are now."""
         return tuple(tuple(flags_of(record.modules)) for record in self._records.values())
+
+    def modes_at(self, k: int) -> Modes:
+        """Those in which step k, which was made, is evaluated again."""
+        return tuple(tuple(record.flags_at(k)) for record in self._records.values())
 
     def begin(self, k: int) -> None:
         """Step k is evaluated: for the first time, or again and in the same modes."""
@@ -199,10 +204,14 @@ class _Record:
         self._own = None
         if k is None or k < self._from[0]:
             return
-        wanted, found = self._flags[bisect_right(self._from, k) - 1], flags_of(self.modules)
+        wanted, found = self.flags_at(k), flags_of(self.modules)
         if wanted != found:
             self._own = found
             set_flags(self.modules, wanted)
+
+    def flags_at(self, k: int) -> Flags:
+        """The modes that were noted last, up to step k."""
+        return self._flags[max(0, bisect_right(self._from, k) - 1)]
 
     def end(self, k: int, *, first: bool) -> None:
         """An evaluation ends. A loss that switches modes is taken to put back what it found."""

@@ -126,6 +126,10 @@ class Gradient:
         wanted = self._batch_wanted if tensors else ()
         return _leaves(tuple(tensors), wanted), _leaves(tuple(hypers), self._hyper_wanted)
 
+    def look_at_all(self) -> None:
+        """From now on no step is taken to be like those before it."""
+        self._alike, self._unseen = False, 0
+
     def flush(self) -> None:
         """All steps have been evaluated: the checks that are still open. Raises: UnsupportedError."""
         settle(self._open_looks)
@@ -140,7 +144,7 @@ class Gradient:
 
     def _linearize(self, k: int, theta: Tensor, batch: Any) -> EagerLinearization:
         leaf = theta.detach().requires_grad_()
-        if self._alike and k >= FIRST_ALIKE and k not in self._looks:
+        if self._alike and k >= FIRST_ALIKE and not self._is_looked_at(k):
             return self._as_before(k, leaf, batch)
         batch_leaves: tuple[Tensor, ...] = ()
         given = None if self.data.function is None else batch
@@ -176,6 +180,10 @@ class Gradient:
         if self.usage.to_spare:
             raise UnusedParametersError(self.usage.unused, found)
         return found
+
+    def _is_looked_at(self, k: int) -> bool:
+        """Whether a step is one of those that are not just taken to be like the ones before them."""
+        return k in self._looks or k == self.originals.next or k in self.determinism.modules.uncompiled
 
     def _as_before(self, k: int, leaf: Tensor, batch: Any) -> EagerLinearization:
         """Without looking whether the step is like those before it."""

@@ -82,13 +82,19 @@ class Table:
         """Whether it is above 0 anywhere, or wants a gradient."""
         return self.values.requires_grad or any(map(any, self.host))
 
-    def accumulate(self, k: int, a: Tensor, b: Tensor, gradient: Tensor, *, factor: float = 1.0) -> None:
+    def accumulate(self, k: int, a: Tensor, b: Tensor, gradient: Tensor, *, factor: float | Tensor = 1.0) -> None:
         """gradient[k] += factor * <a, b>, group by group.
 
         a, b: [numel]; gradient has the shape of `values`. For K gradients at once a, or both, are [K, numel], and
-        gradient is [K, ...].
+        gradient is [K, ...]. factor: a number, or for one gradient one on the device, float64 [].
         """
         row = self.row_of(k, gradient)
+        if isinstance(factor, Tensor):  # rounded as below
+            if self.index is None:
+                row.addcmul_(torch.dot(a, b).to(row.dtype), factor)
+            else:
+                row.index_add_(-1, self.index, (a * b).to(row.dtype) * factor)
+            return
         if self.index is not None:
             row.index_add_(-1, self.index, (a * b).to(row.dtype), alpha=factor)
         elif a.ndim == 1:

@@ -253,7 +253,7 @@ class Add(Move):
             if name in bars.tables:
                 assert source is not None
                 rest = self.factor.value(k, without=name)
-                weighted, scale = (bar * rest, 1.0) if isinstance(rest, Tensor) else (bar, rest)
+                weighted, scale = (bar * rest, 1.0) if isinstance(rest, Tensor) and rest.ndim else (bar, rest)
                 table.accumulate(k, weighted.to(bar.dtype), source.to(bar.dtype), bars.tables[name], factor=scale)
 
     def vjp_reads(self, wanted: frozenset[str]) -> frozenset[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revdistill.engine.loss.tree import leaves, rebuild, structure_of
+from revdistill.engine.loss.tree import check_form, leaves, rebuild, structure_of
 from revdistill.engine.static.rows import NoRowsError
 
 _PLAIN = (int, float, complex, str, bool, bytes, type(None), torch.dtype, torch.device)
@@ -29,6 +29,10 @@ class StaticBatch:
     """
 
     def __init__(self, like: Any, device: torch.device) -> None:
+        try:
+            check_form(like, "the batch")
+        except TypeError as error:
+            raise NoRowsError(str(error)) from error
         for where, leaf in leaves(like, "the batch"):
             if isinstance(leaf, Tensor):
                 if leaf.device != device or leaf.layout != torch.strided:
@@ -61,4 +65,5 @@ def form_of(tree: Any) -> tuple[Any, ...]:
 def _form_of_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), leaf.dtype, leaf.device, leaf.stride()
-    return type(leaf), leaf if isinstance(leaf, _PLAIN) else id(leaf)
+    # By what is written: -0.0 equals 0.0, and no NaN equals itself.
+    return type(leaf), repr(leaf) if isinstance(leaf, _PLAIN) else id(leaf)

@@ -57,7 +57,7 @@ def is_refused(loss: Any, key: Hashable) -> bool:
 def _new(loss: Any) -> _OfLoss | None:
     try:
         found = _of[loss] = _OfLoss(weakref.ref(loss))
-    except TypeError:  # what cannot be referred to weakly lives who knows how long
+    except Exception:  # what cannot be referred to weakly lives who knows how long; or whatever its __hash__ raises
         return None
     return found
 
@@ -66,6 +66,6 @@ def _known(loss: Any) -> _OfLoss | None:
     """Of this very loss: bound methods are equal, and each dies by itself."""
     try:
         known = _of.get(loss)
-    except TypeError:
+    except Exception:
         return None
     return known if known is not None and known.loss() is loss else None

@@ -17,10 +17,12 @@ Body = Callable[[], object]
 class Replay(ABC):
     """Work on static memory that can be done again and again.
 
-    captured: whether the functions of Python behind it are called no more.
+    captured: whether the functions of Python behind it are called no more; nbytes: memory that it keeps for what is
+    made within.
     """
 
     captured: bool
+    nbytes: int = 0
 
     @abstractmethod
     def __call__(self) -> None:
@@ -72,7 +74,9 @@ class CudaGraph(Replay):
         try:
             # Other threads of the process may do with the device what they like meanwhile.
             with cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                reserved = cuda.memory_reserved()
                 body()
+                self.nbytes = cuda.memory_reserved() - reserved
         except BaseException:
             _tidy_up(before, pool)
             raise
@@ -107,6 +111,11 @@ def pool_of(device: torch.device) -> Any:
         return None
     with torch.cuda.device(device):
         return torch.cuda.graph_pool_handle()
+
+
+def stream_of(device: torch.device) -> int:
+    """The number of the stream on which a device's work is queued now; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def replay_of(body: Body, warm_up: Callable[[Body], None], device: torch.device, pool: Any) -> Replay:

@@ -129,8 +129,6 @@ class DeviceNumbers:
         self._device, self._steps = device, steps
         self.capacity = 1 << max(0, steps - 1).bit_length()  # unrolls of other lengths fit in
         self._rows: dict[int, RowTable] = {}
-        self._places: list[tuple[RowTable, slice]] = []
-        self._pending: list[tuple[int, Table, Tensor]] = []
         numerators = {}
         for move in update.moves:
             if isinstance(move, Decay):

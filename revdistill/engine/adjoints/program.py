@@ -142,8 +142,10 @@ class Program:
         state = trajectory.state
         for name, q in state.numbers.items():
             state.numbers[name] = q.clone()
-        for store in state.all_stores():
-            store.head = store.head.clone()
+        for stores in state.stores.values():  # of one target they lie in a row
+            heads = torch.cat([store.head for store in stores])
+            for store, head in zip(stores, torch.split(heads, [len(s.head) for s in stores]), strict=True):
+                store.head = head
 
     # The step forward.
 

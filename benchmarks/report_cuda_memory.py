@@ -67,14 +67,13 @@ def gpt2(lines: list[Line]) -> str:
     """Each trial, what did not fit, and the public figure."""
     rows, notes = [], []
     for line in of(lines, "gpt2", "batch", "steps"):
-        replayed = " (replayed)" if line["compile"] == "graphs" else ""
-        told = [f"ours{replayed}", f"{line['batch']} x {line['length']}", str(line["steps"])]
+        told = ["ours", f"{line['batch']} x {line['length']}", str(line["steps"])]
         if "error" in line:
             rows.append([*told, line["error"].split(":")[0], "-", "-"])
         elif "seconds_back" in line:
             gib = f"{line['peak_bytes'] / GIB:.1f} GiB"
             rows.append([*told, gib, f"{line['seconds_forward']:.2f}", f"{line['seconds_back']:.2f}"])
-        notes += [f"Batch {line['batch']}{replayed}: warned that {text}" for text in _warnings(line)]
+        notes += [f"Batch {line['batch']}: warned that {text}" for text in _warnings(line)]
     if not rows:
         return ""
     name, batch, gib, back = PUBLIC

@@ -4,14 +4,13 @@ and the seconds of a step forward and back, for the derivative of a held-out los
     python -m gpu.gpt2 --device cuda
 
 Two small batches say what a chunk takes; the largest power of two that fits, at most 64, is then trained on: four
-steps, and as many of 72 as there is time for by these. Then half that batch with replayed steps. Too little memory is a
-result.
+steps, and as many of 72 as there is time for by these. Too little memory is a result. (A state of that size is stepped
+eagerly: its steps are long.)
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,21 +34,19 @@ TRIAL = 60.0  # seconds
 
 @dataclass(frozen=True)
 class Trial:
-    """One hypergradient of so many steps on batches of so many chunks. compile: as `rd.unroll`'s."""
+    """One hypergradient of so many steps on batches of so many chunks."""
 
     size: gpt.Size
     vocabulary: int
     batch: int
     steps: int
-    compile: bool | str = False
 
     def run(self, name: str) -> dict[str, Any]:
         """What it took."""
         torch.manual_seed(0)
         if name == "cuda":
             torch.cuda.empty_cache()  # what an earlier trial held in pieces
-        with here(name) as device, PeakMemory(name) as peak, warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with here(name) as device, PeakMemory(name) as peak:
             with torch.device(device):
                 net = gpt.GPT(self.size, self.vocabulary)
                 chunks = torch.randint(self.vocabulary, (self.steps * self.batch + HELD_OUT, self.size.length + 1))
@@ -75,7 +72,6 @@ class Trial:
                 rd.AdamW(self.size.rate, eps=self.size.eps),
                 steps=self.steps,
                 adjoint=rd.Reversible(graph_bytes=0),
-                compile=self.compile,
                 return_stats=True,
             )
             outer = losses(theta, chunks[-HELD_OUT:]).mean()
@@ -92,13 +88,12 @@ class Trial:
             "state_bytes": stats.state_bytes,
             "history_bytes": stats.history_bytes,
             "finite": bool(scores.isfinite().all()),
-            "compile_warnings": [str(w.message) for w in caught if issubclass(w.category, rd.CompileWarning)],
         }
 
     @property
     def what(self) -> dict[str, Any]:
         """Names it in a line."""
-        return {"batch": self.batch, "length": self.size.length, "steps": self.steps, "compile": self.compile}
+        return {"batch": self.batch, "length": self.size.length, "steps": self.steps}
 
 
 def memory(name: str) -> int:
@@ -117,16 +112,14 @@ def probe(size: gpt.Size, vocabulary: int, name: str, answer: Any) -> None:
     answer[:] = [found[0] - PROBES[0] * each, each, memory(name)]
 
 
-def estimated(trial: Trial, name: str, planned: bool) -> None:
-    """The first steps of a trial, and then, where `planned`, as many as there is time for."""
-    short = Trial(trial.size, trial.vocabulary, trial.batch, min(FIRST, trial.steps), trial.compile)
+def estimated(trial: Trial, name: str) -> None:
+    """The first steps of a trial, and then as many as there is time for."""
+    short = Trial(trial.size, trial.vocabulary, trial.batch, min(FIRST, trial.steps))
     found = short.run(name)
     write("gpt2", **short.what, **found)
-    if not planned:
-        return
     steps = min(trial.steps, int(SHARE * left() / (found["seconds_forward"] + found["seconds_back"])))
     if steps > short.steps:
-        whole = Trial(trial.size, trial.vocabulary, trial.batch, steps, trial.compile)
+        whole = Trial(trial.size, trial.vocabulary, trial.batch, steps)
         write("gpt2", **whole.what, **whole.run(name))
 
 
@@ -146,12 +139,9 @@ def main() -> None:
     write("gpt2", needed_for_the_whole_batch=base + size.batch * each, whole_batch=size.batch, memory=there, fits=batch)
     while batch and left() > 0:
         trial = Trial(size, vocabulary, batch, size.steps)
-        if apart("gpt2", estimated, trial, options.device, True, **trial.what):
+        if apart("gpt2", estimated, trial, options.device, **trial.what):
             break
         batch //= 2
-    if batch > 1:
-        trial = Trial(size, vocabulary, batch // 2, size.steps, "graphs")
-        apart("gpt2", estimated, trial, options.device, False, **trial.what)
 
 
 if __name__ == "__main__":

@@ -436,3 +436,24 @@ def test_parameters_as_they_were_given_are_seen_in_steps_that_are_like_those_bef
 
         with pytest.raises(rd.UnsupportedError, match=r"params\['2.bias'\] as it was given to unroll, at step 3"):
             rd.unroll(loss, given, (of.x.detach(), of.y), rd.SGD(0.05, 0.9), steps=7, seed=1, compile=compile)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_steps_with_another_form_of_batch_are_not_like_those_before_them(
+    on_cpu: bool, of: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are looked at as all steps are: of a small batch the loss reaches a tensor that was not passed."""
+    if not on_cpu:
+        replaying(monkeypatch)
+    outside = torch.ones(4, requires_grad=True)
+
+    def loss(params: dict[str, Tensor], batch: Any) -> Tensor:
+        value = of.loss(params, batch)
+        return value + (outside * params["2.bias"]).sum() if len(batch[1]) < 8 else value
+
+    def batch(k: int) -> Any:
+        n = 5 if k in (5, 11) else 8
+        return of.x[k % 5, :n].detach(), of.y[k % 5, :n]
+
+    with pytest.raises(ValueError, match=r"at step 5 a tensor of shape \[4\] that requires grad"):
+        there_and_back(loss, of.params, batch, "graphs")

@@ -13,10 +13,10 @@ from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.compiling import warn_of_replays
 from revdistill.engine.loss.data import like_fresh
 from revdistill.engine.loss.evaluation import Modes
+from revdistill.engine.loss.tree import form_of
 from revdistill.engine.optimizers.moves import Decay
 from revdistill.engine.problem import Problem
 from revdistill.engine.static import kept
-from revdistill.engine.static.batch import form_of
 from revdistill.engine.static.replays import stream_of
 from revdistill.engine.static.rows import DeviceNumbers
 

@@ -16,11 +16,12 @@ from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.integers.state import State
 from revdistill.engine.loss.evaluation import HoldsBuffers
 from revdistill.engine.loss.linearization import EagerLinearization
+from revdistill.engine.loss.tree import form_of
 from revdistill.engine.loss.uncompiled import uncompiled
 from revdistill.engine.optimizers.sources import GRADIENT, THETA, Bars
 from revdistill.engine.optimizers.update import Update
 from revdistill.engine.problem import Problem
-from revdistill.engine.static.batch import StaticBatch, form_of
+from revdistill.engine.static.batch import StaticBatch
 from revdistill.engine.static.fusing import moves_of
 from revdistill.engine.static.notes import Notes
 from revdistill.engine.static.replays import Body, Replay, pool_of, replay_of

@@ -8,7 +8,7 @@ that is one bit different on the way back ruins the reversal (invariant 1 of the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.linearization import EagerLinearization
 from revdistill.engine.loss.originals import Originals
 from revdistill.engine.loss.strangers import Strangers
+from revdistill.engine.loss.tree import PLAIN, form_of, leaves
 from revdistill.engine.loss.uncompiled import uncompiled
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
 from revdistill.engine.loss.usage import UnusedParametersError, Usage
@@ -67,6 +68,7 @@ class Gradient:
         alike: bool = False,
     ) -> None:
         self._alike = alike
+        self._forms = set[Hashable]()  # of the batches of steps that were looked at
         self.loss, self.layout, self.data, self.determinism = loss, layout, data, determinism
         self.usage = usage or Usage(layout.names)
         self.fingerprints = Fingerprints(steps, layout.device)
@@ -144,7 +146,7 @@ class Gradient:
 
     def _linearize(self, k: int, theta: Tensor, batch: Any) -> EagerLinearization:
         leaf = theta.detach().requires_grad_()
-        if self._alike and k >= FIRST_ALIKE and not self._is_looked_at(k):
+        if self._alike and self._is_like_others(k, batch):
             return self._as_before(k, leaf, batch)
         batch_leaves: tuple[Tensor, ...] = ()
         given = None if self.data.function is None else batch
@@ -181,9 +183,13 @@ class Gradient:
             raise UnusedParametersError(self.usage.unused, found)
         return found
 
-    def _is_looked_at(self, k: int) -> bool:
-        """Whether a step is one of those that are not just taken to be like the ones before them."""
-        return k in self._looks or k == self.originals.next or k in self.determinism.modules.uncompiled
+    def _is_like_others(self, k: int, batch: Any) -> bool:
+        """Whether a step is taken to be like others before it, which had a batch of its form."""
+        form = form_of(batch)
+        known = form in self._forms and all(isinstance(leaf, (Tensor, *PLAIN)) for _, leaf in leaves(batch, ""))
+        self._forms.add(form)
+        looked_at = k in self._looks or k == self.originals.next or k in self.determinism.modules.uncompiled
+        return known and k >= FIRST_ALIKE and not looked_at
 
     def _as_before(self, k: int, leaf: Tensor, batch: Any) -> EagerLinearization:
         """Without looking whether the step is like those before it."""
@@ -261,8 +267,8 @@ def check_arity(loss: Loss, has_hyper: bool) -> None:
 
 def _leaves(tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
     """New leaves over the same memory: what the loss does to the tensors themselves must not reach the next call."""
-    leaves = tuple(t.detach() for t in tensors)
-    for leaf, want in zip(leaves, wanted, strict=True):
+    found = tuple(t.detach() for t in tensors)
+    for leaf, want in zip(found, wanted, strict=True):
         if want:
             leaf.requires_grad_()
-    return leaves
+    return found

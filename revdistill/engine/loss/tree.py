@@ -33,6 +33,7 @@ _WHOLE = (
     *_CODE,
 )
 _MOST_OBJECTS = 10_000
+PLAIN = (int, float, complex, str, bool, bytes, type(None), torch.dtype, torch.device)  # leaves that are what they show
 
 
 def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -109,6 +110,25 @@ def structure_of(tree: Any) -> Structure:
     if isinstance(tree, (tuple, list)):
         return (type(tree), tuple(map(structure_of, tree)))
     return _LEAF
+
+
+def form_of(tree: Any) -> tuple[Any, ...]:
+    """What a tree is without its tensors' numbers: hashable. Of leaves that are neither tensors nor `PLAIN`, the type
+    only.
+    """
+    return structure_of(tree), *(_form_of_leaf(leaf) for _, leaf in leaves(tree, ""))
+
+
+def _form_of_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return (
+            tuple(leaf.shape),
+            leaf.dtype,
+            leaf.device,
+            leaf.stride() if leaf.layout == torch.strided else leaf.layout,
+        )
+    # By what is written: -0.0 equals 0.0, and no NaN equals itself.
+    return type(leaf), repr(leaf) if isinstance(leaf, PLAIN) else None
 
 
 def rebuild(structure: Structure, values: Sequence[Any]) -> Any:

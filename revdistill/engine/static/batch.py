@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revdistill.engine.loss.tree import check_form, leaves, rebuild, structure_of
+from revdistill.engine.loss.tree import PLAIN, check_form, form_of, leaves, rebuild, structure_of
 from revdistill.engine.static.rows import NoRowsError
-
-_PLAIN = (int, float, complex, str, bool, bytes, type(None), torch.dtype, torch.device)
 
 
 class StaticBatch:
@@ -37,7 +35,7 @@ class StaticBatch:
             if isinstance(leaf, Tensor):
                 if leaf.device != device or leaf.layout != torch.strided:
                     raise NoRowsError(f"{where} is on {leaf.device}, {leaf.layout}")
-            elif not isinstance(leaf, _PLAIN):
+            elif not isinstance(leaf, PLAIN):
                 raise NoRowsError(f"{where} is a {type(leaf).__name__}")
         self.form = form_of(like)
         self._leaves = [
@@ -55,15 +53,3 @@ class StaticBatch:
         for mine, (_, other) in zip(self._leaves, leaves(batch, ""), strict=True):
             if isinstance(mine, Tensor):
                 mine.copy_(other)
-
-
-def form_of(tree: Any) -> tuple[Any, ...]:
-    """What a tree is without its tensors' numbers; with all other leaves. Hashable where these are."""
-    return structure_of(tree), *(_form_of_leaf(leaf) for _, leaf in leaves(tree, ""))
-
-
-def _form_of_leaf(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.device, leaf.stride()
-    # By what is written: -0.0 equals 0.0, and no NaN equals itself.
-    return type(leaf), repr(leaf) if isinstance(leaf, _PLAIN) else id(leaf)

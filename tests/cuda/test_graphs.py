@@ -72,6 +72,41 @@ def test_groups(device: torch.device) -> None:
     )
 
 
+def test_groups_of_which_some_do_not_decay(device: torch.device) -> None:
+    """As everybody gives them: no weight decay for biases. Their factor is 1."""
+    of = case("mlp", torch.float32, device)
+    decay = {name: 0.1 * (p.ndim > 1) for name, p in of.params.items()}
+    both(of, optimizer=lambda lr: rd.AdamW(lr / 10, weight_decay=decay))
+    momenta = {name: (0.9, 1.0)[p.ndim > 1] for name, p in of.params.items()}
+    both(of, optimizer=lambda lr: rd.SGD(lr / 10, momenta))
+
+
+def test_batches_of_many_forms_are_made_eagerly(device: torch.device) -> None:
+    of = case("mlp", torch.float32, device)
+
+    def loss(params: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
+        return of.loss(params, (batch["x"], batch["y"])) * (1 + batch["k"] / T)
+
+    def found(compile: Any) -> Tensor:
+        lr = of.rates(T)
+        theta = rd.unroll(
+            loss,
+            of.params,
+            lambda k: {"x": of.x.detach()[k % 5], "y": of.y[k % 5], "k": k},
+            rd.SGD(lr, 0.9),
+            steps=T,
+            seed=1,
+            compile=compile,
+        )
+        (gradient,) = torch.autograd.grad(outer(theta), lr)
+        return gradient.cpu()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", rd.CompileWarning)
+        assert torch.equal(found("graphs"), found(False))
+    assert ["other shapes" in str(w.message) for w in caught] == [True] * (DEVICE != "cpu")
+
+
 @pytest.mark.parametrize("adjoint", [rd.Checkpoint(), rd.StoreAll(), rd.Reversible(history="host")], ids=str)
 def test_other_ways_back(adjoint: Any, device: torch.device) -> None:
     both(case("mlp", torch.float32, device), adjoint)

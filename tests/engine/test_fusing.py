@@ -42,7 +42,7 @@ OWN = {
     "amsgrad with eps_root": lambda: rd.AdamW(0.01, amsgrad=True, eps_root=1e-7, weight_decay=0.1),
 }
 ALL = OPTIMIZERS | OWN
-NO_ROWS = {"sgd, groups", "adamw, groups"}  # a factor is 0 or 1 in one group only
+NO_ROWS = {"sgd, groups"}  # a momentum is 0 in one group only
 
 
 def stacked() -> Update:

@@ -30,6 +30,7 @@ from revdistill.engine.static.rows import NoRowsError
 FIRST = 2  # the first step that may be replayed: step 0 is another one, and step 1 has a state at rest behind it
 FEWEST = 4  # steps that it is worth to prepare for
 LOOKED_AT = frozenset(FIRST + 16**i - 1 for i in range(1, 16))  # steps that are compared again, besides the last
+MOST_MISSES = 8  # batches of another form, one after the other, before no more are looked at
 LARGEST = 2**30  # bytes of a state: a larger network's steps are long, and copies of it, to compare, are large too
 
 
@@ -37,6 +38,7 @@ class Forward(Lease):
     """The way forward. loss: of the last step that it made, 0-dim."""
 
     loss: Tensor
+    _misses = 0  # steps since the last whose batch had the program's form
 
     def makes(self, k: int) -> bool:
         """Make step k. False: it is to be made eagerly."""
@@ -47,8 +49,12 @@ class Forward(Lease):
         if self._program is None:
             return self._begin(k, batch)
         modules = problem.determinism.modules
-        if not self._program.batch.fits(batch) or not self._modes == modules.modes == modules.modes_at(k):
+        fits = self._program.batch.fits(batch)
+        self._misses = 0 if fits else self._misses + 1
+        if not fits or not self._modes == modules.modes == modules.modes_at(k):
             self.flush()
+            if self._misses == MOST_MISSES:
+                self.give_up(f"the last {MOST_MISSES} batches had other shapes, or hold another number each")
             return False
         self._trajectory.guard.flush(self._trajectory.state)
         if k in LOOKED_AT or k == problem.steps - 1:

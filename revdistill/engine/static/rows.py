@@ -62,7 +62,8 @@ class RowDecay(Decay):
     """A decay by a numerator in static memory.
 
     numbers: float64 [1, G], the numerators; places: the parts of the target, each with its column, in the order of the
-    bit stores; kind: what is done to all of them at every step: "forget" for n = 0, "keep" for n = radix, or "shorten".
+    bit stores; kind: what is done to all of them at every step, "forget" where n is 0, "keep" where it is radix, else
+    "shorten".
     """
 
     numbers: Tensor | None = None
@@ -94,16 +95,19 @@ class RowDecay(Decay):
 
 
 def kind_of(decay: Decay, steps: int) -> str:
-    """`RowDecay.kind`. Raises: NoRowsError where the steps after the first are not all of one."""
+    """`RowDecay.kind`. Raises: NoRowsError where the steps after the first are not all of one.
+
+    A factor of 1 is one like the others where some are smaller: it changes neither number nor head.
+    """
     base = decay.radix.base
-    found = {
-        "forget" if n == 0 else "keep" if n == base else "shorten"
-        for k in range(min(1, steps - 1), steps)
-        for n in decay.numerators(k)
-    }
-    if len(found) > 1:
-        raise NoRowsError(f"{decay.name} is 0 or 1 at some steps, or in some groups, only")
-    return found.pop() if found else "keep"
+    found = {n for k in range(min(1, steps - 1), steps) for n in decay.numerators(k)}
+    if found <= {base}:
+        return "keep"
+    if found == {0}:
+        return "forget"
+    if 0 in found:
+        raise NoRowsError(f"{decay.name} is 0 at some steps, or in some groups, only")
+    return "shorten"
 
 
 class DeviceNumbers:

@@ -51,7 +51,13 @@ def long(lines: list[Line]) -> str:
         for line in of(lines, "long", "seconds_back")
     ]
     header = [
-        *("one hypergradient, history on the host", "forward, s", "back, s", "ms per step", "extra peak on the GPU"),
+        *(
+            "one hypergradient, replayed, history on the host; measured beside the tests",
+            "forward, s",
+            "back, s",
+            "ms per step",
+            "extra peak on the GPU",
+        ),
         *("history", "bits per parameter and step"),
     ]
     parts = [table(header, rows)] if rows else []

@@ -167,11 +167,12 @@ def unroll(
             replayed: a small network's step waits for kernel launches, and has none left. A step is captured once for
             each `loss` object (and form of batch and optimizer) and admitted where it was proved to have eager's bits,
             in every unroll at a few steps of each way, or else made eagerly, with a CompileWarning: a loss that waits
-            for the device (`.item()`), draws random numbers on the host, or changes what it does from step to step. A
-            state of more than 1 GiB is stepped eagerly. On a CPU nothing is captured, but steps are taken to be like
-            those before them, as with graphs: what is looked for at each step (a tensor that requires grad and reaches
-            the loss by closure) is looked for at the first three, at those whose number is a power of two, and at the
-            last.
+            for the device (`.item()`), draws random numbers on the host, checkpoints its activations, or changes what
+            it does from step to step (an UnsupportedError where `on_step` saw such steps). A module that keeps tensors
+            of its last call shows `on_step` the memory of a graph. A state of more than 1 GiB is stepped eagerly. On a
+            CPU nothing is captured, but steps are taken to be like those before them, as with graphs: what is looked
+            for at each step (a tensor that requires grad and reaches the loss by closure) is looked for at the first
+            three, at those whose number is a power of two, at the last, and where a batch has a new form.
         on_step: called as on_step(k, theta_k, loss_k) at each step of the forward pass, with detached tensors.
         return_stats: also return an `UnrollStats`.
         seed: of the random numbers inside the loss; by default that of `state`, or else drawn from torch's default

@@ -29,6 +29,8 @@ from revdistill.engine.integers.radix import COARSE, FINE, HEAD_BITS, WIDE
 from tests.engine import interpreted, ptx
 from tests.engine.test_backends import collected
 
+pytestmark = pytest.mark.triton
+
 SIZE, LIMIT = 150, 2**62
 RADICES = {"coarse": COARSE, "fine": FINE, "wide": WIDE}
 FLOATS = [torch.float32, torch.float64]

@@ -106,7 +106,7 @@ class Forward(Lease):
         linear = trajectory.step(k)
         self.loss, draws = linear.loss, self._draws_on_the_host()
         trajectory.guard.flush(state)
-        after = Snapshot(state, with_slots=True)
+        after, spilled = Snapshot(state, with_slots=True), history.nbytes
         words = []
         if isinstance(history, NoHistory):
             history.nbytes = nbytes
@@ -121,6 +121,8 @@ class Forward(Lease):
             after.restore(state)
             for word in reversed(words):
                 history.push(word)
+            if isinstance(history, NoHistory):
+                history.nbytes = spilled
             self.give_up(*error)
             return False
         self._replay(k, batch)

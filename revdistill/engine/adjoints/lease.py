@@ -20,6 +20,9 @@ from revdistill.engine.static import kept
 from revdistill.engine.static.replays import stream_of
 from revdistill.engine.static.rows import DeviceNumbers
 
+FIRST = 2  # the first step that may be replayed: step 0 is another one, and step 1 has a state at rest behind it
+FEWEST = 4  # steps that it is worth to prepare for
+LOOKED_AT = frozenset(FIRST + 16**i - 1 for i in range(1, 16))  # steps that are compared again, besides the last
 KEPT_BYTES = 256 * 2**20  # of a program that is kept for the loss's next unroll
 
 
@@ -129,3 +132,8 @@ def _key_of(problem: Problem, trajectory: Trajectory, numbers: DeviceNumbers, ba
         type(problem.backend),
         stream_of(determinism.device),
     )
+
+
+def recorded(problem: Problem, k: int) -> int:
+    """Of step k's gradient, as the way forward kept it."""
+    return problem.gradient.fingerprints.recorded(k, k + 1)[0]

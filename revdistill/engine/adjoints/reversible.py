@@ -13,7 +13,8 @@ from revdistill.engine.adjoints.fixed_point import FixedPointAdjoint, Recording
 from revdistill.engine.adjoints.kept_data import KeptData
 from revdistill.engine.adjoints.memory import free_bytes
 from revdistill.engine.adjoints.repeated import NONDETERMINISTIC, Repeated
-from revdistill.engine.adjoints.replayed import back_of, forward_of
+from revdistill.engine.adjoints.replayed import forward_of
+from revdistill.engine.adjoints.replayed_back import back_of
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory

@@ -14,6 +14,8 @@ from gpu import apart, gpt2, kernels, lines, long, speed, verify
 
 from revdistill.engine import selfcheck
 
+pytestmark = pytest.mark.imitated
+
 copied = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # what the copies do needs no threads
 
 

@@ -29,7 +29,7 @@ from revdistill.engine.integers.radix import COARSE, FINE, HEAD_BITS, WIDE
 from tests.engine import interpreted, ptx
 from tests.engine.test_backends import collected
 
-pytestmark = pytest.mark.triton
+pytestmark = pytest.mark.imitated
 
 SIZE, LIMIT = 150, 2**62
 RADICES = {"coarse": COARSE, "fine": FINE, "wide": WIDE}

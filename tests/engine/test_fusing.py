@@ -30,7 +30,7 @@ from tests.engine import interpreted, ptx
 from tests.engine.small import CE, data, total
 from tests.engine.test_moves import LAYOUT, OPTIMIZERS, STEPS, groups
 
-pytestmark = pytest.mark.triton
+pytestmark = pytest.mark.imitated
 
 CPU = torch.device("cpu")
 MADE = 3  # steps; the first one eagerly, as a replayed training's is

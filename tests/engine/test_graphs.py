@@ -20,6 +20,8 @@ from revdistill.engine.adjoints import lease
 from tests.cuda.cases import CPU, Case, case, outer
 from tests.replaying import Recorded, replaying
 
+pytestmark = pytest.mark.imitated
+
 T = 20  # step 17 is looked at again, and the last
 CE = nn.CrossEntropyLoss()
 Found = list[Tensor]

@@ -24,8 +24,7 @@ def warn(what: str, error: Exception | None = None) -> None:
         what: happened, or was found.
         error: what the compiler raised, if it did.
     """
-    text = f"compile=True: {what}{_reason(error)}; running it without torch.compile"
-    warnings.warn(text, CompileWarning, stacklevel=2)
+    _say(f"compile=True: {what}{_reason(error)}; running it without torch.compile")
 
 
 def warn_of_replays(what: str, error: Exception | None = None) -> None:
@@ -35,8 +34,7 @@ def warn_of_replays(what: str, error: Exception | None = None) -> None:
         what: happened, or was found.
         error: what a capture raised, if it did.
     """
-    text = f'compile="graphs": {what}{_reason(error)}; making the steps eagerly'
-    warnings.warn(text, CompileWarning, stacklevel=2)
+    _say(f'compile="graphs": {what}{_reason(error)}; making the steps eagerly')
 
 
 def _reason(error: Exception | None) -> str:
@@ -72,5 +70,8 @@ def give_up(what: str, error: Exception | None = None) -> None:
         what: is given up.
         error: what was raised, if anything.
     """
-    reason = f" ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]})" if error else ""
-    warnings.warn(f"{what} cannot be used{reason}; tensor operations take their place", CompileWarning, stacklevel=2)
+    _say(f"{what} cannot be used{_reason(error)}; tensor operations take their place")
+
+
+def _say(text: str) -> None:
+    warnings.warn(text, CompileWarning, stacklevel=3)

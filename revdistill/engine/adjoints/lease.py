@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from revdistill.engine.adjoints.program import Program
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.compiling import warn_of_replays
+from revdistill.engine.errors import RevdistillError
 from revdistill.engine.loss.data import like_fresh
 from revdistill.engine.loss.evaluation import Modes
 from revdistill.engine.loss.tree import form_of
@@ -18,7 +19,7 @@ from revdistill.engine.optimizers.moves import Decay
 from revdistill.engine.problem import Problem
 from revdistill.engine.static import kept
 from revdistill.engine.static.replays import stream_of
-from revdistill.engine.static.rows import DeviceNumbers
+from revdistill.engine.static.rows import DeviceNumbers, NoRowsError
 
 FIRST = 2  # the first step that may be replayed: step 0 is another one, and step 1 has a state at rest behind it
 FEWEST = 4  # steps that it is worth to prepare for
@@ -69,6 +70,29 @@ class Lease:
             k: a step like those that are to be replayed.
             batch: its.
         """
+        try:
+            program = self._found(k, batch)
+        except NoRowsError as error:
+            self.give_up(str(error))
+            return None
+        if program is None:
+            self.off = True
+        return program
+
+    def _failure(self, what: str, capture: Callable[[], None]) -> tuple[str, Exception] | None:
+        """Why a capture of what is named so fails; None where it does not. Raises: errors of the library's own."""
+        try:
+            capture()
+        except RevdistillError:
+            raise
+        except Exception as error:  # whatever torch says of a capture, eager is right
+            return f"{what} could not be captured", error
+        finally:
+            self._at = -1
+        return None
+
+    def _found(self, k: int, batch: Any) -> Program | None:
+        """A program for `_lease`, kept or new; None where it is refused. Raises: NoRowsError."""
         problem, trajectory = self._problem, self._trajectory
         if self._numbers is None:
             self._numbers = DeviceNumbers(problem.update, problem.steps, problem.update.layout.device)

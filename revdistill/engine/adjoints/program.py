@@ -28,8 +28,6 @@ from revdistill.engine.static.replays import Body, Replay, pool_of, replay_of
 from revdistill.engine.static.rows import DeviceNumbers
 from revdistill.engine.static.trace import Trace, is_like
 
-FINGERPRINT = 2  # the column of both rings that holds the gradient's
-
 
 class Program:
     """The memory of one form of unroll, the step forward and the step back.

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from revdistill.engine.adjoints.lease import FEWEST, FIRST, LOOKED_AT, Lease, recorded
 from revdistill.engine.adjoints.trajectory import OtherBitsError, Trajectory
-from revdistill.engine.errors import RevdistillError, UnsupportedError
+from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.integers.fingerprint import same_bits
 from revdistill.engine.integers.history import NoHistory
 from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.loss.randomness import generators_of
 from revdistill.engine.problem import Problem
 from revdistill.engine.static.notes import as_floats
-from revdistill.engine.static.rows import NoRowsError
 
 MOST_MISSES = 8  # batches of another form, one after the other, before no more are looked at
 LARGEST = 2**30  # bytes of a state: a larger network's steps are long, and copies of it, to compare, are large too
@@ -74,13 +73,7 @@ class Forward(Lease):
         modules = self._problem.determinism.modules
         if modules.modes != modules.modes_at(k):
             return False  # an eager step notes them
-        try:
-            program = self._lease(k, batch)
-        except NoRowsError as error:
-            self.give_up(str(error))
-            return False
-        if program is None:
-            self.off = True
+        if self._lease(k, batch) is None:
             return False
         if not self._is_proved(k, batch, first=True) and not self.off:
             self.give_up("a replayed step had other bits than an eager one")
@@ -140,14 +133,9 @@ class Forward(Lease):
         program = self._program
         assert program is not None
         self._go_to(k, batch)
-        try:
-            program.capture_forward(k, self.loss.dtype)
-        except RevdistillError:
-            raise
-        except Exception as error:  # whatever torch says of a capture, eager is right
-            return "the step could not be captured", error
-        finally:
-            self._at = -1
+        failure = self._failure("the step", lambda: program.capture_forward(k, self.loss.dtype))
+        if failure is not None:
+            return failure
         if draws and program.captured:
             return "the loss draws from the CPU's random numbers, which a graph would repeat", None
         return None

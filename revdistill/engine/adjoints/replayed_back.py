@@ -9,12 +9,11 @@ from revdistill.engine.adjoints.lease import FEWEST, FIRST, LOOKED_AT, Lease, re
 from revdistill.engine.adjoints.repeated import Repeated
 from revdistill.engine.adjoints.sweep import Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
-from revdistill.engine.errors import RevdistillError, ReversalError
+from revdistill.engine.errors import ReversalError
 from revdistill.engine.integers.fingerprint import same_bits
 from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.optimizers.sources import THETA
 from revdistill.engine.static.notes import as_floats
-from revdistill.engine.static.rows import NoRowsError
 
 
 class Back(Lease):
@@ -70,13 +69,8 @@ class Back(Lease):
     def _begin(self, k: int, batch: Any) -> bool:
         if self._takes_words(k):
             return False  # to be made twice a step must leave the history alone: the next one will
-        try:
-            program = self._lease(k, batch)
-        except NoRowsError as error:
-            self.give_up(str(error))
-            return False
+        program = self._lease(k, batch)
         if program is None:
-            self.off = True
             return False
         program.take_bars(self._sweep)
         if not self._is_proved(k, batch, first=True) and not self.off:
@@ -125,15 +119,7 @@ class Back(Lease):
         program = self._program
         assert program is not None
         self._go_to(k, batch)
-        try:
-            program.capture_back(k)
-        except RevdistillError:
-            raise
-        except Exception as error:  # as on the way forward
-            return "the step back could not be captured", error
-        finally:
-            self._at = -1
-        return None
+        return self._failure("the step back", lambda: program.capture_back(k))
 
     def _replay(self, k: int, batch: Any) -> None:
         program, sweep = self._program, self._sweep

@@ -7,7 +7,6 @@ from collections.abc import Hashable
 from typing import Any
 
 _MOST = 4  # programs of one loss
-_of: weakref.WeakKeyDictionary[Any, _OfLoss]
 
 
 class _OfLoss:
@@ -19,7 +18,7 @@ class _OfLoss:
         self.refused: set[Hashable] = set()
 
 
-_of = weakref.WeakKeyDictionary()
+_of: weakref.WeakKeyDictionary[Any, _OfLoss] = weakref.WeakKeyDictionary()
 
 
 def take(loss: Any, key: Hashable) -> Any:

@@ -130,9 +130,8 @@ class DeviceNumbers:
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self._columns: list[Tensor] = []
         self._width = 0
-        self._device, self._steps = device, steps
+        self._steps = steps
         self.capacity = 1 << max(0, steps - 1).bit_length()  # unrolls of other lengths fit in
-        self._rows: dict[int, RowTable] = {}
         numerators = {}
         for move in update.moves:
             if isinstance(move, Decay):
@@ -142,13 +141,13 @@ class DeviceNumbers:
         places = {key: self._place(table.values.detach()) for key, table in tables.items()}
         self._matrix = torch.zeros(self.capacity, self._width, dtype=torch.float64, device=device)
         torch.cat(self._columns, dim=1, out=self._matrix[:steps])
+        self._columns.clear()  # a program that is kept would keep the tables of its first unroll
         self._row = self._matrix[:1].clone()
-        rows = {key: RowTable(self._row[:, places[key]], table.index, []) for key, table in tables.items()}
-        self._rows = rows
+        self._rows = {key: RowTable(self._row[:, places[key]], table.index, []) for key, table in tables.items()}
         self._numerators = {key: self._row[:, place] for key, place in numerators.items()}
         moves = tuple(self._static(move, update, steps) for move in update.moves)
-        named: dict[str, Table] = {name: rows[id(table)] for name, table in update.tables.items() if id(table) in rows}
-        clipping = None if update.clipping is None else _substituted(update.clipping, rows)
+        named: dict[str, Table] = {name: self._rows[id(table)] for name, table in update.tables.items()}
+        clipping = None if update.clipping is None else _substituted(update.clipping, self._rows)
         self.update = Update(update.layout, named, moves, update.formats, clipping)
 
     def _place(self, values: Tensor) -> slice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,15 @@ FORBIDDEN = {
 }
 # likewise, of the engine's own rooms
 _TOP = tuple(f"revdistill.engine.{name}" for name in ("unroll", "arguments", "selfcheck"))
-_ROOMS = {name: f"revdistill.engine.{name}" for name in ("integers", "loss", "optimizers", "adjoints", "problem")}
+_ROOMS = {
+    name: f"revdistill.engine.{name}" for name in ("integers", "loss", "optimizers", "adjoints", "problem", "ranks")
+}
 INSIDE_THE_ENGINE = {
     "integers": (_ROOMS["loss"], _ROOMS["optimizers"], _ROOMS["adjoints"], _ROOMS["problem"]),
     "loss": (_ROOMS["optimizers"], _ROOMS["adjoints"], _ROOMS["problem"]),
     "optimizers": (_ROOMS["loss"], _ROOMS["adjoints"], _ROOMS["problem"]),
     "adjoints": (),
+    "ranks": (_ROOMS["adjoints"], _ROOMS["problem"]),
 }
 
 
@@ -72,6 +76,16 @@ def test_the_engines_rooms_import_one_way(room: str) -> None:
 def test_every_room_of_the_library_has_its_direction() -> None:
     rooms = {f"revdistill/{p.name}" for p in (ROOT / "revdistill").iterdir() if (p / "__init__.py").exists()}
     assert rooms == set(FORBIDDEN)
+
+
+def test_an_installed_library_is_whole() -> None:
+    """An editable install finds every folder; a wheel has the packages that setup.cfg names."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    named = set(setup["options"]["packages"].split())
+    assert named == {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "revdistill").rglob("__init__.py")} | {
+        "revdistill.cli"
+    }
 
 
 def test_nothing_is_pickled() -> None:

@@ -37,6 +37,17 @@ class UnsupportedError(RevdistillError):
     """A combination that cannot be had; the message names the alternative."""
 
 
+class RankError(RevdistillError):
+    """Another process of a torch.distributed group failed, or is gone, so that this one cannot go on.
+
+    Attributes: `rank` (of the process that failed; None where it is not known).
+    """
+
+    def __init__(self, message: str, *, rank: int | None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class ArtifactError(RevdistillError):
     """A file that is not a valid artifact, checkpoint or dataset; the message names the file and what is wrong
     with it.

@@ -40,7 +40,7 @@ def replaying(patch: pytest.MonkeyPatch, *, may_read: bool = False) -> list[Reco
         made.append(Recorded(body, warm_up, may_read=may_read))
         return made[-1]
 
-    for module in (sys.modules["revdistill.engine.unroll"], fingerprint, bitstore, select):
+    for module in (sys.modules["revdistill.engine.unrolled"], fingerprint, bitstore, select):
         patch.setattr(module, "backend_for", lambda *_, **__: backend)
     patch.setattr(program, "replay_of", record)
     # The device's own generator is the host's here.

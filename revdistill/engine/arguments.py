@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from revdistill.engine.adjoints.adjoint import Adjoint
+from revdistill.engine.adjoints.backprop import Backprop
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.batches import function_of, is_table
 from revdistill.engine.loss.gradient import check_arity
@@ -70,6 +71,24 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for name in ("return_state", "return_stats", "progress"):
         if not isinstance(given[name], bool):
             raise TypeError(f"{name} must be a bool, got {_kind(given[name])}")
+
+
+def check_grouped(loss: Any, adjoint: Adjoint | None, compile: Any, *, shard: bool) -> None:
+    """Raise UnsupportedError where the unroll cannot be shared by the ranks of a group."""
+    if isinstance(adjoint, Backprop):
+        raise UnsupportedError(
+            "adjoint=rd.Backprop() keeps the graphs of one process, through which no gradient reaches the other ranks "
+            "of group; use rd.Reversible(), rd.Checkpoint() or rd.StoreAll()"
+        )
+    if compile == "graphs":
+        raise UnsupportedError(
+            'compile="graphs" replays steps of one process; with a group use compile=False or compile=True'
+        )
+    if shard and getattr(loss, "networks", 1) > 1:
+        raise UnsupportedError(
+            "shard=True cuts the parameters of one network into parts, and loss is of rd.stack_modules; give each rank "
+            "networks of its own instead, without a group"
+        )
 
 
 def check_average(average: Any, steps: int) -> list[float]:

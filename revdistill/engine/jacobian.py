@@ -121,9 +121,23 @@ class _Graph:
             return torch.autograd.grad(start, list(targets), bars, allow_unused=True, retain_graph=True)
 
         count = len(vectors[0])
-        chunks = ((rows, batching(product, *(v[rows] for v in vectors))) for rows in batching.chunks(count))
+        chunks = (
+            (rows, self._taken(targets, batching(product, *(v[rows] for v in vectors))))
+            for rows in batching.chunks(count)
+        )
         columns = _together(chunks, count)
         yield from ((edge, t) for edge, t in zip(targets, columns, strict=True) if t is not None)
+
+    def _taken(self, targets: Iterable[GradientEdge], found: list[Tensor | None]) -> list[Tensor | None]:
+        """Some rows of what arrived at the results of unrolls, as their ways back take it: a part where ranks keep
+        parts, so that no more than these rows are whole at once.
+        """
+        asked, taken = set(self.inputs.values()), list(found)
+        for i, (edge, t) in enumerate(zip(targets, found, strict=True)):
+            unrolled: Unrolled | None = getattr(edge.node, "unrolled", None) if edge.node in self.unrolls else None
+            if unrolled is not None and t is not None:
+                taken[i] = unrolled.taken([t], cut=edge not in asked)[0]
+        return taken
 
 
 def _rows(graph: _Graph, outputs: Tensor, chunk_size: int) -> list[Tensor]:

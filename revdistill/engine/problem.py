@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from revdistill.engine.adjoints.result import Result
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.integers.backend import Backend
 from revdistill.engine.integers.snapshot import Snapshot
 from revdistill.engine.loss.data import Data
 from revdistill.engine.loss.determinism import Determinism
 from revdistill.engine.loss.gradient import Gradient
+from revdistill.engine.loss.linearization import Linearization
 from revdistill.engine.optimizers.start import AT_REST, Start
 from revdistill.engine.optimizers.update import Update
+from revdistill.engine.ranks.group import Ranks
+from revdistill.engine.ranks.shards import Shards
+from revdistill.engine.ranks.shared import SharedGradient
 
 OnStep = Callable[[int, dict[str, Tensor], Tensor], object]
 OnStepBack = Callable[[int, float], object]
@@ -33,7 +39,9 @@ class Problem:
     stacked, or where it is None theta_T alone; start: of the optimizer; resumed: the integers behind theta_0 and the
     slots at the start, None where these are floats or 0; returns_state: whether the slots at the end are results too;
     average: the weights of theta_0 to theta_T in an average that is a result too; progress: whether there is a bar;
-    replays: whether steps that were proved to be like eager ones may be replayed.
+    replays: whether steps that were proved to be like eager ones may be replayed; shared: what makes of the gradient on
+    each rank the mean over ranks; ranks: that share each step's batch,
+    None for one process; shards: of the parameters, where each rank keeps a part, and theta, slots and bars are parts.
     """
 
     gradient: Gradient
@@ -53,6 +61,23 @@ class Problem:
     average: Sequence[float] | None = None
     progress: bool = False
     replays: bool = False
+    shared: SharedGradient | None = None
+    ranks: Ranks | None = None
+    shards: Shards | None = None
+
+    @property
+    def interval(self) -> int:
+        """Steps between two looks at the device's numbers. Ranks wait for each other, and so for it, at each step."""
+        return self.backend.interval if self.ranks is None else 1
+
+    @cached_property
+    def begin(self) -> Start:
+        """`start`, or this rank's part of it."""
+        return self.start if self.shards is None else self.shards.start(self.start)
+
+    def linearize(self, k: int, theta: Tensor) -> Linearization:
+        """See `Gradient.linearize` and `SharedGradient.linearize`."""
+        return self.gradient.linearize(k, theta) if self.shared is None else self.shared.linearize(k, theta)
 
     def number(self, k: int) -> int:
         """The step's number in the whole training."""
@@ -68,6 +93,47 @@ class Problem:
         """Whether something is done with dL/d(theta_k) on the way back."""
         return self.clip_back is not None or self.on_step_back is not None
 
+    def together(self) -> AbstractContextManager[None]:
+        """The context of a pass: where a rank fails, all do."""
+        return nullcontext() if self.ranks is None else self.ranks.together()
+
+    def meet(self, point: str) -> None:
+        """Wait for the other ranks: none has failed on the way here."""
+        if self.ranks is not None:
+            self.ranks.meet(point)
+
+    def cut(self, theta: Tensor) -> Tensor:
+        """Theta [numel], or this rank's part of it."""
+        return theta if self.shards is None else self.shards.cut(theta)
+
+    def joined(self, result: Result) -> Result:
+        """The result whole, at the end of the forward pass: where each rank keeps a part, of all of these."""
+        self.meet("the end of the forward pass")
+        if self.shards is None:
+            return result
+        return result.with_tensors(
+            tuple(self.shards.joined(t, "the end of the forward pass") for t in result.tensors())
+        )
+
+    def views(self, k: int, theta: Tensor) -> dict[str, Tensor]:
+        """The parameters as a user sees them, at step k. theta: [numel], or this rank's part."""
+        if self.shards is None:
+            return self.update.layout.views(theta)
+        return self.shards.all.views(self.shards.joined(theta, "on_step", k))
+
+    def norms_of_whole(self, norms: Tensor) -> Tensor:
+        """Of vectors of which each rank has a part, from the parts' norms, float64 [] or [K]; otherwise these."""
+        if self.shards is None or self.ranks is None:
+            return norms
+        self.ranks.meet("a norm")
+        return self.ranks.sum_in_order(norms.square()).sqrt()
+
+    def on_all_ranks(self, true: bool) -> bool:
+        """Whether it is true on all of them."""
+        if self.ranks is None:
+            return true
+        return bool(self.ranks.agree("a number that all agree on", -1, true, min))
+
     def look_back(self, k: int, theta_bar: Tensor) -> Tensor:
         """dL/d(theta_k) [numel] as it is carried on: its norm told, and scaled down to `clip_back`.
 
@@ -80,6 +146,7 @@ class Problem:
             )
         many = theta_bar.ndim > 1
         norms = torch.linalg.vector_norm(theta_bar.detach(), dim=-1 if many else None, dtype=torch.float64)
+        norms = self.norms_of_whole(norms)
         norm = float(norms.max())
         if self.on_step_back is not None:
             self.on_step_back(self.number(k), norm)

@@ -8,24 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 from torch import Tensor
 
 from revdistill.engine.adjoints.adjoint import Adjoint, UnrollStats
-from revdistill.engine.adjoints.checkpoint import Checkpoint
-from revdistill.engine.adjoints.result import Result
-from revdistill.engine.adjoints.reversible import Reversible
-from revdistill.engine.arguments import check_arguments, check_average
-from revdistill.engine.integers.select import backend_for
-from revdistill.engine.layout import Layout
-from revdistill.engine.loss.compiled import CompiledGradient
-from revdistill.engine.loss.data import Batches, Data, Hyper, Loss
-from revdistill.engine.loss.determinism import Determinism
-from revdistill.engine.loss.gradient import Gradient
-from revdistill.engine.loss.originals import Originals
-from revdistill.engine.loss.randomness import draw_seed
-from revdistill.engine.loss.usage import UnusedParametersError, Usage
-from revdistill.engine.optimizer_state import OptimizerState, check_slots, check_state, start_of
+from revdistill.engine.loss.data import Batches, Hyper, Loss
+from revdistill.engine.optimizer_state import OptimizerState
 from revdistill.engine.optimizers.optimizer import Optimizer
-from revdistill.engine.problem import OnStep, OnStepBack, Problem
+from revdistill.engine.problem import OnStep, OnStepBack
+from revdistill.engine.unrolled import ranks_of, together, unrolled
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from typing_extensions import Unpack
 
 
@@ -43,6 +33,8 @@ class _Options(TypedDict, total=False):
     on_step_back: OnStepBack | None
     state: OptimizerState | None
     progress: bool
+    group: dist.ProcessGroup | None
+    shard: bool
 
 
 @overload
@@ -132,6 +124,8 @@ def unroll(
     state: OptimizerState | None = None,
     return_state: bool = False,
     progress: bool = False,
+    group: dist.ProcessGroup | None = None,
+    shard: bool = False,
 ) -> Any:
     """The parameters after `steps` optimizer steps, differentiable with respect to all that went in.
 
@@ -197,7 +191,16 @@ def unroll(
             random numbers, on_step, save_at, schedules given as functions, messages), and tensors [T] still have a row
             for each of the `steps` steps here.
         return_state: also return the `OptimizerState` after the last step, differentiable.
-        progress: a bar on stderr, forward and back, where that is a terminal.
+        progress: a bar on stderr, forward and back, where that is a terminal (with a group, on rank 0 alone).
+        group: the processes of torch.distributed that share each step's batch: every one calls this with its own share
+            as batches and with the same of all else, and the loss is a mean over its share; trained on is the mean over
+            ranks. Gradients are summed as integers, so that theta has the same bits on all ranks. Gradients to params,
+            hyper, the optimizer's tensors and the state are those of the whole, the same on all ranks; those to batches
+            are of this rank's share. What is computed from the result must be the same on all ranks (or go through
+            rd.distributed.copy and sum). An error on one rank is raised on all. Random numbers in the loss are the same
+            on all ranks. No graphs are replayed, and `Backprop` is not to be had.
+        shard: with a group, each rank keeps its part of theta, of the running averages, of the bit store and of all
+            that is carried back; theta as floats and the gradient are whole on all of them, at a step.
 
     Returns:
         A dict like params, of tensors that own their memory. Where an average, stats or the state are asked for, a
@@ -209,88 +212,31 @@ def unroll(
     Raises:
         ValueError, TypeError: an argument will not do; the message names it.
         RangeError, NonFiniteError, ReversalError, UnsupportedError: see there.
+        RankError: with a group, where another process of it failed or is gone.
 
     Source: Maclaurin, Duvenaud & Adams 2015, algorithms 1 to 3.
     """
-    check_arguments(locals())
-    steps, window, seed = int(steps), *(None if n is None else int(n) for n in (window, seed))
-    save_at = None if save_at is None else [int(k) for k in save_at]
-    layout = Layout.of(params, getattr(loss, "networks", 1))
-    if state is not None:
-        check_state(state, layout)
-    start = start_of(state, optimizer, layout)
-    backend = backend_for(layout.device, compile=compile is True)
-    data = Data(batches, hyper, start.taken)
-    if seed is None:
-        seed = draw_seed() if state is None or state.seed is None else state.seed
-    determinism = Determinism.capture(layout.device, seed, start.taken, steps)
-    originals = Originals(loss, params, data.hypers, determinism.modules, steps, start.taken)
-    first = max(0, steps - window) if window else 0
-    weights = None if average is None else check_average(average, steps)
-
-    def run(unused: frozenset[str], evaluation: Any = None) -> tuple[Result, UnrollStats, Usage]:
-        chosen = optimizer.sparing(unused, layout) if unused else optimizer
-        begin = start_of(state, optimizer, layout, unused) if unused else start
-        update = chosen.resolve(layout, steps, begin)
-        check_slots(begin, update.slots, optimizer)
-        indifferent = update.ignores_zeros(steps)
-        # A slot of a parameter without a gradient is passed on, and has nothing to do with theta: as torch has it.
-        tells = update.penalises or any(flat.requires_grad for flat in begin.slots.values())
-        moving = {name for flat in begin.slots.values() for name in layout.nonzero(flat.detach())}
-        usage = Usage(
-            layout.names,
-            penalised=frozenset(layout.names) - unused if tells else frozenset(),
-            moving=frozenset() if indifferent else frozenset(moving),
-            rested=state._unused if state is not None and optimizer.counts_steps else frozenset(),
-            taken=start.taken,
-            indifferent=indifferent,
-        )
-        rest = (loss, layout, data, determinism, steps, usage, originals)
-        gradient = CompiledGradient(*rest) if compile is True else Gradient(*rest, alike=compile == "graphs")
-        if unused:
-            usage.begin(0, unused)
-            gradient.first = evaluation
-        problem = Problem(
-            gradient=gradient,
-            update=update,
-            data=data,
-            determinism=determinism,
-            backend=backend,
+    with together(ranks_of(group, shard, params)) as ranks:
+        return unrolled(
+            loss,
+            params,
+            batches,
+            optimizer,
             steps=steps,
+            hyper=hyper,
+            adjoint=adjoint,
+            compile=compile,
             on_step=on_step,
-            first=first,
-            save_at=None if save_at is None else tuple(k - start.taken for k in save_at),
+            return_stats=return_stats,
+            seed=seed,
+            window=window,
+            save_at=save_at,
             clip_back=clip_back,
             on_step_back=on_step_back,
-            start=begin,
-            resumed=None if state is None else state._integers,
-            returns_state=return_state,
-            average=weights,
+            average=average,
+            state=state,
+            return_state=return_state,
             progress=progress,
-            replays=compile == "graphs",
+            ranks=ranks,
+            shard=shard,
         )
-        return *(adjoint or default_adjoint(problem)).run(problem, layout.flatten(params)), usage
-
-    try:
-        result, stats, usage = run(frozenset())
-    except UnusedParametersError as found:
-        result, stats, usage = run(found.names, found.evaluation)
-
-    theta = layout.owned(result.theta)
-    extras: list[Any] = [] if result.average is None else [layout.owned(result.average)]
-    if return_stats:
-        extras.append(stats)
-    if return_state:
-        slots = {optimizer.slot_names[name]: layout.owned(flat) for name, flat in result.slots.items()}
-        own = OptimizerState(start.taken + steps, slots, seed, result.integers, usage.unused)
-        before = state.detach() if state is not None and first else state  # no gradient goes past a window
-        extras.append(own if before is None else before.passed_on(own))
-    return (theta, *extras) if extras else theta
-
-
-def default_adjoint(problem: Problem) -> Adjoint:
-    """Reversible where momentum > 0 at every step and the step can be walked back; otherwise Checkpoint."""
-    update = problem.update
-    if update.no_way_back is None and update.always_decays(problem.steps):
-        return Reversible()
-    return Checkpoint()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import revdistill as rd
 from revdistill.engine.loss.determinism import Determinism
-from revdistill.engine.unroll import default_adjoint
+from revdistill.engine.unrolled import default_adjoint
 from tests.engine.small import CE, data, mlp, total
 
 AGAIN = rd.Reversible(graph_bytes=0)  # each gradient once more on the way back
@@ -49,7 +49,7 @@ def test_default_adjoint(optimizer: rd.SGD, expected: type, monkeypatch: pytest.
         chosen.append(default_adjoint(problem))
         return chosen[0]
 
-    monkeypatch.setattr(importlib.import_module("revdistill.engine.unroll"), "default_adjoint", note)
+    monkeypatch.setattr(importlib.import_module("revdistill.engine.unrolled"), "default_adjoint", note)
     loss, params = rd.from_module(mlp(), CE)
     rd.unroll(loss, params, data(5), optimizer, steps=3)
     assert type(chosen[0]) is expected

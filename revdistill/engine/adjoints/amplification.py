@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,13 +18,15 @@ class Amplification:
         self._entered: Tensor | None = None
         self._ended: Tensor | None = None
 
-    def begin(self, bars: Sequence[Tensor], *, many: bool = False) -> None:
-        """bars: dL/d(the results), all of them; many: whether they have a first dimension of K losses."""
-        self._entered = torch.stack([_norm(bar, many) for bar in bars]).sum(0)
+    def begin(self, bars: Sequence[Tensor], whole: Callable[[Tensor], Tensor], *, many: bool = False) -> None:
+        """bars: dL/d(the results), all of them; whole: makes of their norms those of what they are parts of; many:
+        whether they have a first dimension of K losses.
+        """
+        self._entered = torch.stack([whole(_norm(bar, many)) for bar in bars]).sum(0)
 
-    def end(self, theta_bar: Tensor) -> None:
-        """theta_bar: dL/d(theta) before the first step, [numel] or [K, numel]."""
-        self._ended = _norm(theta_bar, theta_bar.ndim > 1)
+    def end(self, theta_bar: Tensor, whole: Callable[[Tensor], Tensor]) -> None:
+        """theta_bar: dL/d(theta) before the first step, [numel] or [K, numel]; whole: likewise."""
+        self._ended = whole(_norm(theta_bar, theta_bar.ndim > 1))
 
     @property
     def value(self) -> float | None:

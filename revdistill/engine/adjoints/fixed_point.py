@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +22,7 @@ from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory
 from revdistill.engine.loss.operators import CHANGED_IN_PLACE
 from revdistill.engine.problem import Problem
+from revdistill.engine.ranks.same import of_first
 
 USED_UP = (
     "this unroll was already gone back through, which used it up; add the losses before one backward(), ask "
@@ -69,14 +70,15 @@ class FixedPointAdjoint(Adjoint):
         inputs = (*tables, *problem.data.tensors, *problem.data.hypers, *problem.start.slots.values())
         if torch.is_grad_enabled() and any(t.requires_grad for t in (theta0, *inputs)):
             unrolled = Unrolled(problem, self)
+            unrolled.wants_start = any(t.requires_grad for t in (theta0, *problem.start.slots.values()))
             tensors = _Unroll.apply(unrolled, theta0, *inputs)  # type: ignore[no-untyped-call]
             assert unrolled.recording is not None
             assert unrolled.form is not None
             return unrolled.form.with_tensors(tensors), unrolled.recording.stats
         with torch.no_grad(), problem.determinism.passage():
-            trajectory = Trajectory(problem, theta0, self.fixed, NoHistory(), forward_of)
+            trajectory = Trajectory(problem, problem.cut(theta0), self.fixed, NoHistory(), forward_of)
             trajectory.run()
-            return trajectory.result(), UnrollStats.of(trajectory, trajectory.history.nbytes)
+            return problem.joined(trajectory.result()), UnrollStats.of(trajectory, trajectory.history.nbytes)
 
 
 @dataclass
@@ -85,7 +87,8 @@ class Unrolled:
 
     form: its results, in shape only: tensors on the meta device stand for them; chunk_size: of how many losses the
     products are evaluated at once; held: whether what comes to the way back goes no further for now; found: which of
-    the things that went in the way back found a gradient for.
+    the things that went in the way back found a gradient for; wants_start: whether a gradient is wanted of theta_0 or a
+    slot at the start.
     """
 
     problem: Problem
@@ -96,6 +99,8 @@ class Unrolled:
     chunk_size: int = CHUNK_SIZE
     held: bool = False
     found: tuple[bool, ...] = ()
+    wants_start: bool = True
+    _are_taken: bool = False
 
     def data_versions(self) -> tuple[int, ...]:
         """torch counts the in-place changes of each tensor."""
@@ -110,7 +115,7 @@ class Unrolled:
         """The way back of K = `count` losses; once.
 
         Args:
-            bars: dL/d(each of the results), [K, *shape]; None where it is 0.
+            bars: dL/d(each of the results), [K, *shape], as `taken` has it; None where it is 0.
             count: K.
 
         Returns:
@@ -119,13 +124,28 @@ class Unrolled:
         """
         if self.form is None:
             raise UnsupportedError(USED_UP)
-        device, meta = self.problem.determinism.device, self.form.tensors()
-        full = (
-            torch.zeros(count, *t.shape, dtype=t.dtype, device=device) if bar is None else bar
+        device, meta, own = self.problem.determinism.device, self.form.tensors(), self.problem.update.layout.numel
+        full = [
+            torch.zeros(count, *t.shape[:-1], own, dtype=t.dtype, device=device) if bar is None else bar
             for bar, t in zip(bars, meta, strict=True)
-        )
+        ]
+        if self.problem.shards is not None:  # those that were asked for themselves are whole
+            full = [bar if bar.shape[-1] == own else self.problem.shards.cut(bar) for bar in full]
+        self._are_taken = True
         values = iter(_WayBack.apply(self, 1, *full))  # type: ignore[no-untyped-call]
         return [next(values) if there else None for there in self.found]
+
+    def taken(self, bars: Sequence[Tensor], *, cut: bool = True) -> list[Tensor]:
+        """dL/d(results) as the way back takes it: the same on all ranks, and where they keep parts, this one's.
+
+        cut: whether of parts, or still whole.
+        """
+        ranks, shards = self.problem.ranks, self.problem.shards
+        if ranks is None:
+            return list(bars)
+        with ranks.together():
+            same = of_first(ranks, bars)
+            return [shards.cut(bar) for bar in same] if cut and shards is not None else same
 
     def go_back(self, bars: tuple[Tensor, ...], *, many: bool = False) -> Hypergradients:
         """The way back; once. bars: dL/d(each of the results); many: whether of K losses, on a first dimension."""
@@ -137,16 +157,30 @@ class Unrolled:
                 "a tensor in batches or hyper was changed in place between the forward and the backward pass, so the "
                 "way back would see other data; change it after backward(), or pass a clone"
             )
-        with torch.no_grad(), self.problem.determinism.passage():
+        with torch.no_grad(), self.problem.together(), self.problem.determinism.passage():
+            bars = bars if self._are_taken else tuple(self.taken(bars))
             result_bars = self.form.with_tensors(tuple(bar.contiguous() for bar in bars))
             batching = Batching(self.chunk_size) if many else None
             if many:
                 keep_freed_memory()
             sweep = Sweep(self.problem, result_bars, recording.stats._amplification, batching)
             try:
-                return recording.backward(sweep)
+                found = recording.backward(sweep)
+                self.problem.meet("the end of the backward pass")
             finally:
                 sweep.close()
+            return self._joined(found)
+
+    def _joined(self, found: Hypergradients) -> Hypergradients:
+        """Where each rank keeps a part, those of theta_0 and the slots whole, where they are wanted."""
+        shards = self.problem.shards
+        if shards is None or found.theta is None or found.slots is None:
+            return found
+        if not self.wants_start:
+            return replace(found, theta=None, slots=None)
+        point = "the end of the backward pass"
+        slots = {name: shards.joined(found.slots[name], point) for name in self.problem.start.slots}
+        return replace(found, theta=shards.joined(found.theta, point), slots=slots)
 
 
 class _Unroll(torch.autograd.Function):
@@ -160,8 +194,9 @@ class _Unroll(torch.autograd.Function):
         ctx.save_for_backward(theta0, *inputs)
         unrolled.versions = unrolled.data_versions()
         with unrolled.problem.determinism.passage():
-            unrolled.recording = unrolled.adjoint.record(unrolled.problem, theta0.detach())
-            result = unrolled.recording.forward()
+            problem = unrolled.problem
+            unrolled.recording = unrolled.adjoint.record(problem, problem.cut(theta0.detach()))
+            result = problem.joined(unrolled.recording.forward())
         if unrolled.data_versions() != unrolled.versions:
             raise UnsupportedError(CHANGED_IN_PLACE.format("a tensor in batches or hyper"))
         tensors = result.tensors()

@@ -158,14 +158,7 @@ class Guard:
         self._bounds = {name: value * _SLACK for name, value in zip(state.numbers, reached, strict=True)}
 
     def _raise_nonfinite(self, k: int, loss: float, gradient: Tensor) -> None:
-        name = self._update.layout.first_nonfinite(gradient)
-        what = f"the gradient of params[{name!r}] is not finite" if name else "the loss is not finite"
-        raise NonFiniteError(
-            f"{what} at step {k + self._taken} (loss {loss:g}); a smaller lr, or a loss that stays finite there, "
-            "avoids it",
-            parameter=name,
-            step=k + self._taken,
-        )
+        raise not_finite(self._update.layout, k + self._taken, loss, gradient)
 
     def _raise_range(self, values: Tensor, k: int, target: str) -> None:
         position = int(values.abs().argmax())
@@ -185,6 +178,17 @@ class Guard:
             step=step,
             value=value,
         )
+
+
+def not_finite(layout: Layout, step: int, loss: float, gradient: Tensor) -> NonFiniteError:
+    """The error of a loss, or of a gradient [numel], that is not finite at this step of the training."""
+    name = layout.first_nonfinite(gradient)
+    what = f"the gradient of params[{name!r}] is not finite" if name else "the loss is not finite"
+    return NonFiniteError(
+        f"{what} at step {step} (loss {loss:g}); a smaller lr, or a loss that stays finite there, avoids it",
+        parameter=name,
+        step=step,
+    )
 
 
 def _read(vectors: list[Tensor]) -> list[list[float]]:

@@ -21,7 +21,7 @@ from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.errors import ReversalError, UnsupportedError
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory, check_place, open_history
-from revdistill.engine.loss.linearization import Linearization
+from revdistill.engine.loss.linearization import Linearization, evaluated
 from revdistill.engine.problem import Problem
 from revdistill.engine.scalars import is_integer
 
@@ -84,6 +84,8 @@ class _Reversal(Recording):
             self._graph_bytes = 0
         if self._graph_bytes is None:
             self._graph_bytes = min(GRAPH_BYTES, free_bytes(theta0.device) // _SHARE)
+        if problem.ranks is not None:  # a kept graph is evaluated on no rank again, or on all
+            self._graph_bytes = int(problem.ranks.agree("a number that all agree on", -1, self._graph_bytes, min))
         self._first_kept = problem.steps
         self._kept: dict[int, Linearization] = {}
         self._data = KeptData(problem.data, problem.determinism.modules, problem.backend, problem.start.taken)
@@ -161,12 +163,12 @@ class _Reversal(Recording):
         theta = trajectory.theta()
         linear = self._kept.pop(k, None)
         if linear is None:
-            linear = problem.gradient.linearize(k, theta)
+            linear = problem.linearize(k, theta)
         else:  # nothing is evaluated again that would tell
             self._data.check(k)
         sweep.to_theta(k, theta, linear, slots)
         gradient = linear.gradient  # asked for once: a compiled one tells itself by its fingerprint each time
-        repeated.check(k, gradient)
+        repeated.check(k, evaluated(linear, gradient))
         trajectory.undo_rest(k, gradient)
         slots = trajectory.slots() if sweep.wants_slots else {}
         sweep.to_start_of_step(k, slots, arrives=arrives)

@@ -66,7 +66,7 @@ class Sweep:
         flat |= {name: torch.zeros_like(zero) for name in update.slots}
         flat |= {name: bar.clone() for name, bar in bars.slots.items()}
         self._enter_average(problem.steps, flat[THETA])
-        amplification.begin(bars.tensors(), many=batching is not None)
+        amplification.begin(bars.tensors(), problem.norms_of_whole, many=batching is not None)
 
         def zeros(t: Tensor) -> Tensor | None:
             if not t.requires_grad:
@@ -187,9 +187,14 @@ class Sweep:
     def finish(self) -> Hypergradients:
         """What was found, once the first step is behind."""
         self.watch.flush()
-        flat = self.bars.flat
+        flat, ranks = self.bars.flat, self.problem.ranks
         if not self._clipped:  # what is left says nothing of training
-            self._amplification.end(flat[THETA])
+            self._amplification.end(flat[THETA], self.problem.norms_of_whole)
+        if ranks is not None:  # of hyper each rank has summed its own part; of tables, that of its part of theta
+            ranks.meet("the sums at the start of the training")
+            self.hypers = [None if bar is None else ranks.sum_in_order(bar) for bar in self.hypers]
+            if self.problem.shards is not None:
+                self.bars.tables = {name: ranks.sum_in_order(bar) for name, bar in self.bars.tables.items()}
         if self.problem.first:
             return Hypergradients(None, None, self.bars.tables, self.batches, self.hypers)
         slots = {name: flat[name] for name in self.problem.update.slots}

@@ -14,10 +14,11 @@ from revdistill.engine.compiling import warn_of_replays
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import History
 from revdistill.engine.integers.snapshot import Snapshot
-from revdistill.engine.loss.linearization import Linearization
+from revdistill.engine.loss.linearization import Linearization, evaluated
 from revdistill.engine.optimizers.sources import THETA
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
+from revdistill.engine.ranks.same import STEPS, compare_theta
 
 BeforeStep = Callable[[int], None]
 AfterStep = Callable[[int, Linearization | None], None]  # None: of a step that was replayed
@@ -74,7 +75,7 @@ class Trajectory:
         self._forward = problem.update.moves
         self._blind, self._seeing = problem.update.blind[::-1], problem.update.seeing[::-1]
         self._clipping = problem.update.clipping
-        self._reset(problem.backend.interval)
+        self._reset(problem.interval)
         self._shown = 0  # steps that `on_step` has seen: where steps are made again, it does not see them again
         self.was_replayed = False
         self._replayed: Replays | None = replays(self) if replays is not None and problem.replays else None
@@ -83,7 +84,7 @@ class Trajectory:
         self._start: Snapshot | None = None
         problem = self.problem
         self.guard = Guard(problem.update, self.fixed, problem.backend, interval, problem.start.taken)
-        self.guard.start(self._theta0, problem.start.slots)
+        self.guard.start(self._theta0, problem.begin.slots)
         self.history.clear()
         self._saved: dict[int, Tensor] = {}
         self._sum = None if problem.average is None else torch.zeros_like(self._theta0, dtype=torch.float64)
@@ -94,9 +95,11 @@ class Trajectory:
 
     def _resume(self) -> None:
         """Where an earlier training ended: at its very integers, where the floats that came in are theirs."""
-        state, start, integers = self.state, self.problem.start, self.problem.resumed
+        state, start, integers = self.state, self.problem.begin, self.problem.resumed
         floats = {THETA: self._theta0} | {name: values.detach() for name, values in start.slots.items()}
-        if integers is not None and integers.fits(state) and integers.stands_for(floats, state.backend):
+        theirs = integers is not None and integers.fits(state) and integers.stands_for(floats, state.backend)
+        if self.problem.on_all_ranks(theirs):
+            assert integers is not None
             integers.restore(state)
         else:
             for name in start.slots:
@@ -125,7 +128,7 @@ class Trajectory:
             warn_of_replays(str(error))
             self.was_replayed = False
             self.problem.gradient.look_at_all()
-            self._reset(self.problem.backend.interval)
+            self._reset(self.problem.interval)
             self.run(before_step, after_step)
 
     def _run(self, before_step: BeforeStep, after_step: AfterStep) -> None:
@@ -145,6 +148,7 @@ class Trajectory:
     def _steps(self, before_step: BeforeStep, after_step: AfterStep, bar: Bar) -> None:
         for k in range(self.problem.steps):
             before_step(k)
+            self._compare(k)
             self._save(k)
             on_step = self.problem.on_step if k >= self._shown else None
             theta = None if on_step is None else self.theta().clone()
@@ -153,11 +157,18 @@ class Trajectory:
                 assert theta is not None
                 self._shown = k + 1
                 with self.problem.determinism.watching():
-                    on_step(self.problem.number(k), self.problem.update.layout.views(theta), self._loss(linear).clone())
+                    on_step(self.problem.number(k), self.problem.views(k, theta), self._loss(linear).clone())
             after_step(k, linear)
             if self.problem.progress:
                 bar.step(lambda linear=linear: self._loss(linear))  # type: ignore[misc]
         self._save(self.problem.steps)
+        self._compare(self.problem.steps)
+
+    def _compare(self, k: int) -> None:
+        """Theta with that of other ranks, where each keeps all of it: once in a while and at the end."""
+        problem = self.problem
+        if problem.ranks is not None and problem.shards is None and (k == problem.steps or (k and k % STEPS == 0)):
+            compare_theta(problem.ranks, k, self.state.numbers[THETA], problem.number(k))
 
     def _loss(self, linear: Linearization | None) -> Tensor:
         """Of the last step."""
@@ -204,10 +215,10 @@ class Trajectory:
     def step(self, k: int, *, again: bool = False) -> Linearization:
         """theta_k -> theta_{k+1}. again: this step was made before; the values are known to be finite and in range."""
         state = self.state
-        linear = self.problem.gradient.linearize(k, self.theta())
+        linear = self.problem.linearize(k, self.theta())
         gradient = linear.gradient
         if not again:
-            self.problem.gradient.fingerprints.record(k, gradient)
+            self.problem.gradient.fingerprints.record(k, evaluated(linear, gradient))
         if self._clipping is not None:
             gradient = self._clipping.clipped(k, gradient)
         proved = again or self.guard.before_step(k, linear.loss, gradient, state)

@@ -157,6 +157,8 @@ class CompiledLinearization:
         self._arguments = owner.arguments(batch)
         self._from_product: Tensor | None = None
 
+    own = None
+
     def evaluate(self) -> tuple[Tensor, Tensor]:
         """The gradient and the loss, detached."""
         with self._owner.determinism.step(self._k):

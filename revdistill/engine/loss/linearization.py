@@ -46,6 +46,10 @@ class Linearization(Protocol):
         """[numel], detached; bit-identical in both directions."""
 
     @property
+    def own(self) -> Tensor | None:
+        """What was evaluated on this rank [numel], detached, where the gradient is a mean over ranks; or None."""
+
+    @property
     def batch(self) -> Any:
         """The step's batch, where a function gave it; otherwise None."""
 
@@ -91,6 +95,7 @@ class EagerLinearization:
     k: int
     batch: Any = None
     views: bool = True  # whether the batch's leaves lie in memory that is there without them
+    own: None = None
 
     @property
     def gradient(self) -> Tensor:
@@ -137,3 +142,8 @@ class EagerLinearization:
         values = [next(rest) if leaf.requires_grad else None for leaf in self._leaves]
         split = 1 + len(self.batch_leaves)
         return Products(values[0], tuple(values[1:split]), tuple(values[split:]))
+
+
+def evaluated(linear: Linearization, gradient: Tensor) -> Tensor:
+    """What must be the same to the bit when a step is evaluated again. gradient: that of `linear`, asked for before."""
+    return gradient if linear.own is None else linear.own

@@ -7,6 +7,7 @@ It comes before everything else that the update does with the gradient, weight d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +25,12 @@ _TORCHS = 1e-6  # what clip_grad_norm_ adds to the norm
 @dataclass(frozen=True)
 class Clipping:
     """table: max_norm, a row per step; with a column per network where networks are stacked, each clipped by its own
-    norm.
+    norm; total: makes of the sum of squares [1] of a part of the gradient that of the whole, differentiable; None where
+    it is whole.
     """
 
     table: Table
+    total: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, max_norm: Value | None, layout: Layout, steps: int, taken: int) -> Clipping | None:
@@ -61,6 +64,7 @@ class Clipping:
         squares = exact.square()
         if index is None:
             total = squares.sum().reshape(1)
+            total = total if self.total is None else self.total(total)
         else:
             total = torch.zeros_like(max_norm, requires_grad=False).index_add(0, index, squares)
         positive = total > 0  # at 0 the norm has derivative 0, as torch has it

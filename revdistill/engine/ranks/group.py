@@ -40,7 +40,7 @@ POINTS = (
 )
 WIDTH = 6  # numbers that each rank gives at a meeting
 _FINE, _FAILED = 0.0, 1.0
-_AT_ONCE = 2**21  # numbers of what is exchanged at once: their copies take little memory beside a model
+AT_ONCE = 2**21  # numbers of what is exchanged at once: their copies take little memory beside a model
 _FEW = 2**12  # numbers up to which sending all to all costs less than another exchange
 KINDS = (ValueError, TypeError, OSError, MemoryError)  # of errors that other ranks raise as they are, beside our own
 
@@ -134,13 +134,13 @@ class Ranks:
         """The sum over ranks, from the first to the last: the same bits on all of them. x: floats of any shape."""
         flat = x.contiguous().view(-1)
         if flat.numel() <= _FEW:
-            return _summed(self.gather(flat)).view(x.shape)
+            return summed(self.gather(flat)).view(x.shape)
         out = torch.empty_like(flat)
-        for piece, found in zip(torch.split(flat, _AT_ONCE), torch.split(out, _AT_ONCE), strict=True):
+        for piece, found in zip(torch.split(flat, AT_ONCE), torch.split(out, AT_ONCE), strict=True):
             each = -(-piece.numel() // self.size)
             padded = piece.new_zeros(self.size * each)
             padded[: piece.numel()] = piece
-            found.copy_(self.gather(_summed(self.to_each(padded.view(self.size, each)))).view(-1)[: piece.numel()])
+            found.copy_(self.gather(summed(self.to_each(padded.view(self.size, each)))).view(-1)[: piece.numel()])
         return out.view(x.shape)
 
     def to_each(self, x: Tensor) -> Tensor:
@@ -150,6 +150,19 @@ class Ranks:
             dist.all_to_all_single(out, x.contiguous(), group=self._group)
         self._count((self.size - 1) * x.nbytes // self.size)
         return out
+
+    def first(self, x: Tensor) -> Tensor:
+        """Rank 0's x, of one shape and dtype on all ranks, in a new tensor."""
+        out = x.contiguous().clone()
+        with self._answered():
+            dist.broadcast(out, group=self._group, group_src=0)
+        self._count(x.nbytes if self.rank == 0 else 0)
+        return out
+
+    def for_all(self, error: Exception) -> Exception:
+        """The error, which all ranks raise here by themselves."""
+        self._known = error
+        return error
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -183,14 +196,14 @@ class Ranks:
         if bool(rows[:, 0].any()):
             self._raise_for_all(error)
         if bool((rows[:, 1:3] != rows[0, 1:3]).any()):
-            self._raise_known(UnsupportedError(_apart(rows[:, 1].tolist(), rows[:, 2].tolist())))
+            raise self.for_all(UnsupportedError(_apart(rows[:, 1].tolist(), rows[:, 2].tolist())))
         return rows[:, 3:]
 
     def _raise_for_all(self, own: Exception | None) -> NoReturn:
         told = [json.loads(text) if text else None for text in self.texts("" if own is None else _told(own))]
         if own is not None and all(other == json.loads(_told(own)) for other in told):
-            self._raise_known(own)  # everywhere the same: no rank is to be named
-        self._raise_known(next(self._error_of(r, other) for r, other in enumerate(told) if other is not None))
+            raise self.for_all(own)  # everywhere the same: no rank is to be named
+        raise self.for_all(next(self._error_of(r, other) for r, other in enumerate(told) if other is not None))
 
     def _error_of(self, rank: int, told: dict[str, Any]) -> Exception:
         """The error of another rank, which it names."""
@@ -200,10 +213,6 @@ class Ranks:
                 found: Exception = kind(f"on rank {rank}: {told['message']}", **told["values"])
                 return found
         return RankError(f"rank {rank} failed: {told['kind']}: {told['message']}", rank=rank)
-
-    def _raise_known(self, error: Exception) -> NoReturn:
-        self._known = error
-        raise error
 
     @contextmanager
     def _answered(self) -> Iterator[None]:
@@ -227,7 +236,7 @@ def _all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
     call(out, x, group=group)
 
 
-def _summed(rows: Tensor) -> Tensor:
+def summed(rows: Tensor) -> Tensor:
     """[ranks, n] -> [n], in order."""
     total = rows[0].clone()
     for row in rows[1:]:

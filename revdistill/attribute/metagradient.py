@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from revdistill.attribute.arguments import flag, integer
 from revdistill.attribute.attribution import Attribution
 from revdistill.attribute.run import EachLoss, Run
 from revdistill.engine import Adjoint, Optimizer, jacobian
+from revdistill.engine.unrolled import ranks_of, together
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 def attribute(
@@ -26,6 +31,8 @@ def attribute(
     adjoint: Adjoint | None = None,
     seed: int | None = None,
     progress: bool = False,
+    group: dist.ProcessGroup | None = None,
+    shard: bool = False,
 ) -> Attribution:
     """What each training example did to each query's loss: dL_q/dw_i through the whole training, at weights w = 1.
 
@@ -47,6 +54,9 @@ def attribute(
         adjoint: as of `rd.unroll`.
         seed: of the random numbers inside the loss; by default drawn from torch's default generator.
         progress: bars on stderr, as of `rd.unroll`.
+        group: as of `rd.unroll`: every rank gives its own examples as `data`, with an `order` of its own of as many
+            steps, and the same queries; a step's loss is the mean over ranks, and the scores are of its own examples.
+        shard: as of `rd.unroll`; the K vectors that are carried back are kept in parts too.
 
     Returns:
         An `Attribution`. Cost: one training, one way back with K products per step instead of 1; K vectors of the size
@@ -55,13 +65,25 @@ def attribute(
     Raises:
         ValueError, TypeError: an argument will not do; the message names it.
         NonFiniteError: a query's loss is not finite; and as of `rd.unroll`.
-        RangeError, ReversalError, UnsupportedError: as of `rd.unroll`.
+        RangeError, ReversalError, UnsupportedError, RankError: as of `rd.unroll`.
 
     Source: Ilyas & Engstrom 2025 (MAGIC); Engstrom et al. 2025 (metagradients).
     """
     progress, chunk_size = flag("progress", progress), integer("chunk_size", chunk_size, 1)
-    run = Run(loss, params, data, optimizer, order=order, queries=queries, measure=measure, adjoint=adjoint, seed=seed)
-    with torch.enable_grad():
+    with together(ranks_of(group, shard, params)), torch.enable_grad():
+        run = Run(
+            loss,
+            params,
+            data,
+            optimizer,
+            order=order,
+            queries=queries,
+            measure=measure,
+            adjoint=adjoint,
+            seed=seed,
+            group=group,
+            shard=shard,
+        )
         weights = torch.ones(run.examples, dtype=run.dtype, device=run.device, requires_grad=True)
         theta = run.train(weights, params, progress=progress)
         losses = run.checked(run.measured(theta))

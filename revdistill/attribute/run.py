@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from revdistill.engine import Adjoint, Minibatches, NonFiniteError, Optimizer, U
 from revdistill.engine.arguments import check_arguments
 from revdistill.engine.loss.randomness import draw_seed, seeded
 from revdistill.engine.loss.tree import leaves
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 Params = dict[str, Tensor]
 EachLoss = Callable[[Params, Tensors], Tensor]
@@ -27,11 +30,11 @@ class Run:
     At weights w a step's loss is sum_i w_i loss_i / B over the B examples of the step.
 
     Args:
-        loss, params, data, optimizer, order, queries, measure, adjoint, seed: see `attribute`. Copies are made of
-            params and order alone.
+        loss, params, data, optimizer, order, queries, measure, adjoint, seed, group, shard: see `attribute`. Copies are
+            made of params and order alone.
 
     Attributes:
-        loss, data, optimizer, queries, adjoint: as given.
+        loss, data, optimizer, queries, adjoint, group, shard: as given.
         params: copies of theta_0.
         order: int64 [T, B] on the CPU.
         measure: the loss, where none was given.
@@ -54,6 +57,8 @@ class Run:
         measure: EachLoss | None = None,
         adjoint: Adjoint | None = None,
         seed: int | None = None,
+        group: dist.ProcessGroup | None = None,
+        shard: bool = False,
     ) -> None:
         _check_unrolls(loss=loss, params=params, optimizer=optimizer, adjoint=adjoint, seed=seed)
         if measure is not None and not callable(measure):
@@ -68,6 +73,7 @@ class Run:
                 "queries the same parts, or measure=, which is called as measure(params, queries)"
             )
         self.loss, self.optimizer, self.adjoint = loss, optimizer, adjoint
+        self.group, self.shard = group, shard
         self.measure = loss if measure is None else measure
         self._measured_by = "loss" if measure is None else "measure"
         self.params: Params = {name: p.detach().clone() for name, p in params.items()}
@@ -108,6 +114,8 @@ class Run:
             adjoint=self.adjoint,
             seed=self.seed,
             progress=progress,
+            group=self.group,
+            shard=self.shard,
         )
 
     def measured(self, theta: Params) -> Tensor:

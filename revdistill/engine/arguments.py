@@ -157,7 +157,7 @@ def _check_params(params: Any) -> torch.device:
             f"params[{frozen[0]!r}] is a frozen parameter (requires_grad=False) beside others that are not, and is "
             "trained like them: every entry of params is. Leave out of params what is to stay as it is (rd.from_module "
             "does so), or detach() it where only no gradient to its start is wanted",
-            stacklevel=4,
+            stacklevel=5,
         )
     device: torch.device = first.device
     return device

@@ -8,7 +8,7 @@ operations, so its gradient goes back to whatever the user gave.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,11 +30,13 @@ Hyperparameter = Value | Mapping[str, Value]
 @dataclass(frozen=True)
 class Table:
     """values: float64 [T or 1, G] on the parameters' device, maybe requiring grad. index: None where G is 1, else the
-    column of each element of the flat buffer, int64 [numel]. host: `values` as Python floats."""
+    column of each element of the flat buffer, int64 [numel]. host: `values` as Python floats. each: the column of each
+    parameter, where all of its elements have one: of those too of which nothing lies in this flat buffer."""
 
     values: Tensor
     index: Tensor | None
     host: list[list[float]] = field(repr=False)
+    each: tuple[int, ...] | None = field(default=None, repr=False)
 
     @property
     def is_number(self) -> bool:
@@ -113,21 +115,36 @@ class Table:
 
 def combined(function: Callable[..., Tensor], *tables: Table) -> Table:
     """The table of an elementwise function of other tables' values, differentiable where they are."""
-    grouped = {id(t.index): t.index for t in tables if t.index is not None}
+    grouped = {id(t.index): t for t in tables if t.index is not None}
     if len(grouped) <= 1:
-        values, index = function(*(t.values for t in tables)), next(iter(grouped.values()), None)
+        alone = next(iter(grouped.values()), tables[0])
+        values, index, each = function(*(t.values for t in tables)), alone.index, alone.each
     else:  # a column for each combination of columns that occurs
-        first = next(iter(grouped.values()))
-        code = torch.zeros_like(first)
-        for t in tables:
-            code = code * t.values.shape[1] + (0 if t.index is None else t.index)
-        present, index = torch.unique(code, return_inverse=True)
+        code, codes = _combinations(tables)
+        # What each parameter has says it where its numbers lie with another rank.
+        present = torch.unique(code if codes is None else codes)
+        index = torch.searchsorted(present, code)
+        each = None if codes is None else tuple(torch.searchsorted(present, codes).tolist())
         columns: list[Tensor] = []
         for t in reversed(tables):
             columns.insert(0, t.values[:, present % t.values.shape[1]])
             present = present // t.values.shape[1]
         values = function(*columns)
-    return Table(values, index, values.detach().tolist())
+    return Table(values, index, values.detach().tolist(), each)
+
+
+def _combinations(tables: Sequence[Table]) -> tuple[Tensor, Tensor | None]:
+    """A number for each combination of columns: of each element [numel], and of each parameter, where that is known."""
+    first = next(t.index for t in tables if t.index is not None)
+    known = [t.each for t in tables if t.index is not None]
+    code = torch.zeros_like(first)
+    codes = None if None in known else torch.zeros(len(known[0] or ()), dtype=first.dtype, device=first.device)
+    for t in tables:
+        width = t.values.shape[1]
+        code = code * width + (0 if t.index is None else t.index)
+        if codes is not None:
+            codes = codes * width + (0 if t.index is None else codes.new_tensor(t.each))
+    return code, codes
 
 
 def quantised(table: Table, radix: Radix) -> Table:
@@ -136,7 +153,7 @@ def quantised(table: Table, radix: Radix) -> Table:
     values: Tensor = rounded
     if table.values.requires_grad:
         values = _StraightThrough.apply(table.values, rounded)  # type: ignore[no-untyped-call]
-    return Table(values, table.index, rounded.tolist())
+    return Table(values, table.index, rounded.tolist(), table.each)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -201,6 +218,7 @@ def resolve(
     ] = {}  # equal floats, and the same tensor given twice, share their columns
     blocks: dict[tuple[str, object], Tensor] = {}
     index: list[Tensor] = []
+    places: list[int] = []  # of the parameters' first columns
     for i, (value, label, shape) in enumerate(zip(per_parameter, labels, layout.shapes, strict=True)):
         key = ("float", as_float(value)) if is_real(value) else ("object", id(value))
         if key not in blocks or key[0] == "float":  # a schedule is run through once, whatever it is given for
@@ -215,6 +233,7 @@ def resolve(
         if key not in first_column:
             first_column[key] = sum(c.shape[1] for c in columns)
             columns.append(block)
+        places.append(first_column[key])
         column = torch.arange(networks, device=layout.device) + first_column[key]
         each = column.repeat_interleave(shape.numel() // networks) if shape.numel() else column[:0]
         index.append(layout.flat(i, each.view(shape)))
@@ -226,7 +245,8 @@ def resolve(
         wrong = next(v for row in host for v in row if not (math.isfinite(v) and 0 <= v <= upper))
         bounds = "at least 0" if math.isinf(upper) else f"between 0 and {upper:g}"
         raise ValueError(f"{name} must be finite and {bounds}, got {wrong:g}")
-    return Table(values, torch.cat(index) if values.shape[1] > 1 else None, host)
+    one_each = values.shape[1] == len(columns)
+    return Table(values, torch.cat(index) if values.shape[1] > 1 else None, host, tuple(places) if one_each else None)
 
 
 def _check_names(name: str, given: Mapping[str, Value], layout: Layout) -> None:

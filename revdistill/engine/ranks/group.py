@@ -42,9 +42,7 @@ WIDTH = 6  # numbers that each rank gives at a meeting
 _FINE, _FAILED = 0.0, 1.0
 AT_ONCE = 2**21  # numbers of what is exchanged at once: their copies take little memory beside a model
 _FEW = 2**12  # numbers up to which sending all to all costs less than another exchange
-KINDS = (ValueError, TypeError, OSError, MemoryError)  # of errors that other ranks raise as they are, beside our own
-
-
+KINDS = (ValueError, TypeError, RuntimeError, OSError, MemoryError)  # of errors that are told as what they are
 OWN = tuple(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RevdistillError))
 
 

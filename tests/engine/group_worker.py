@@ -1,0 +1,506 @@
+"""What each rank of a group does in test_group: every case is noted, with what was raised, in a file of its own."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import revdistill as rd
+from revdistill.engine.adjoints.trajectory import Trajectory
+from revdistill.engine.integers.history import DeviceHistory
+from revdistill.engine.optimizers.sources import THETA
+from tests.engine import reference
+from tests.engine.problems import SETTINGS, WITHOUT_WAY_BACK, l2_hyper, optimizer_of, tensors_of
+from tests.engine.problems import STEPS as OF_SETTINGS
+
+STEPS = 9
+Cases = dict[str, Callable[[], Any]]
+
+
+class World:
+    """The group, and this rank's share of batches."""
+
+    def __init__(self) -> None:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.group = dist.group.WORLD
+
+    def share(self, x: Tensor, of: int | None = None) -> Tensor:
+        """[s, B / ranks, ...] of [s, B, ...]; that of another rank."""
+        return x.chunk(self.size, 1)[self.rank if of is None else of]
+
+
+def sha(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for t in tensors.values():
+        digest.update(t.detach().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def apart(found: Any, right: Any) -> float:
+    """The largest relative difference of several tensors."""
+    pairs = list(zip(found, right, strict=True))
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(float(((a - b).norm() / b.norm().clamp(min=1e-12)).detach()) for a, b in pairs)
+
+
+def outer(theta: Mapping[str, Tensor]) -> Tensor:
+    return sum(((p - 0.1) ** 3).sum() + p.square().sum() for p in theta.values())  # type: ignore[return-value]
+
+
+# --- the derivatives -------------------------------------------------------------------------------------------------
+
+
+def derivatives(world: World, setting: str, every: bool) -> dict[str, float]:
+    """Against a loop on whole batches, by autograd: every adjoint, or one; the state whole and in parts."""
+    torch.manual_seed(3)
+    case = l2_hyper()
+    settings = SETTINGS[setting](case)
+    leaves = {**case.leaves, **tensors_of(settings)}
+    decoupled = setting.startswith("adamw")
+    theta = reference.train(case, settings, OF_SETTINGS, lambda k: None, decoupled=decoupled)
+    right = torch.autograd.grad(outer(theta), list(leaves.values()), allow_unused=True)
+    found = {}
+    adjoints: dict[str, Any] = {"Checkpoint": rd.Checkpoint(every=4), "StoreAll": rd.StoreAll(), "default": None}
+    if setting not in WITHOUT_WAY_BACK and "no momentum" not in setting:
+        adjoints["Reversible"] = rd.Reversible(graph_bytes=0)
+    names = sorted(adjoints)
+    some = {False: ["default"], True: [names[list(SETTINGS).index(setting) % len(names)]]}
+    for shard in (False, True):
+        for name in names if every else some[shard]:
+            adjoint = adjoints[name]
+            theta = rd.unroll(
+                case.loss,
+                case.params,
+                tuple(map(world.share, case.batches)),
+                optimizer_of(setting, settings),
+                steps=OF_SETTINGS,
+                hyper=case.hyper,
+                adjoint=adjoint,
+                group=world.group,
+                shard=shard,
+            )
+            got = torch.autograd.grad(outer(theta), list(leaves.values()), allow_unused=True)
+            pairs = [
+                (world.share(a), world.share(b)) if leaf == "batches.0" else (a, b)
+                for leaf, a, b in zip(leaves, got, right, strict=True)
+                if b is not None
+            ]
+            found[f"{name}, shard={shard}"] = apart(*zip(*pairs, strict=True))
+    return found
+
+
+class Small:
+    """A network, data and what is learned, in float64 unless asked otherwise."""
+
+    def __init__(self, world: World, dtype: torch.dtype = torch.float64, batch: int = 8, dropout: bool = False) -> None:
+        torch.manual_seed(5)
+        self.world = world
+        middle = [nn.Dropout(0.4)] if dropout else []
+        self.net = nn.Sequential(nn.Linear(6, 7), nn.GELU(), *middle, nn.Linear(7, 3)).to(dtype)
+        self.loss, self.params = rd.from_module(self.net, F.cross_entropy)
+        self.params = {name: p.detach().clone().requires_grad_() for name, p in self.params.items()}
+        self.x, self.y = torch.randn(3, batch, 6, dtype=dtype), torch.randint(3, (3, batch))
+        self.lr = torch.full((STEPS,), 0.05, dtype=dtype, requires_grad=True)
+
+    def unroll(self, *, whole: bool = False, share: int | None = None, steps: int = STEPS, **options: Any) -> Any:
+        """This rank's part of it; whole: all of it, on this rank alone."""
+        given = dict(options)
+        loss, params = given.pop("loss", self.loss), given.pop("params", self.params)
+        optimizer = given.pop("optimizer", None) or rd.SGD(self.lr, 0.9)
+        if not whole:
+            given.setdefault("group", self.world.group)
+        x, y = (t if whole else self.world.share(t, share) for t in (self.x, self.y))
+        x = x.clone().requires_grad_()
+        found = rd.unroll(loss, params, given.pop("batches", (x, y)), optimizer, steps=steps, **given)
+        return x, found
+
+
+def extras(world: World, shard: bool) -> dict[str, Any]:
+    """save_at, an average, a window, norms and clipping on the way back, clipping of gradients, callbacks."""
+    small, found = Small(world), {}
+    plain = list(small.params.values())
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        "save_at": lambda: {"save_at": [0, 4, 4, 9]},
+        "average": lambda: {"average": 0.8},
+        "window": lambda: {"window": 4},
+        "clip_back": lambda: {"clip_back": 0.01},
+        "max_norm": lambda: {"optimizer": rd.SGD(small.lr, 0.9, max_norm=small.lr[0] * 8)},
+        "Adam": lambda: {"optimizer": rd.Adam(small.lr * 0.1, max_norm=0.2)},
+    }
+    for name, options in made.items():
+        results = []
+        for whole in (True, False):
+            seen, norms = list[Tensor](), rd.BackwardNorms()
+            own = {} if whole else {"shard": shard}
+
+            def note(k: int, theta: Mapping[str, Tensor], loss: Tensor, seen: list[Tensor] = seen) -> None:
+                seen.append(torch.cat([loss[None], *(p.flatten() for p in theta.values())]))
+
+            x, got = small.unroll(whole=whole, on_step=note, on_step_back=norms, **options(), **own)
+            theta, average = got if name == "average" else (got, {})
+            total = outer(theta) + (outer(average) if average else 0)
+            inputs = [x, small.lr, *([] if name == "window" else plain)]
+            grads = torch.autograd.grad(total, inputs)
+            steps = torch.tensor([norms.norms[k] for k in sorted(norms.norms)])
+            share = world.share(grads[0]) if whole else grads[0]
+            results.append([*theta.values(), *average.values(), share, *grads[1:], torch.stack(seen), steps])
+        found[name] = apart(results[1], results[0])
+    return found
+
+
+def many_outputs(world: World, shard: bool) -> dict[str, float]:
+    """rd.jacobian, in chunks, and torch.func.vmap."""
+    small, found = Small(world), []
+    v = torch.randn(5, sum(p.numel() for p in small.params.values()), dtype=torch.float64)
+    for whole in (True, False):
+        own = {} if whole else {"shard": shard}
+        rows = []
+        for way in ("jacobian", "vmap"):
+            x, theta = small.unroll(whole=whole, **own)
+            flat = torch.cat([p.flatten() for p in theta.values()])
+            outputs = (v @ flat).tanh()
+            inputs = [x, small.lr, small.params["0.weight"]]
+            if way == "jacobian":
+                got = list(rd.jacobian(outputs, inputs, chunk_size=2))
+            else:
+                got = list(
+                    torch.func.vmap(lambda e, o=outputs, i=inputs: torch.autograd.grad(o, i, e))(
+                        torch.eye(5, dtype=torch.float64)
+                    )
+                )
+            rows += [got[0].chunk(world.size, 2)[world.rank] if whole else got[0], *got[1:]]
+        found.append(rows)
+    return {"apart": apart(found[1], found[0])}
+
+
+def attributions(world: World, shard: bool) -> dict[str, float]:
+    """rd.attribute: each rank its own examples."""
+    small = Small(world)
+    n, each = 12, 12 // world.size
+    loss, _ = rd.from_module(small.net, nn.CrossEntropyLoss(reduction="none"))
+    x, y = torch.randn(n, 6, dtype=torch.float64), torch.randint(3, (n,))
+    queries = (x[:4] + 0.3, y[:4])
+    orders = [torch.stack([torch.randperm(each)[:2] for _ in range(STEPS)]) for _ in range(world.size)]
+    together = torch.cat([order + r * each for r, order in enumerate(orders)], 1)
+    options: dict[str, Any] = {"queries": queries, "seed": 0, "chunk_size": 3}
+    optimizer = rd.SGD(0.05, 0.9)
+    right = rd.attribute(loss, small.params, (x, y), optimizer, order=together, **options)
+    mine = slice(world.rank * each, (world.rank + 1) * each)
+    order = orders[world.rank]
+    got = rd.attribute(
+        loss, small.params, (x[mine], y[mine]), optimizer, order=order, group=world.group, shard=shard, **options
+    )
+    return {"apart": apart([got.scores, got.losses], [right.scores[:, mine], right.losses])}
+
+
+# --- the bits --------------------------------------------------------------------------------------------------------
+
+
+def bits(world: World) -> dict[str, Any]:
+    """Of theta, in float32 where sums round, after 20 steps: compared by the test over ranks and over runs."""
+    small, found = Small(world, torch.float32), {}
+    small.lr = torch.full((20,), 0.05, requires_grad=True)
+    turned = (world.rank + 1) % world.size
+    for name, options in {
+        "plain": {},
+        "again": {},
+        "other layout": {"share": turned},
+        "shard": {"shard": True},
+        "StoreAll": {"adjoint": rd.StoreAll()},
+    }.items():
+        x, theta = small.unroll(steps=20, **options)
+        grads = torch.autograd.grad(outer(theta), [x, small.lr, *small.params.values()])
+        found[name] = [sha(theta), sha(dict(enumerate(grads[1:])))]  # type: ignore[arg-type]
+    return found
+
+
+def pieces(world: World, shard: bool) -> dict[str, Any]:
+    """Nine steps, and four and five; through a state that is passed on, differentiably."""
+    small = Small(world, torch.float32)
+    optimizer = rd.Adam(0.01)
+    _, (whole, _) = small.unroll(optimizer=optimizer, shard=shard, return_state=True, seed=1)
+    _, (theta, state) = small.unroll(optimizer=optimizer, shard=shard, return_state=True, seed=1, steps=4)
+    _, (rest, _) = small.unroll(optimizer=optimizer, shard=shard, return_state=True, steps=5, params=theta, state=state)
+    one, two = (torch.autograd.grad(outer(t), list(small.params.values())) for t in (whole, rest))
+    return {"same": sha(whole) == sha(rest), "apart": apart(two, one)}
+
+
+def random_numbers(world: World) -> dict[str, float]:
+    """Of dropout: on every rank those of a process of its own that has the same seed."""
+    small = Small(world, dropout=True)
+
+    def each_share_alike(params: Any, batch: Any) -> Tensor:
+        state, parts = torch.get_rng_state(), []
+        for x, y in zip(batch[0].chunk(world.size), batch[1].chunk(world.size), strict=True):
+            torch.set_rng_state(state)
+            parts.append(small.loss(params, (x, y)))
+        return torch.stack(parts).mean()
+
+    _, right = small.unroll(whole=True, loss=each_share_alike, seed=4)
+    _, theta = small.unroll(seed=4)
+    _, drawn = small.unroll()  # rank 0's own seed, which it draws
+    torch.manual_seed(5 + world.rank)
+    _, other = small.unroll()
+    return {"apart": apart(theta.values(), right.values()), "drawn": sha(drawn), "other": sha(other)}  # type: ignore[dict-item]
+
+
+def missing_gradients(world: World) -> dict[str, float]:
+    """A parameter that no rank uses rests; weight decay leaves it alone, as in torch.optim."""
+    small = Small(world)
+    params = {**small.params, "idle": torch.ones(3, dtype=torch.float64)}
+    optimizer = rd.SGD(0.05, 0.9, weight_decay=0.1)
+    rest = [small.unroll(params=params, optimizer=optimizer, **o)[1] for o in ({"whole": True}, {}, {"shard": True})]
+    return {"apart": max(apart(got.values(), rest[0].values()) for got in rest[1:])}
+
+
+def rounding(world: World) -> dict[str, Any]:
+    """An outer loss that another number of threads sums up in another order: rank 0's counts."""
+    small, found = Small(world, torch.float32), {}
+    for shard in (False, True):
+        _, theta = small.unroll(shard=shard)
+        total = outer(theta) * (1 + 1e-6 * world.rank)
+        found[str(shard)] = sha({"lr": torch.autograd.grad(total, small.lr)[0]})
+    return found
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def one_fails(world: World, error: Exception, back: bool = False, **options: Any) -> None:
+    """The last rank's loss raises at step 3, on the way forward or back."""
+    small, calls = Small(world), [0]
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        calls[0] += 1
+        if world.rank == world.size - 1 and calls[0] == (STEPS + 3 if back else 4):
+            raise error
+        return small.loss(params, batch)
+
+    x, theta = small.unroll(loss=loss, adjoint=rd.Reversible(graph_bytes=0), **options)
+    torch.autograd.grad(outer(theta), [x])
+
+
+def not_finite(world: World, **options: Any) -> None:
+    small = Small(world)
+    scale = 1.0 if world.rank == 0 else float("inf")
+    small.unroll(loss=lambda p, b: small.loss(p, b) * scale, **options)
+
+
+def out_of_range(world: World, shard: bool) -> None:
+    """In shards, only the last rank has this bias."""
+    small = Small(world)
+    small.unroll(loss=lambda p, b: small.loss(p, b) + 1e6 * p["2.bias"].sum(), shard=shard)
+
+
+def not_repeated(world: World, shard: bool) -> None:
+    small, calls = Small(world), [0]
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        calls[0] += 1
+        return small.loss(params, batch) * (1 + (world.rank == 0) * (calls[0] == STEPS + 4) * 1e-3)
+
+    x, theta = small.unroll(loss=loss, adjoint=rd.Reversible(graph_bytes=0), shard=shard)
+    torch.autograd.grad(outer(theta), [x])
+
+
+def other_arguments(world: World, name: str) -> None:
+    small, other = Small(world), world.rank > 0
+    given: dict[str, Any] = {
+        "params": {"params": {n: p + 1e-9 * other for n, p in small.params.items()}},
+        "rates": {"optimizer": rd.SGD(0.05 + 1e-9 * other)},
+        "optimizer": {"optimizer": rd.Adam(0.05) if other else rd.RMSprop(0.05)},
+        "steps": {"steps": 3 + other, "optimizer": rd.SGD(0.1)},
+        "seed": {"seed": 3 + other},
+        "hyper": {"hyper": torch.tensor(1.0 + other), "loss": lambda p, b, h: small.loss(p, b)},
+        "adjoint": {"adjoint": rd.Checkpoint(every=2 + other)},
+        "callback": {"shard": True, "on_step": print if other else None},
+        "batches": {"batches": (small.x[:, :, 0], small.y[:, :3]) if other else (small.x, small.y)},
+        "unused": {
+            "loss": lambda p, b: small.loss(p, b) + 0 * (p["extra"].sum() if other else 0),
+            "params": {**small.params, "extra": torch.ones(2, dtype=torch.float64)},
+        },
+        "nothing": {"params": 3},
+        "backprop": {"adjoint": rd.Backprop()},
+        "graphs": {"compile": "graphs"},
+        "shard": {"shard": "yes"},
+        "few": {"shard": True, "params": {"0.weight": small.params["2.bias"][:2]}, "loss": lambda p, b: outer(p)},
+    }[name]
+    small.unroll(**given)
+
+
+def other_outer_loss(world: World, shard: bool, many: bool = False) -> None:
+    small = Small(world)
+    x, theta = small.unroll(shard=shard)
+    if many:
+        rd.jacobian(torch.stack([outer(theta) * (1 + world.rank), outer(theta)]), x)
+    (outer(theta) * (1 + world.rank)).backward()
+
+
+def drift(world: World) -> None:
+    """One bit of theta, on one rank, at step 70 of 130: found at step 128."""
+    small, plain = Small(world), Trajectory.step
+    small.lr = torch.full((130,), 0.05, requires_grad=True)
+
+    def step(self: Any, k: int, **options: Any) -> Any:
+        found = plain(self, k, **options)
+        if k == 70 and world.rank == 1:
+            self.state.numbers[THETA][3] += 1
+        return found
+
+    Trajectory.step = step  # type: ignore[method-assign]
+    try:
+        small.unroll(steps=130)
+    finally:
+        Trajectory.step = plain  # type: ignore[method-assign]
+
+
+def other_start(world: World, shard: bool) -> None:
+    """A bit of the velocity on the last rank, flipped between the passes: the end check there finds it."""
+    small, seen = Small(world), []
+    plain = Trajectory.__init__
+
+    def note(self: Any, *given: Any, **options: Any) -> None:
+        plain(self, *given, **options)
+        seen.append(self)
+
+    Trajectory.__init__ = note  # type: ignore[method-assign]
+    try:
+        x, theta = small.unroll(shard=shard, adjoint=rd.Reversible(graph_bytes=2**24))  # nothing is evaluated again
+    finally:
+        Trajectory.__init__ = plain  # type: ignore[method-assign]
+    if world.rank == world.size - 1:
+        seen[0].state.numbers["v"][0] += 1
+    torch.autograd.grad(outer(theta), [x])
+
+
+def full_disk(world: World) -> None:
+    small, plain = Small(world), DeviceHistory.push
+
+    def push(self: Any, words: Tensor) -> None:
+        if world.rank == 0:
+            raise OSError(28, "No space left on device")
+        plain(self, words)
+
+    DeviceHistory.push = push  # type: ignore[method-assign]
+    try:
+        small.unroll(optimizer=rd.SGD(0.05, 0.1), steps=40)
+    finally:
+        DeviceHistory.push = plain  # type: ignore[method-assign]
+
+
+def other_order(world: World) -> None:
+    """One rank goes back while another begins anew."""
+    small = Small(world)
+    x, theta = small.unroll()
+    if world.rank:
+        small.unroll()
+    torch.autograd.grad(outer(theta), [x])
+
+
+def still_fine(world: World) -> dict[str, float]:
+    small = Small(world)
+    (_, right), (_, theta) = small.unroll(whole=True), small.unroll()
+    return {"apart": apart(theta.values(), right.values())}
+
+
+def killed(world: World) -> None:
+    """The last rank is gone at step 3. The others have some seconds to say so before torchrun ends them."""
+    small, calls = Small(world), [0]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        calls[0] += 1
+        if world.rank == world.size - 1 and calls[0] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return small.loss(params, batch)
+
+    small.unroll(loss=loss)
+
+
+class OwnError(Exception):
+    """Of a user's."""
+
+
+def cases(world: World, part: str) -> Cases:
+    both = (False, True)
+    if part == "few":
+        return {
+            "bits": lambda: bits(world),
+            "derivatives adam groups": lambda: derivatives(world, "adam groups", every=False),
+            "many outputs, shard=True": lambda: many_outputs(world, True),
+            "attribution, shard=True": lambda: attributions(world, True),
+            "one fails, shard=True": lambda: one_fails(world, ValueError("a word"), shard=True),
+            "killed": lambda: killed(world),
+        }
+    every = part == "every"
+    found: Cases = {f"derivatives {s}": lambda s=s: derivatives(world, s, every) for s in SETTINGS}  # type: ignore[misc]
+    if every:
+        return found
+    for shard in both:
+        options: dict[str, Callable[..., Any]] = {
+            "extras": extras,
+            "many outputs": many_outputs,
+            "attribution": attributions,
+            "pieces": pieces,
+            "out of range": out_of_range,
+            "not repeated": not_repeated,
+            "other outer loss": other_outer_loss,
+            "other start": other_start,
+        }
+        found |= {f"{n}, shard={shard}": lambda f=f, s=shard: f(world, s) for n, f in options.items()}  # type: ignore[misc]
+        found[f"not finite, shard={shard}"] = lambda s=shard: not_finite(world, shard=s)  # type: ignore[misc]
+    names = "params rates optimizer steps seed hyper adjoint callback batches unused nothing backprop graphs shard few"
+    found |= {f"other {name}": lambda n=name: other_arguments(world, n) for name in names.split()}  # type: ignore[misc]
+    return found | {
+        "bits": lambda: bits(world),
+        "random numbers": lambda: random_numbers(world),
+        "missing gradients": lambda: missing_gradients(world),
+        "rounding": lambda: rounding(world),
+        "one fails": lambda: one_fails(world, ValueError("a word")),
+        "one fails in its own way": lambda: one_fails(world, OwnError("its own")),
+        "one fails, back": lambda: one_fails(world, OwnError("its own"), back=True),
+        "one fails, back, shard": lambda: one_fails(world, TypeError("a word"), back=True, shard=True),
+        "other outer losses": lambda: other_outer_loss(world, True, many=True),
+        "drift": lambda: drift(world),
+        "full disk": lambda: full_disk(world),
+        "other order": lambda: other_order(world),
+        "still fine": lambda: still_fine(world),
+        "killed": lambda: killed(world),
+    }
+
+
+def main(out: Path, part: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+    world = World()
+    found: dict[str, Any] = {}
+    for name, case in cases(world, part).items():
+        began = time.monotonic()
+        try:
+            found[name] = {"found": case()}
+        except Exception as error:
+            values = {k: v for k, v in vars(error).items() if isinstance(v, (str, int, float)) or v is None}
+            found[name] = {"error": type(error).__name__, "message": str(error), "values": values}
+        found[name]["seconds"] = time.monotonic() - began
+        (out / f"{world.rank}.json").write_text(json.dumps(found))
+    os._exit(0)  # a group that has lost a rank cannot be taken down in order
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

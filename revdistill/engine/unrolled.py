@@ -51,6 +51,11 @@ def ranks_of(group: dist.ProcessGroup | None, shard: object, params: object) -> 
                 "group=torch.distributed.group.WORLD, under torchrun"
             )
         return None
+    if not hasattr(group, "_get_backend"):
+        raise TypeError(
+            f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}; "
+            "torch.distributed.group.WORLD is that of all processes, once init_process_group was called"
+        )
     first = next(iter(params.values()), None) if isinstance(params, Mapping) else None
     return Ranks(group, first.device if isinstance(first, Tensor) else torch.device("cpu"))
 

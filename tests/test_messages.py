@@ -89,6 +89,23 @@ def run(folder: Path) -> Distillation:
     return Distillation(folder / "run", Distiller(config, load("moons")))
 
 
+def lost(folder: Path) -> None:
+    import torch.distributed as dist
+
+    def closed(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_gather_into_tensor", "all_gather_single"):
+                patch.setattr(dist, name, closed, raising=False)
+            params = {"w": torch.ones(2)}
+            rd.unroll(lambda p, b: p["w"].sum(), params, lambda k: (), rd.SGD(0.1), steps=1, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
 def in_use(folder: Path) -> None:
     with DirectoryLock(folder / "run"):
         run(folder).run(progress=False)
@@ -136,6 +153,10 @@ CASES: dict[type[BaseException], tuple[Callable[[Path], None], tuple[str, ...]]]
     rd.UnsupportedError: (
         unsupported,
         ("already gone back through", "this unroll", "add the losses before one backward()"),
+    ),
+    rd.RankError: (
+        lost,
+        ("process of the group is gone", "rank 0 of 1", "start all of them again", "Connection closed"),
     ),
     rd.ArtifactError: (artifact, ("damaged or not an HDF5 file", "distilled.h5")),
     rd.CompileWarning: (compiled, ("compile=True", "no C++ compiler", "running it without torch.compile")),

@@ -220,7 +220,7 @@ class Ranks:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RankError(
                 f"another process of the group is gone, or did not answer in time; rank {self.rank} of {self.size} "
-                f"cannot go on without it ({reason[:200]})",
+                f"cannot go on without it: start all of them again ({reason[:200]})",
                 rank=None,
             ) from error
 

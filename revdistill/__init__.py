@@ -1,5 +1,6 @@
 """Differentiate through a whole training run, exactly, in the memory of one step."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from revdistill._checkout import find_the_command
@@ -34,6 +35,7 @@ from revdistill.engine import (
 from revdistill.outer.orders import epochs
 
 if TYPE_CHECKING:
+    from revdistill import distributed
     from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
 
 __version__ = "0.1.0"  # setup.cfg reads it here
@@ -65,6 +67,7 @@ __all__ = [
     "ScheduleLR",
     "UnsupportedError",
     "attribute",
+    "distributed",
     "epochs",
     "from_module",
     "jacobian",
@@ -80,6 +83,8 @@ def __getattr__(name: str) -> Any:
         from revdistill.tune import schedule
 
         return getattr(schedule, name)
+    if name == "distributed":
+        return importlib.import_module("revdistill.distributed")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

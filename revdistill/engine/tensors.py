@@ -36,5 +36,6 @@ def check_plain(label: str, t: Tensor) -> None:
     if type(t) not in PLAIN:
         raise TypeError(
             f"{label} is a {type(t).__name__}, a subclass of torch.Tensor whose numbers the engine cannot read; give a "
-            "plain tensor (of a DTensor, full_tensor(); of a module in FSDP, the module before it was sharded)"
+            "plain tensor (of a DTensor, full_tensor(); of a module in FSDP, the module before it was sharded, and "
+            "group= and shard=True to rd.unroll, which keeps the state in parts)"
         )

@@ -51,13 +51,8 @@ def ranks_of(group: dist.ProcessGroup | None, shard: object, params: object) -> 
                 "group=torch.distributed.group.WORLD, under torchrun"
             )
         return None
-    if not hasattr(group, "_get_backend"):
-        raise TypeError(
-            f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}; "
-            "torch.distributed.group.WORLD is that of all processes, once init_process_group was called"
-        )
     first = next(iter(params.values()), None) if isinstance(params, Mapping) else None
-    return Ranks(group, first.device if isinstance(first, Tensor) else torch.device("cpu"))
+    return Ranks.of(group, first.device if isinstance(first, Tensor) else torch.device("cpu"))
 
 
 @contextmanager
@@ -111,7 +106,7 @@ def unrolled(
         seed = seed if ranks is None else seed_of_first(ranks, seed)
     determinism = Determinism.capture(layout.device, seed, start.taken, steps)
     shards = Shards(ranks, layout) if ranks is not None and shard else None
-    originals = Originals(loss, params, data.hypers, determinism.modules, steps, start.taken)
+    originals = Originals(loss, params, data.hypers, determinism.modules, steps, start.taken, grouped=ranks is not None)
     first = max(0, steps - window) if window else 0
     weights = None if average is None else check_average(average, steps)
 

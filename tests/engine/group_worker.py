@@ -278,6 +278,139 @@ def rounding(world: World) -> dict[str, Any]:
     return found
 
 
+# --- losses that exchange tensors ------------------------------------------------------------------------------------
+
+
+class Alone:
+    """What rd.distributed does, where one process has the whole batch."""
+
+    copy = sum = gather = staticmethod(lambda x: x)
+
+
+def batch_norm(params: Mapping[str, Tensor], batch: Any, over: Any, count: int) -> Tensor:
+    """A layer that is normalised over the samples of all ranks: forward and back a sum."""
+    x, y = batch
+    h = x @ params["w"]
+    mean = over.copy(over.sum(h.sum(0))) / count
+    spread = over.copy(over.sum((h - mean).square().sum(0))) / count
+    return F.cross_entropy(((h - mean) / (spread + 1e-3).sqrt()).tanh() @ params["v"], y)
+
+
+def contrastive(params: Mapping[str, Tensor], batch: Any, over: Any, first: int) -> Tensor:
+    """InfoNCE: each sample's two views against those of all ranks' samples. first: the number of this rank's first."""
+    x, _ = batch
+    a, b = (F.normalize((view @ params["w"]).tanh() @ params["v"], dim=1) for view in (x, x.roll(1, 1) + 0.1))
+    return F.cross_entropy(a @ over.gather(b).T / 0.5, first + torch.arange(len(x)))
+
+
+def exchanging(world: World, name: str, shard: bool) -> dict[str, float]:
+    """Hypergradients, and those of many outputs, of a loss that is a function of all ranks' shares."""
+    torch.manual_seed(8)
+    made = {"w": torch.randn(6, 5, dtype=torch.float64) / 2, "v": torch.randn(5, 3, dtype=torch.float64) / 2}
+    params = {n: p.requires_grad_() for n, p in made.items()}
+    x, y = torch.randn(3, 8, 6, dtype=torch.float64), torch.randint(3, (3, 8))
+    lr, v = torch.full((STEPS,), 0.1, dtype=torch.float64, requires_grad=True), torch.randn(4, 45, dtype=torch.float64)
+    found = []
+    for over in (Alone, rd.distributed):
+        alone = over is Alone
+        z, t = (x, y) if alone else (world.share(x), world.share(y))
+        z = z.clone().requires_grad_()
+        extra = 8 if name == "batch norm" else 0 if alone else world.rank * z.shape[1]
+        function = batch_norm if name == "batch norm" else contrastive
+        own = {} if alone else {"group": world.group, "shard": shard}
+        for _ in range(2):
+            theta = rd.unroll(
+                lambda p, b, f=function, o=over, e=extra: f(p, b, o, e),
+                params,
+                (z, t),
+                rd.SGD(lr, 0.9),
+                steps=STEPS,
+                **own,
+            )
+            flat = torch.cat([p.flatten() for p in theta.values()])
+            if len(found) % 2:
+                many = rd.jacobian((v @ flat).tanh(), [z, lr, *params.values()])
+                found.append([many[0].chunk(world.size, 2)[world.rank] if alone else many[0], *many[1:]])
+            else:
+                one = torch.autograd.grad(outer(theta), [z, lr, *params.values()])
+                found.append([flat, world.share(one[0]) if alone else one[0], *one[1:]])
+    return {"one": apart(found[2], found[0]), "many": apart(found[3], found[1])}
+
+
+def derivatives_of_exchanges(world: World) -> dict[str, float]:
+    """First, second and third, and of several vectors at once, of the sum over ranks of the losses."""
+    torch.manual_seed(9)
+    w = torch.randn(6, 4, dtype=torch.float64)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    u, v, rows = (
+        torch.randn(6, 4, dtype=torch.float64),
+        torch.randn(6, 4, dtype=torch.float64),
+        torch.randn(3, 6, 4).double(),
+    )
+    own, found = x.chunk(world.size)[world.rank], []
+    for over, part in ((Alone, x), (rd.distributed, own)):
+        leaf = w.clone().requires_grad_()
+        h = (part @ over.copy(leaf)).tanh()
+        every = over.gather(h)
+        statistic = over.copy(over.sum(h.exp().sum(0)))
+        loss = (every @ h.T).square().sum() + (h * statistic.log()).sum()
+        loss = loss + over.copy(over.sum((h**3).sum())) / (1 if over is Alone else world.size)
+        (g,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (product,) = torch.autograd.grad((g * u).sum(), leaf, create_graph=True)
+        (third,) = torch.autograd.grad((product * v).sum(), leaf, retain_graph=True)
+        many = torch.func.vmap(lambda r, g=g, leaf=leaf: torch.autograd.grad(g, leaf, r, retain_graph=True)[0])(rows)
+        found.append([t.detach() for t in (g, product, third, many)])
+    # Theta goes through `copy`: each rank has the whole of what one process finds.
+    return {"apart": apart(found[1], found[0])}
+
+
+def parts_of_an_outer_loss(world: World, shard: bool) -> dict[str, float]:
+    """Each rank computes a part of what is computed from theta: `copy` on theta, `sum` on the parts."""
+    small, found = Small(world), []
+    z = torch.randn(8, 6, dtype=torch.float64)
+    for whole in (True, False):
+        x, theta = small.unroll(whole=whole, **({} if whole else {"shard": shard}))
+        seen = theta if whole else {n: rd.distributed.copy(p) for n, p in theta.items()}
+        part = z if whole else z.chunk(world.size)[world.rank]
+        total = torch.func.functional_call(small.net, seen, (part,)).square().sum()
+        total = total if whole else rd.distributed.sum(total)
+        grads = torch.autograd.grad(total, [x, small.lr, *small.params.values()])
+        found.append([total.detach(), world.share(grads[0]) if whole else grads[0], *grads[1:]])
+    return {"apart": apart(found[1], found[0])}
+
+
+def one_fails_before_an_exchange(world: World) -> None:
+    small = Small(world)
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        if world.rank == 1:
+            raise ValueError("a word")
+        return small.loss(params, batch) + 0 * rd.distributed.sum(params["0.bias"]).sum()
+
+    small.unroll(loss=loss)
+
+
+def other_shapes(world: World) -> None:
+    small = Small(world)
+    small.unroll(loss=lambda p, b: rd.distributed.gather(p["0.bias"][: 3 + world.rank]).sum())
+
+
+def unseen_by_autograd(world: World, grouped: bool) -> None:
+    """torch's own collective, on a tensor that requires grad; or through torch's Function, without a group."""
+    from torch.distributed.nn.functional import all_reduce
+
+    small = Small(world)
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        value = small.loss(params, batch)
+        if not grouped:
+            return all_reduce(value) / world.size
+        dist.all_reduce(value)
+        return value / world.size
+
+    small.unroll(loss=loss, **({} if grouped else {"group": None}))
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -466,8 +599,18 @@ def cases(world: World, part: str) -> Cases:
         found[f"not finite, shard={shard}"] = lambda s=shard: not_finite(world, shard=s)  # type: ignore[misc]
     names = "params rates optimizer steps seed hyper adjoint callback batches unused nothing backprop graphs shard few"
     found |= {f"other {name}": lambda n=name: other_arguments(world, n) for name in names.split()}  # type: ignore[misc]
+    for name in ("batch norm", "contrastive"):
+        for shard in both:
+            found[f"{name}, shard={shard}"] = lambda n=name, s=shard: exchanging(world, n, s)  # type: ignore[misc]
     return found | {
         "bits": lambda: bits(world),
+        "derivatives of exchanges": lambda: derivatives_of_exchanges(world),
+        "parts of an outer loss": lambda: parts_of_an_outer_loss(world, False),
+        "parts of an outer loss, shard": lambda: parts_of_an_outer_loss(world, True),
+        "one fails before an exchange": lambda: one_fails_before_an_exchange(world),
+        "other shapes": lambda: other_shapes(world),
+        "unseen by autograd": lambda: unseen_by_autograd(world, True),
+        "no group": lambda: unseen_by_autograd(world, False),
         "random numbers": lambda: random_numbers(world),
         "missing gradients": lambda: missing_gradients(world),
         "rounding": lambda: rounding(world),
@@ -487,7 +630,7 @@ def cases(world: World, part: str) -> Cases:
 def main(out: Path, part: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+    warnings.filterwarnings("ignore", "torch.distributed.nn", FutureWarning)
     world = World()
     found: dict[str, Any] = {}
     for name, case in cases(world, part).items():

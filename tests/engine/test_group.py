@@ -52,6 +52,13 @@ ERRORS = {
     "other shard": ("TypeError", "shard must be a bool, got str"),
     "other few": ("ValueError", "needs more than 2 parameters, got 2"),
     "other order": ("UnsupportedError", "rank 0 is at the start of the backward pass, rank 1 at the arguments"),
+    "one fails before an exchange": ("ValueError", OTHER + "a word"),
+    "other shapes": ("ValueError", "got [3], torch.float64 on rank 0 and [4], torch.float64 on rank 1"),
+    "unseen by autograd": (
+        "UnsupportedError",
+        "the loss calls allreduce of torch.distributed on a tensor that requires",
+    ),
+    "no group": ("UnsupportedError", "the loss calls allreduce of torch.distributed, and the unroll has no group"),
     "drift": ("ReversalError", "theta on ranks [1] is not what it is on rank 0 after 128 steps"),
     "full disk": ("OSError", "on rank 0: [Errno 28] No space left on device"),
     "killed": ("RankError", "another process of the group is gone"),

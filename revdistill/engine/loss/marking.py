@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,12 +66,18 @@ class Marking(TorchDispatchMode):  # type: ignore[no-untyped-call]
             frame = frame.f_back
         self.was_read |= names
 
+    def exchanged(self, func: Any, tensors: Sequence[Tensor]) -> None:
+        """A collective of torch.distributed is about to be called with these."""
+
     def _mark(self, t: Tensor, names: frozenset[str]) -> None:
         key, memory = memory_in(t)
         self._memory[key] = memory, self.of(t) | names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and "c10d" in func.namespace:
+            self.exchanged(func, list(_tensors([*args, *kwargs.values()])))
+            return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload) or (func.namespace not in _TORCHS and _loses_the_graph(func)):
             raise CannotFollowError
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs

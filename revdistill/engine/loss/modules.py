@@ -53,13 +53,23 @@ def check_module(net: object, label: str = "net") -> None:
         if isinstance(module, _PARALLEL):
             raise UnsupportedError(
                 f"{where} is a {type(module).__name__}, which copies the module's own parameters; give the module "
-                f"inside ({where}.module)"
+                f"inside ({where}.module), and group= to rd.unroll where processes share its batches"
+            )
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise UnsupportedError(
+                f"{where} is a FullyShardedDataParallel, whose parameters are parts; give the module before "
+                "it was wrapped, and group= and shard=True to rd.unroll, which keeps the state in parts"
             )
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(
                 f"{label}'s {name!r} has no shape yet (a lazy module makes its parameters in its first call); run one "
                 f"batch through it first: {label}(x)"
+            )
+        if type(tensor).__name__ == "DTensor":
+            raise UnsupportedError(
+                f"{label}'s {name!r} is a DTensor, of which each process has a part (fully_shard of FSDP2 makes them); "
+                "give the module before that, and group= and shard=True to rd.unroll, which keeps the state in parts"
             )
     for name, p in net.named_parameters():
         if p.requires_grad and (p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)):

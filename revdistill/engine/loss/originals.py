@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -38,6 +38,7 @@ class Originals:
         modules: those that the loss calls.
         steps: of the unroll.
         taken: steps of the training before the first one here, for messages.
+        grouped: whether the unroll is made on the ranks of a group, so that the loss may exchange tensors.
 
     Attributes:
         next: the next step to be looked at.
@@ -51,8 +52,10 @@ class Originals:
         modules: Modules,
         steps: int,
         taken: int = 0,
+        *,
+        grouped: bool = False,
     ) -> None:
-        self._params, self._modules, self._taken = params, modules, taken
+        self._params, self._modules, self._taken, self._grouped = params, modules, taken, grouped
         self._given = {memory_in(t)[0] for t in hypers}
         self._before = 0
         try:
@@ -82,7 +85,7 @@ class Originals:
         given = {memory_in(t)[0] for _, t in contents(batch, "") if isinstance(t, Tensor)} | self._given
         self._modules.uncompiled.add(k)
         try:
-            following = _Following(self._params, self._modules, given)
+            following = _Following(self._params, self._modules, given, grouped=self._grouped)
             with uncompiled(), following, Reads(following, addresses=False):
                 value = evaluate()
         except CannotFollowError:
@@ -115,10 +118,14 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
         params: as they were given, by name.
         modules: those that the loss calls; which they are shows while it is evaluated.
         given: the memory of what the loss is given beside them.
+        grouped: whether the loss may exchange tensors with other processes.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], modules: Modules, given: AbstractSet[int]) -> None:
+    def __init__(
+        self, params: Mapping[str, Tensor], modules: Modules, given: AbstractSet[int], *, grouped: bool
+    ) -> None:
         super().__init__({})
+        self._grouped = grouped
         self._modules, self._given, self._known = modules, given, 0
         # By memory the names and the first and last bytes: frozen layers and buffers may lie in it too.
         self._originals: dict[int, list[tuple[str, int, int]]] = {}
@@ -136,6 +143,22 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
             return super().of(t)
         first, last = _bytes_of(t)
         return frozenset(name for name, begin, end in here if first < end and begin < last)
+
+    def exchanged(self, func: Any, tensors: Sequence[Tensor]) -> None:
+        """Raises: UnsupportedError."""
+        name = func._schema.name.split("::")[-1].rstrip("_")
+        if not self._grouped:
+            raise UnsupportedError(
+                f"the loss calls {name} of torch.distributed, and the unroll has no group: nothing would tell that the "
+                "processes drift apart, or that one of them failed. Give group= to rd.unroll, and exchange what is "
+                "differentiated by rd.distributed.copy, sum and gather"
+            )
+        if any(t.requires_grad for t in tensors):
+            raise UnsupportedError(
+                f"the loss calls {name} of torch.distributed on a tensor that requires grad, which autograd does not "
+                "see: its derivative would be that of another loss. Use rd.distributed.sum, copy and gather, whose "
+                "derivatives are exchanges too"
+            )
 
     def _mark(self, t: Tensor, names: frozenset[str]) -> None:
         if memory_in(t)[0] not in self._originals:  # a view of an original: that is marked already

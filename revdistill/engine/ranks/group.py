@@ -9,6 +9,7 @@ together.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -35,6 +36,7 @@ POINTS = (
     "the sums at the start of the training",
     "the end of the backward pass",
     "on_step",
+    "an exchange inside the loss",
     "a number that all agree on",
     "the outer loop",
 )
@@ -43,6 +45,7 @@ _FINE, _FAILED = 0.0, 1.0
 AT_ONCE = 2**21  # numbers of what is exchanged at once: their copies take little memory beside a model
 _FEW = 2**12  # numbers up to which sending all to all costs less than another exchange
 KINDS = (ValueError, TypeError, RuntimeError, OSError, MemoryError)  # of errors that are told as what they are
+_shared: weakref.WeakValueDictionary[tuple[int, torch.device], Ranks] = weakref.WeakValueDictionary()
 OWN = tuple(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RevdistillError))
 
 
@@ -83,6 +86,24 @@ class Ranks:
         self._known: BaseException | None = None  # an error that all ranks have
         self.sent = 0
 
+    @classmethod
+    def of(cls, group: Any, device: torch.device) -> Ranks:
+        """One object for all that goes on at a time: what fails within a loss fails within its unroll.
+
+        Raises:
+            TypeError: group is no group.
+            ValueError: see above.
+        """
+        if not hasattr(group, "_get_backend"):
+            raise TypeError(
+                f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}; "
+                "torch.distributed.group.WORLD is that of all processes, once init_process_group was called"
+            )
+        found = _shared.get((id(group), device))  # which holds the group: no other has its id
+        if found is None:
+            found = _shared[id(group), device] = cls(group, device)
+        return found
+
     def meet(self, point: str, k: int = -1, *numbers: float) -> Tensor:
         """Wait for all ranks.
 
@@ -118,7 +139,7 @@ class Ranks:
         """Every rank's x [n], of one shape and dtype: [ranks, n]."""
         out = torch.empty(self.size * x.numel(), dtype=x.dtype, device=x.device)
         with self._answered():
-            _all_gather(out, x.contiguous(), self._group)
+            _all_gather(out, x.contiguous().detach(), self._group)
         self._count((self.size - 1) * x.nbytes)
         return out.view(self.size, *x.shape)
 

@@ -112,6 +112,8 @@ def _command(arguments: Sequence[str] | None, processes: Processes) -> int:
     try:
         code = cli.main(args=given, prog_name="revdistill", standalone_mode=False, obj=processes)
         return code if isinstance(code, int) else 0
+    except SystemExit as error:  # whoever reads along has gone (| head)
+        return error.code if isinstance(error.code, int) else 1
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.ClickException as error:

@@ -314,7 +314,11 @@ def started(kinds: Sequence[type[Exception]] = ()) -> Iterator[Processes]:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise RankError(f"the other processes cannot be reached at {where} ({reason[:200]})", rank=None) from error
     _end_by_itself(processes)
-    yield processes
+    try:
+        yield processes
+    finally:
+        with suppress(ValueError):  # an interpreter that ends takes back handlers, but not this
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not processes.lost:
         dist.destroy_process_group()
 

@@ -128,7 +128,7 @@ def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> Attribute
     """The configuration of the attribution in `out`; options given now must agree with it."""
     path = out / CHECKPOINT
     if not path.exists():
-        raise ValueError(f"--resume: {out} holds no {CHECKPOINT}{seen_by(processes_of(ctx))}")
+        raise ValueError(f"{out} holds no {CHECKPOINT} to resume from{seen_by(processes_of(ctx))}")
     saved = read_config(path)
     check_agrees(ctx, "attribution", out, saved, values)
     return saved

@@ -44,7 +44,7 @@ def cli() -> None:
 
 
 _NO_MEMORY = (
-    "revdistill: not enough memory; fewer of --steps, --epochs, --per-class, --inits, --restarts or --queries need "
+    "not enough memory; fewer of --steps, --epochs, --per-class, --inits, --restarts or --queries need "
     "less, and so does a smaller --batch-size or a smaller network"
 )
 
@@ -113,6 +113,8 @@ def _command(arguments: Sequence[str] | None, processes: Processes) -> int:
         code = cli.main(args=given, prog_name="revdistill", standalone_mode=False, obj=processes)
         return code if isinstance(code, int) else 0
     except SystemExit as error:  # whoever reads along has gone (| head)
+        if processes.size == 1:
+            raise
         return error.code if isinstance(error.code, int) else 1
     except click.exceptions.NoArgsIsHelpError:
         raise

@@ -120,7 +120,7 @@ def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> TuneConfi
     """The configuration of the tuning in `out`; options given now must agree with it."""
     path = out / CHECKPOINT
     if not path.exists():
-        raise ValueError(f"--resume: {out} holds no {CHECKPOINT}{seen_by(processes_of(ctx))}")
+        raise ValueError(f"{out} holds no {CHECKPOINT} to resume from{seen_by(processes_of(ctx))}")
     saved = read_config(path)
     check_agrees(ctx, "tuning", out, saved, values)
     return saved

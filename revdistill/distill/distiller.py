@@ -112,12 +112,11 @@ class Distiller:
         k = self.outer_step
         x, y = self._real_batch(k)
         steps, transform, networks = self._horizon(k), self._augmentation(k), _Networks(self)
-        x = transform(x)
 
         def outer_loss(k: int, unit: int) -> Tensor:
             part, params = networks.of(unit)
             theta = self._train(self.synthetic, part, params, seed=k, steps=steps, transform=transform)
-            return part.stack.mean_loss(theta, x, y) * (part.share / len(self.stacks))
+            return part.stack.mean_loss(theta, transform(x), y) * (part.share / len(self.stacks))
 
         outcome = self.descent.step_over(len(self.units), outer_loss)
         return OuterStep(k, outcome.loss, outcome.norm, outcome.diverged)

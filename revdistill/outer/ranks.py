@@ -319,8 +319,8 @@ def started(kinds: Sequence[type[Exception]] = ()) -> Iterator[Processes]:
     finally:
         with suppress(ValueError):  # an interpreter that ends takes back handlers, but not this
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if not processes.lost:
-        dist.destroy_process_group()
+        if not processes.lost:
+            dist.destroy_process_group()
 
 
 def _end_by_itself(processes: Processes) -> None:

@@ -42,7 +42,13 @@ class Trained:
         return asdict(self)
 
 
-def measure(
+def measure(schedule: Schedule, data: Dataset, arch: str, *, batch_size: int, restarts: int, seed: int) -> Trained:
+    """Train fresh networks along a schedule and measure them on the test data; see `measure_all`."""
+    (found,) = measure_all([schedule], data, arch, batch_size=batch_size, restarts=restarts, seed=seed)
+    return found
+
+
+def measure_all(
     schedules: Sequence[Schedule],
     data: Dataset,
     arch: str,

@@ -9,7 +9,7 @@ from typing import Any
 from revdistill.outer.job import Job
 from revdistill.tune import checkpoint as checkpoints
 from revdistill.tune import schedule as schedules
-from revdistill.tune.comparison import measure
+from revdistill.tune.comparison import measure_all
 from revdistill.tune.schedule import Schedule
 from revdistill.tune.tuner import Tuner, TuneStep
 
@@ -65,7 +65,7 @@ class Tuning(Job[Schedule]):
 def compared(tuner: Tuner) -> Schedule:
     """The learned schedule, with what fresh networks reach on the test data with it and with the starting one."""
     c, schedule = tuner.config, tuner.schedule()
-    found = measure(
+    found = measure_all(
         [tuner.starting_schedule(), schedule],
         tuner.data,
         c.arch,

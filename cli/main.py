@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -100,6 +101,8 @@ def _run(arguments: Sequence[str] | None, processes: Processes) -> int:
         say(_NO_MEMORY)
         return 1
     except (RevdistillError, NotSavedError, OSError) as error:
+        if isinstance(error, RankError) and error.rank == processes.rank and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)  # a fault of the program's: the others name it
         say(" ".join(str(error).split()))
         return 1
 

@@ -91,7 +91,7 @@ def full(**_: Any) -> None:
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(200, exit=True)  # who hangs says where
+    faulthandler.dump_traceback_later(150, exit=True)  # who hangs says where
     jobs, results = json.loads(Path(sys.argv[1]).read_text()), []
     for job in jobs:
         # each command's group has a store of its own

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,13 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
 
 
 def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
+    """Below those that systems give to whoever asks for any, as the processes do meanwhile."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(10000, 30000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+    return found
 
 
 def driven(processes: int, directory: Path, jobs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -145,9 +149,9 @@ EVENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """On 4 processes: FILES, and what became of each command."""
-    directory = tmp_path_factory.mktemp("four")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    """On 2 processes: FILES, and what became of each command."""
+    directory = tmp_path_factory.mktemp("two")
     jobs: dict[str, dict[str, Any]] = {
         name: {"arguments": arguments}
         for name, arguments in zip(("train", "tune", "attribute", "evaluate"), commands(directory), strict=True)
@@ -157,18 +161,18 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     jobs["a bad option"] = {"arguments": [*TRAIN, "--steps", "-1"]}
     jobs["a directory that is taken"] = {"arguments": [*TRAIN, "--out", str(directory / "run")]}
     jobs["diverging"] = {"arguments": [*DIVERGING, "--out", str(directory / "diverging")]}
-    found = driven(4, directory, list(jobs.values()))
+    found = driven(2, directory, list(jobs.values()))
     return directory, dict(zip(jobs, found, strict=True))
 
 
-def test_four_processes_make_the_files_of_one(one_process: Any, four: Any) -> None:
-    (one, evaluation), (directory, found) = one_process, four
+def test_two_processes_make_the_files_of_one(one_process: Any, two: Any) -> None:
+    (one, evaluation), (directory, found) = one_process, two
     for name in ("train", "tune", "attribute", "evaluate"):
-        assert [rank["code"] for rank in found[name]] == [0] * 4, found[name]
+        assert [rank["code"] for rank in found[name]] == [0] * 2, found[name]
         assert not any(rank["out"] for rank in found[name][1:])
     assert differing(one, directory) == []
     assert json.loads(found["evaluate"][0]["out"]) == evaluation
-    assert "3 networks of each architecture in stacks of 1, on 4 processes" in found["train"][0]["out"]
+    assert "3 networks of each architecture in stacks of 1, on 2 processes" in found["train"][0]["out"]
     for job in ("run", "tuning"):
         lines = [[line | {"seconds": 0} for line in read_metrics(d / job / "metrics.jsonl")] for d in (one, directory)]
         assert lines[0] == lines[1]
@@ -188,37 +192,52 @@ def test_four_processes_make_the_files_of_one(one_process: Any, four: Any) -> No
         ("diverging", 1, r"revdistill: 10 outer steps in a row diverged; .*"),
     ],
 )
-def test_what_one_process_has_all_have(four: Any, name: str, code: int, said: str) -> None:
+def test_what_one_process_has_all_have(two: Any, name: str, code: int, said: str) -> None:
     """The same exit code, and one of them says why."""
-    ranks = four[1][name]
+    ranks = two[1][name]
     codes = [rank["code"] for rank in ranks]
-    if name == "a bug on one":  # where it is, its traceback is shown
-        assert codes.pop(1) == "KeyError('nobody thought of this')"
     assert codes == [code] * len(codes)
     assert re.fullmatch(said, ranks[0]["err"].rstrip("\n")), ranks[0]["err"]
-    assert [rank["err"] for rank in ranks[1:]] == [""] * 3
+    if name == "a bug on one":  # shown where it is
+        assert re.fullmatch(r"(?s)Traceback .*\nKeyError: 'nobody thought of this'\n", ranks[1]["err"])
+    else:
+        assert ranks[1]["err"] == ""
     assert all(rank["seconds"] < SECONDS for rank in ranks)
 
 
-def test_steps_that_diverge_say_the_same(four: Any, tmp_path: Path) -> None:
+def test_steps_that_diverge_say_the_same(two: Any, tmp_path: Path) -> None:
     """The first network that leaves the range is named, whichever process it is on."""
     assert command.run([*DIVERGING, *ONE, "--out", str(tmp_path / "run")]) == 1
     one, several = (
         [line["diverged"] for line in read_metrics(d / "metrics.jsonl")]
-        for d in (tmp_path / "run", four[0] / "diverging")
+        for d in (tmp_path / "run", two[0] / "diverging")
     )
     assert len(one) == 9
     assert one == several
 
 
-def test_what_a_signal_stopped_goes_on_without_torchrun(one_process: Any, four: Any) -> None:
-    directory = four[0] / "a signal to one"
+def test_what_a_signal_stopped_goes_on_without_torchrun(one_process: Any, two: Any) -> None:
+    directory = two[0] / "a signal to one"
     assert command.run(["train", "--resume", "--out", str(directory)]) == 0
     expected = one_process[0] / "run" / "distilled.h5"
     assert (directory / "distilled.h5").read_bytes() == expected.read_bytes()
 
 
-LONG = [*TRAIN, "--outer-steps", "60", "--epochs", "8"]
+LONG = [
+    "train",
+    *MOONS,
+    "--arch",
+    "nonlinearnet",
+    "--inits",
+    "2",
+    "--steps",
+    "3",
+    "--epochs",
+    "4",
+    "--outer-steps",
+    "40",
+]
+LONG += ["--batch-size", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -271,12 +290,12 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_in_one(tmp_path: Path, un
 def test_a_process_killed_at_a_random_step(tmp_path: Path, uninterrupted: Path, seed: int) -> None:
     draw = random.Random(seed)
     processes = draw.choice([2, 3, 4])
-    killed(tmp_path / "run", processes, draw.randrange(processes), after=draw.randrange(40))
+    killed(tmp_path / "run", processes, draw.randrange(processes), after=draw.randrange(25))
     resumed_is(tmp_path / "run", draw.choice([1, 2, 3]), uninterrupted)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 3, 4])
 def test_any_number_of_processes_makes_the_files_of_one(tmp_path: Path, one_process: Any, processes: int) -> None:
     directory = tmp_path / "run"
     found = driven(processes, directory, [{"arguments": arguments} for arguments in commands(directory)])

@@ -128,7 +128,7 @@ def test_trainings_without_examples_do_not_see_them(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(flipping, "train", watched)
     without = np.arange(40) < 13
-    found = accuracies_without(e, without)
+    (found,) = accuracies_without(e, [without])
     assert len(found) == flipping.RESTARTS
     assert len(set(found)) > 1
     x, y = (torch.cat(part) for part in zip(*seen, strict=True))

@@ -86,7 +86,9 @@ def test_distilled_for_the_training_that_the_artifact_says(optimizer: str) -> No
     """The parameters that the outer loss sees are those of torch.optim on the artifact, weight decay and all."""
     distiller = Distiller(replace(SMALL, optimizer=optimizer, weight_decay=0.3, lr=0.02), load("moons"))
     artifact, stack = distiller.artifact(), distiller.stacks[0]
-    ends = distiller._train(distiller.synthetic, stack, stack.sample(5), 0, distiller.config.inner_steps, lambda x: x)
+    ends = distiller._train(
+        distiller.synthetic, stack.parts()[0], stack.sample(5), 0, distiller.config.inner_steps, lambda x: x
+    )
     plain = stack.sample(5)
     train_plainly(artifact, stack, plain, artifact.lr.tolist(), artifact.momentum.tolist())
     for name, end in ends.items():

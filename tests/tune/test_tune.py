@@ -25,7 +25,7 @@ from revdistill.outer.directory import METRICS, read_metrics
 from revdistill.outer.job import InterruptedRunError
 from revdistill.outer.models import build
 from revdistill.outer.optimizers import accepted
-from revdistill.outer.random_streams import Minibatches
+from revdistill.outer.random_streams import NETWORKS, Minibatches, mix
 from revdistill.tune import checkpoint as checkpoints
 from revdistill.tune import schedule as schedules
 from revdistill.tune.checkpoint import restore, save
@@ -93,16 +93,17 @@ def test_everything_that_is_learned_moves(optimizer: str, per_layer: bool) -> No
 def test_the_hypergradient_is_finite_differences_one() -> None:
     """In the direction of each leaf, at the first outer step, in float32: a tolerance to go with it."""
     t = tuner(arch="MLP", dataset="digits", steps=10, clip=0.0, batch_size=100, per_layer=True)
+    start = t.stack.sample(mix(t.config.seed, NETWORKS, 0))
 
     def loss() -> float:
         from revdistill.engine import BackwardNorms
 
         with torch.no_grad():
-            return float(t._outer_loss(0, BackwardNorms()))
+            return float(t._outer_loss(0, t.parts[0], start, BackwardNorms()))
 
     from revdistill.engine import BackwardNorms
 
-    t._outer_loss(0, BackwardNorms()).backward()
+    t._outer_loss(0, t.parts[0], start, BackwardNorms()).backward()
     for name, leaf in t.leaves.items():
         assert leaf.grad is not None
         direction = torch.sign(leaf.grad)

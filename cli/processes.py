@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import click
+import torch
 
 from revdistill.outer.data import Dataset
 from revdistill.outer.ranks import ALONE, Processes
@@ -36,8 +37,9 @@ def quiet(processes: Processes) -> Iterator[None]:
 
 
 def check_same(processes: Processes, config: dict[str, Any], data: Dataset) -> None:
-    """UserError unless all processes have the same configuration and data."""
+    """UserError unless all processes have the same configuration and data, threads and release of torch."""
     own = config | {f"the data's {name}": value for name, value in data.summary().items()}
+    own |= {"threads (OMP_NUM_THREADS)": torch.get_num_threads(), "torch": torch.__version__}
     first, *others = [json.loads(text) for text in processes.texts(json.dumps(own))]
     for rank, other in enumerate(others, 1):
         for name, value in first.items():

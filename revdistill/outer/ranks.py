@@ -287,6 +287,8 @@ def by_torchrun() -> bool:
 def started(kinds: Sequence[type[Exception]] = ()) -> Iterator[Processes]:
     """The context of a command that torchrun may have started in several processes; without that it is alone.
 
+    Each has one thread, unless OMP_NUM_THREADS says otherwise.
+
     Args:
         kinds: of errors that all processes raise as what they are on one, beside those of `Ranks`.
 
@@ -303,6 +305,8 @@ def started(kinds: Sequence[type[Exception]] = ()) -> Iterator[Processes]:
             f"RANK and WORLD_SIZE are in the environment, as torchrun sets them, but not {' and '.join(missing)}; "
             "start the command by torchrun, or take them out of the environment"
         )
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun has it for several: another number of threads has other bits
     try:
         # Gloo on GPUs too: a few megabytes a step are exchanged, and where a process is gone it says so at once; NCCL
         # waits, and then ends the process that waits.

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from revdistill.cli import main as command
+from revdistill.cli.errors import UserError
+from revdistill.cli.processes import check_same
 from torch import Tensor
 
 import revdistill as rd
@@ -251,6 +253,21 @@ def test_configurations_of_earlier_releases_have_all_side_by_side() -> None:
         for wrong in (0, -1, 1.5):
             with pytest.raises(ValueError, match=r"side_by_side is .*; accepted is an integer from 1"):
                 replace(config, side_by_side=wrong)
+
+
+def test_other_options_or_data_on_another_process_are_one_line() -> None:
+    def checked(processes: Processes, mine: dict[str, Any], **changes: Any) -> None:
+        own = processes.rank == 1
+        check_same(processes, {"lr": 0.1} | (mine if own else {}), replace(MOONS, **changes) if own else MOONS)
+
+    assert on(3, lambda p: checked(p, {})) == [None] * 3
+    for mine, changes, said in (
+        ({"lr": 0.2}, {}, "rank 0 has 0.1 as lr, but rank 1 has 0.2"),
+        ({}, {"y": 1 - MOONS.y}, "as the data's training labels, but rank 1"),
+    ):
+        for found in on(3, lambda p, m=mine, c=changes: checked(p, m, **c)):  # type: ignore[misc]
+            assert isinstance(found, UserError)
+            assert said in str(found)
 
 
 def test_half_an_environment_of_torchrun_is_one_line(

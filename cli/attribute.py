@@ -25,6 +25,7 @@ from .described import remarks
 from .errors import check_out, user_input
 from .options import COUNT
 from .options import RATE as POSITIVE
+from .processes import check_same, processes_of, seen_by
 from .resuming import check_agrees, stopping
 from .summary import SHOWN
 from .table import flipped_table, harmful_table
@@ -89,13 +90,16 @@ def attribute(ctx: click.Context, /, data_dir: Path, out: Path | None, resume: b
     the training data as they were found, from 0) and pictures in OUT/plots; with --flip, OUT/flipped.json.
     """
     out = out or Path("runs") / f"attribute-{short_name(values['dataset'])}"
+    processes = processes_of(ctx)
     with user_input():
         config = _resumed(ctx, out, values) if resume else AttributeConfig(**values)
-    check_out(out)
+    if processes.first:
+        check_out(out)
     with user_input("--dataset"):
         data = load(config.dataset, data_dir)
+    check_same(processes, config.to_dict(), data)
     with user_input():
-        experiment = Experiment(config, data)
+        experiment = Experiment(config, data, processes)
     with user_input("--out"):
         job = Attributing(out, experiment, resume=resume)
     click.echo("\n".join([_headline(experiment), *remarks(data)]))
@@ -104,6 +108,8 @@ def attribute(ctx: click.Context, /, data_dir: Path, out: Path | None, resume: b
     started = time.monotonic()
     with stopping(ctx, job, config.dataset, data_dir, "step"):
         result = job.run()
+    if not processes.first:
+        return
     took = time.monotonic() - started
     from revdistill.attribute.plots import FOLDER, draw_all
 
@@ -120,7 +126,10 @@ def attribute(ctx: click.Context, /, data_dir: Path, out: Path | None, resume: b
 
 def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> AttributeConfig:
     """The configuration of the attribution in `out`; options given now must agree with it."""
-    saved = read_config(out / CHECKPOINT)
+    path = out / CHECKPOINT
+    if not path.exists():
+        raise ValueError(f"--resume: {out} holds no {CHECKPOINT}{seen_by(processes_of(ctx))}")
+    saved = read_config(path)
     check_agrees(ctx, "attribution", out, saved, values)
     return saved
 
@@ -131,6 +140,7 @@ def _headline(e: Experiment) -> str:
     return (
         f"{Path(e.data.name).name}: {c.arch} trained on {len(e.examples)} samples{wrong}, {e.steps} steps of "
         f"{c.optimizer}; what each did to the losses of {c.queries} test samples, on {c.device}"
+        + (f"; on {e.processes.size} process{'es' * (e.processes.size > 1)}" if e.processes.started else "")
     )
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 import click
 
 from revdistill.distill import evaluation as evaluations
+from revdistill.distill.artifact import Artifact
 from revdistill.distill.strategies import STRATEGIES
 from revdistill.outer import models
+from revdistill.outer.configuration import MANY
 from revdistill.outer.data import load
 
 from . import options
 from .described import other_scale, remarks
 from .errors import dataset_of, read_run, user_input
+from .processes import check_same, processes_of
 from .table import evaluation_table
 
 
@@ -34,9 +37,13 @@ from .table import evaluation_table
 )
 @options.dataset
 @options.data_dir
+@options.side_by_side
 @options.device
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@click.pass_context
 def evaluate(
+    ctx: click.Context,
+    /,
     run: Path,
     architectures: tuple[str, ...],
     restarts: int,
@@ -44,6 +51,7 @@ def evaluate(
     dataset: str | None,
     data_dir: Path,
     device: str,
+    side_by_side: int | None,
     as_json: bool,
 ) -> None:
     """Train fresh networks on the distilled data of RUN with the plain optimizer that they were distilled for, and
@@ -52,15 +60,34 @@ def evaluate(
     Without --arch, they have the architectures that the data were distilled for.
     """
     _, artifact = read_run(run)
-    found = {}
+    processes = processes_of(ctx)
     with user_input():
         data = load(dataset_of(artifact, dataset), data_dir)
-        for name in architectures or _own(artifact.architectures):
-            result = evaluations.evaluate(artifact, data, name, restarts=restarts, schedule=schedule, device=device)
-            found[name] = result.to_dict()
+        names = architectures or _own(artifact.architectures)
+    given = {"architectures": list(names), "restarts": restarts, "schedule": schedule, "device": device}
+    size = side_by_side or _side_by_side(artifact) or (1 if processes.started else None)
+    check_same(processes, given | {"side_by_side": size}, data)
+    with user_input():
+        results = evaluations.evaluate_all(
+            artifact,
+            data,
+            names,
+            restarts=restarts,
+            schedule=schedule,
+            device=device,
+            side_by_side=size,
+            processes=processes,
+        )
+    found = {name: result.to_dict() for name, result in results.items()}
     for line in [*remarks(data), *other_scale(artifact.normalization, data)]:
         click.echo(line, err=True)  # standard output may be JSON
     click.echo(json.dumps(found, indent=2) if as_json else evaluation_table(found))
+
+
+def _side_by_side(artifact: Artifact) -> int | None:
+    """As the networks were trained that RUN was evaluated by at its end; a file from somebody else may say anything."""
+    found = artifact.config.get("side_by_side")
+    return found if type(found) is int and 1 <= found <= MANY else None
 
 
 def _own(names: list[str]) -> list[str]:

@@ -6,18 +6,22 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import click
 import torch
 
 import revdistill
-from revdistill.engine import RevdistillError
+from revdistill.engine import RankError, RevdistillError
+from revdistill.outer.directory import DirectoryInUseError
 from revdistill.outer.job import NotSavedError
+from revdistill.outer.ranks import Processes, StoppedError, started
 
 from .attribute import attribute
 from .data import data
 from .errors import UserError
 from .evaluate import evaluate
+from .processes import quiet
 from .show import show
 from .train import train
 from .tune import tune
@@ -44,6 +48,9 @@ _NO_MEMORY = (
     "less, and so does a smaller --batch-size or a smaller network"
 )
 
+_SHARED = ("train", "tune", "attribute", "evaluate")  # commands that all processes of torchrun work on
+_KINDS = (UserError, DirectoryInUseError, NotSavedError)  # of errors that one process has for all
+
 for command in (train, evaluate, show, tune, attribute, data, verify):
     cli.add_command(command)
 
@@ -58,29 +65,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+    """Run the command and return its exit code; where torchrun has started several processes, on all the same."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # --arch package.module:function is looked for here too
+    with ExitStack() as stack:
+        try:
+            processes = stack.enter_context(started(_KINDS))
+        except (ValueError, RankError) as error:
+            click.echo(f"revdistill: {error}", err=True)
+            return 2 if isinstance(error, ValueError) else 1
+        stack.callback(processes.wait)
+        return _run(arguments, processes)
+
+
+def _run(arguments: Sequence[str] | None, processes: Processes) -> int:
+    def say(line: str) -> None:
+        if processes.speaks:
+            click.echo(f"revdistill: {line}", err=True)
+
     try:
-        code = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="revdistill", standalone_mode=False
-        )
-        return code if isinstance(code, int) else 0
+        with processes.together(), quiet(processes):
+            return _command(arguments, processes)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        if processes.speaks:
+            click.echo(error.format_message(), err=True)
         return 2
-    except (click.ClickException, UserError) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"revdistill: {' '.join(message.split())}", err=True)
+    except (UserError, DirectoryInUseError) as error:
+        say(" ".join(str(error).split()))
         return 2
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("revdistill: interrupted", err=True)
+    except (StoppedError, KeyboardInterrupt):
+        say("interrupted")
         return 130
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        click.echo(_NO_MEMORY, err=True)
+    except MemoryError:
+        say(_NO_MEMORY)
         return 1
     except (RevdistillError, NotSavedError, OSError) as error:
-        click.echo(f"revdistill: {' '.join(str(error).split())}", err=True)
+        say(" ".join(str(error).split()))
         return 1
+
+
+def _command(arguments: Sequence[str] | None, processes: Processes) -> int:
+    """Its exit code. What click raises, and torch where memory is short, is raised as what other processes know."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not processes.first and next((a for a in given if not a.startswith("-")), "") not in _SHARED:
+        return 0
+    try:
+        code = cli.main(args=given, prog_name="revdistill", standalone_mode=False, obj=processes)
+        return code if isinstance(code, int) else 0
+    except SystemExit as error:  # whoever reads along has gone (| head)
+        return error.code if isinstance(error.code, int) else 1
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.ClickException as error:
+        raise UserError(error.format_message()) from error
+    except click.Abort as error:
+        raise StoppedError from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise MemoryError(str(error)) from error

@@ -117,7 +117,19 @@ dataset = click.option(
     help=f"Use this real dataset (a name, or {ACCEPTED}) instead of the one that RUN names. It must be given where "
     "RUN was distilled from a file: the result of somebody else does not choose which of your files is read.",
 )
-device = click.option("--device", type=DEVICE, default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
+side_by_side = click.option(
+    "--side-by-side",
+    type=click.IntRange(1, MANY),
+    help="How many networks are trained in one stack, the unit that several processes share out. The result depends on "
+    "it in its last bits, and not on the number of processes.  [default: all; 1 under torchrun]",
+)
+device = click.option(
+    "--device",
+    type=DEVICE,
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:N, or auto. Under torchrun, cuda is each process's own.",
+)
 
 
 def kept(noun: str, default: str, *, save_every: bool = True) -> Callable[[FC], FC]:

@@ -16,6 +16,7 @@ from revdistill.outer.image_files import FROM_FILES
 from revdistill.outer.job import InterruptedRunError, Job
 
 from .errors import UserError
+from .processes import processes_of
 
 
 def given(ctx: click.Context, name: str) -> bool:
@@ -33,6 +34,12 @@ def check_agrees(ctx: click.Context, noun: str, out: Path, saved: Any, values: d
                 f"{flag} is {_plain(value)}, but the {noun} in {out} has {_plain(before)}; resume without it, or "
                 f"start a new {noun}"
             )
+
+
+def in_stacks(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """The options of a new run: under torchrun networks are trained one by one, unless the user says otherwise."""
+    alone = processes_of(ctx).started and not given(ctx, "side_by_side")
+    return values | {"side_by_side": 1} if alone else values
 
 
 @contextmanager

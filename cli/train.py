@@ -28,7 +28,8 @@ from . import options
 from .described import remarks
 from .errors import UserError, check_out, user_input
 from .options import COUNT, RATE
-from .resuming import check_agrees, given, stopping
+from .processes import check_same, processes_of, seen_by, stacks
+from .resuming import check_agrees, given, in_stacks, stopping
 from .table import evaluation_table
 
 _DEFAULT = Config()
@@ -116,6 +117,7 @@ _option = options.Fields(_DEFAULT)
     type=click.Choice(list(ADJOINTS)),
     help="How the engine differentiates through the inner training.  [default: the engine chooses]",
 )
+@options.side_by_side
 @options.device
 @_option("--seed", "Seed of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("run", "runs/DATASET, or the next free runs/DATASET-N")
@@ -142,14 +144,17 @@ def train(
     values["architectures"] = values["architectures"] or _architectures(preset, values["dataset"])
     if values["init"] == "fixed" and values["inits"] != 1 and given(ctx, "inits") and not resume:
         raise UserError(f"--inits is {values['inits']}, but --init fixed has one network; leave one of them out")
-    out = out or _default_directory(values["dataset"], resume)
+    processes = processes_of(ctx)
+    out = out or Path(processes.told(str(_default_directory(values["dataset"], resume))))
     with user_input():
-        config = _resumed(ctx, out, values) if resume else Config(**values)
-    check_out(out)
+        config = _resumed(ctx, out, values) if resume else Config(**in_stacks(ctx, values))
+    if processes.first:
+        check_out(out)
     with user_input("--dataset"):
         data = load(config.dataset, data_dir)
+    check_same(processes, config.to_dict(), data)
     with user_input():
-        distiller = Distiller(config, data)
+        distiller = Distiller(config, data, processes)
     with user_input("--out"):
         run = Distillation(out, distiller, resume=resume, save_every=save_every)
     click.echo("\n".join([_headline(distiller), *remarks(data)]))
@@ -158,6 +163,8 @@ def train(
     started = time.monotonic()
     with stopping(ctx, run, config.dataset, data_dir):
         result = run.run()
+    if not processes.first:
+        return
     took = time.monotonic() - started
     from revdistill.distill.plots import draw_all
 
@@ -185,7 +192,7 @@ def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> Config:
     """The configuration of the run in `out`; options given now must agree with it."""
     path = out / CHECKPOINT
     if not path.exists():
-        raise ValueError(f"--resume: {out} holds no {CHECKPOINT}")
+        raise ValueError(f"--resume: {out} holds no {CHECKPOINT}{seen_by(processes_of(ctx))}")
     saved = read_config(path)
     check_agrees(ctx, "run", out, saved, values)
     version = written_by(path)
@@ -208,4 +215,5 @@ def _headline(distiller: Distiller) -> str:
         f"{Path(data.name).name}: {len(data.x)} training samples into {synthetic} ({c.steps} batches of "
         f"{synthetic // c.steps}), "
         f"{c.inner_steps} inner steps, {', '.join(c.architectures)}, {c.outer_steps} outer steps on {c.device}"
+        + stacks(distiller.processes, distiller.stacks[0].size, c.side_by_side)
     )

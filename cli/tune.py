@@ -21,7 +21,8 @@ from . import options
 from .described import remarks
 from .errors import check_out, user_input
 from .options import COUNT, RATE
-from .resuming import check_agrees, stopping
+from .processes import check_same, processes_of, seen_by, stacks
+from .resuming import check_agrees, in_stacks, stopping
 from .table import comparison_table
 
 _DEFAULT = TuneConfig()
@@ -64,6 +65,7 @@ _option = options.Fields(_DEFAULT)
 @_option("--clip", "Clip each hypergradient to this norm; 0: do not clip.", type=click.FloatRange(min=0))
 @_option("--clip-back", "Clip dL/dtheta to this norm at every step of the way back.  [default: do not clip]", type=RATE)
 @_option("--window", "Differentiate through this many of the last steps only.  [default: all]", type=COUNT)
+@options.side_by_side
 @options.device
 @_option("--seed", "Seed of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("tuning", "runs/tune-DATASET")
@@ -78,25 +80,31 @@ def tune(
     """
     values["learn"] = tuple(name.strip() for name in learn.split(",") if name.strip())
     out = out or Path("runs") / f"tune-{short_name(values['dataset'])}"
+    processes = processes_of(ctx)
     with user_input():
-        config = _resumed(ctx, out, values) if resume else TuneConfig(**values)
-    check_out(out)
+        config = _resumed(ctx, out, values) if resume else TuneConfig(**in_stacks(ctx, values))
+    if processes.first:
+        check_out(out)
     with user_input("--dataset"):
         data = load(config.dataset, data_dir)
+    check_same(processes, config.to_dict(), data)
     with user_input():
-        tuner = Tuner(config, data)
+        tuner = Tuner(config, data, processes)
     with user_input("--out"):
         tuning = Tuning(out, tuner, resume=resume, save_every=save_every)
     click.echo(
         f"{Path(data.name).name}: {config.arch}, {config.steps} steps of {config.optimizer}; learning "
         f"{', '.join(config.learn)}"
         f"{' per layer' if config.per_layer else ''} in {config.outer_steps} outer steps on {config.device}"
+        + stacks(processes, config.inits, config.side_by_side)
     )
     for line in remarks(data):
         click.echo(line)
     started = time.monotonic()
     with stopping(ctx, tuning, config.dataset, data_dir):
         result = tuning.run()
+    if not processes.first:
+        return
     took = time.monotonic() - started
     from revdistill.tune.plots import draw
 
@@ -110,6 +118,9 @@ def tune(
 
 def _resumed(ctx: click.Context, out: Path, values: dict[str, Any]) -> TuneConfig:
     """The configuration of the tuning in `out`; options given now must agree with it."""
-    saved = read_config(out / CHECKPOINT)
+    path = out / CHECKPOINT
+    if not path.exists():
+        raise ValueError(f"--resume: {out} holds no {CHECKPOINT}{seen_by(processes_of(ctx))}")
+    saved = read_config(path)
     check_agrees(ctx, "tuning", out, saved, values)
     return saved

@@ -21,6 +21,7 @@ from revdistill.outer.device import check_device
 from revdistill.outer.networks import NetworkStack, Params, classification_loss
 from revdistill.outer.orders import epochs
 from revdistill.outer.random_streams import EXAMPLES, FLIPS, MINIBATCHES, NETWORKS, QUERIES, generator, mix
+from revdistill.outer.ranks import ALONE, Processes
 
 _AT_ONCE = 512  # samples whose losses are computed at once
 _each = partial(classification_loss, reduction="none")
@@ -32,6 +33,7 @@ class Experiment:
     Args:
         config: what to do.
         data: what to train on.
+        processes: that share the trainings beside the attribution itself, which each makes.
 
     Attributes:
         data: on the configuration's device.
@@ -45,8 +47,8 @@ class Experiment:
         ValueError: they do not go together.
     """
 
-    def __init__(self, config: AttributeConfig, data: Dataset) -> None:
-        self.config, self.device = config, check_device(config.device)
+    def __init__(self, config: AttributeConfig, data: Dataset, processes: Processes = ALONE) -> None:
+        self.config, self.device, self.processes = config, check_device(config.device), processes
         self.data = data = data.to(self.device)
         _check_counts(config, data)
         count = min(len(data.x), MOST_EXAMPLES) if config.examples is None else config.examples
@@ -87,7 +89,7 @@ class Experiment:
             queries=self._query_data(),
             measure=self._measure,
             seed=c.seed,
-            progress=True,
+            progress=self.processes.first,
         )
 
     def run(self) -> Run:

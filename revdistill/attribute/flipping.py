@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from revdistill.attribute.experiment import Experiment
 from revdistill.outer.networks import NetworkStack
 from revdistill.outer.orders import epochs
 from revdistill.outer.random_streams import MINIBATCHES, evaluation_seed, mix
+from revdistill.outer.ranks import ALONE, Processes
 from revdistill.outer.training import train
 
 WORST = 0.1  # of the examples: the share whose precision is reported
@@ -111,36 +112,47 @@ def left_out(name: str, wrong: np.ndarray, harm: np.ndarray, losses: np.ndarray)
     return mask
 
 
-def accuracies_without(experiment: Experiment, without: np.ndarray) -> list[float]:
+def accuracies_without(
+    experiment: Experiment, without: Sequence[np.ndarray], processes: Processes = ALONE
+) -> list[list[float]]:
     """Test accuracies of RESTARTS fresh networks, trained by torch.optim on the examples that are left.
 
     Args:
-        experiment: whose network, optimizer and number of epochs are taken; each call has the same starts.
-        without: bool [n], the examples that they do not see; not all.
+        experiment: whose network, optimizer and number of epochs are taken.
+        without: each bool [n], the examples that networks do not see; not all. All of them have the same starts.
+        processes: that share the trainings.
+
+    Returns:
+        The networks' accuracies, of each of `without`.
     """
     c, data, device = experiment.config, experiment.data, experiment.device
-    kept = torch.from_numpy(np.flatnonzero(~without)).to(device)
-    x, y = experiment.x[kept], experiment.y[kept]
-    order = epochs(len(kept), c.batch_size, c.epochs, evaluation_seed(mix(c.seed, MINIBATCHES))).to(device)
     stack = NetworkStack(c.arch, RESTARTS, data.input_shape, data.classes, device)
-    params = stack.sample(evaluation_seed(c.seed))
-
-    def batch(k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = order[k][order[k] >= 0]
-        return x[chosen], y[chosen]
-
-    found: list[float] = []
     rest = experiment.rest.to(device)
-    for first, part, own in stack.parts(params):
+    units = [(mask, part) for mask in without for part in stack.best_parts()]
+
+    def accuracies(unit: int) -> torch.Tensor:
+        mask, part = units[unit]
+        kept = torch.from_numpy(np.flatnonzero(~mask)).to(device)
+        x, y = experiment.x[kept], experiment.y[kept]
+        order = epochs(len(kept), c.batch_size, c.epochs, evaluation_seed(mix(c.seed, MINIBATCHES))).to(device)
+
+        def batch(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            chosen = order[k][order[k] >= 0]
+            return x[chosen], y[chosen]
+
+        own = part.take(stack.sample(evaluation_seed(c.seed)))
         train(
-            part,
+            part.stack,
             own,
             batch,
             optimizer=c.family,
             groups=[(list(own), c.weight_decay)],
             lr=[[c.rate]] * len(order),
             momentum=[[c.momentum]] * len(order),
-            seed=evaluation_seed(c.seed) + first,
+            seed=evaluation_seed(c.seed) + part.first,
         )
-        found += part.accuracies(own, data.x_test[rest], data.y_test[rest]).double().tolist()
-    return found
+        return part.stack.accuracies(own, data.x_test[rest], data.y_test[rest])
+
+    shared = processes.share([part.stack.size for _, part in units], accuracies)
+    each = len(units) // len(without)
+    return [torch.cat(shared[i : i + each]).double().tolist() for i in range(0, len(units), each)]

@@ -39,6 +39,7 @@ class Run:
         order: int64 [T, B] on the CPU.
         measure: the loss, where none was given.
         seed: of the random numbers, where none was given drawn from torch's default generator.
+        measured_dtype: of the queries' losses.
         side_by_side: how many trainings are made at once, once that is known.
 
     Raises:
@@ -82,6 +83,7 @@ class Run:
         self.side_by_side: int | None = None
         self._versions = self._count_changes()
         self._first = self._probe()
+        self.measured_dtype = self._first[-1].dtype
 
     @property
     def examples(self) -> int:

@@ -11,12 +11,19 @@ from revdistill.attribute.check import random_subsets
 from revdistill.attribute.retraining import retrain
 from revdistill.attribute.run import Params, Run
 from revdistill.attribute.side_by_side import how_many
+from revdistill.outer.ranks import ALONE, Processes
 
 DIRECTIONS = 3
 
 
 def smoothness(
-    run: Run, drop: float = 0.01, seed: int = 0, *, directions: int | None = None, progress: bool = False
+    run: Run,
+    drop: float = 0.01,
+    seed: int = 0,
+    *,
+    directions: int | None = None,
+    progress: bool = False,
+    processes: Processes = ALONE,
 ) -> float:
     """How alike the two halves of the way are on which examples' weights go from 1 to 0.
 
@@ -33,6 +40,7 @@ def smoothness(
         seed: of the subsets, which are the first ones of `random_subsets`.
         directions: how many subsets; by default 3 where trainings are made side by side, otherwise 1.
         progress: bars on stderr.
+        processes: that share the trainings, of the same run each.
 
     Returns:
         From -1 to 1; nan where nothing moved. Cost: 1 + 2 directions trainings, side by side where they can be.
@@ -43,7 +51,7 @@ def smoothness(
         directions = DIRECTIONS if how_many(run) > 1 else 1
     away = random_subsets(run.examples, drop, directions, seed).double()
     rows = torch.cat([torch.ones(1, run.examples, dtype=torch.float64), 1 - away / 2, 1 - away])
-    theta = retrain(run, rows, return_theta=True, progress=progress).theta
+    theta = retrain(run, rows, return_theta=True, progress=progress, processes=processes).theta
     assert theta is not None
     flat = _flat(theta)
     found = [alike(flat[0], flat[1 + i], flat[1 + directions + i]) for i in range(directions)]

@@ -39,6 +39,8 @@ class Config(Configuration):
         learn_momentum: whether to learn a momentum for each inner step, from `momentum` on.
         weight_decay: of the inner training, as torch.optim has it; part of the result, not learned.
         inits: networks of each architecture in an outer step.
+        side_by_side: how many of them are trained in one stack, the unit that processes share out; None for all. It is
+            part of what is computed: a stack rounds in its own way.
         outer_steps: Adam steps on what is learned.
         batch_size: real samples in each.
         lr: where the inner step sizes start; one is learned for each inner step.
@@ -95,6 +97,7 @@ class Config(Configuration):
     grow: float = 0.0
     augment: tuple[str, ...] = ()
     adjoint: str | None = None
+    side_by_side: int | None = None
     device: str = "cpu"
     seed: int = 0
 
@@ -122,6 +125,7 @@ class Config(Configuration):
         self.need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
         self.need("init", self.init in INITS, " or ".join(INITS))
         self.need("start", self.start in STARTS, ", ".join(STARTS))
+        self.need_side_by_side()
         self.need("adjoint", self.adjoint is None or self.adjoint in ADJOINTS, ", ".join(ADJOINTS))
         self.need("architectures", bool(self.architectures), "at least one name")
         if self.learn_momentum:

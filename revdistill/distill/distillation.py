@@ -10,7 +10,7 @@ from typing import Any
 from revdistill.distill import artifact as artifacts
 from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.distiller import Distiller, OuterStep
-from revdistill.distill.evaluation import evaluate
+from revdistill.distill.evaluation import evaluate_all
 from revdistill.outer.job import Job
 
 RESTARTS = 10
@@ -33,7 +33,7 @@ class Distillation(Job[artifacts.Artifact]):
         self, directory: Path, distiller: Distiller, *, resume: bool = False, save_every: float = 60.0
     ) -> None:
         self.distiller, self._accuracy = distiller, math.nan
-        super().__init__(directory, resume=resume, save_every=save_every)
+        super().__init__(directory, resume=resume, save_every=save_every, processes=distiller.processes)
 
     @property
     def total(self) -> int:
@@ -60,14 +60,23 @@ class Distillation(Job[artifacts.Artifact]):
     def restore(self, path: Path) -> None:
         checkpoints.restore(path, self.distiller)
 
+    def fingerprint(self) -> int:
+        return self.distiller.descent.fingerprint()
+
     def finish(self) -> artifacts.Artifact:
-        result, device = self.distiller.artifact(), self.distiller.config.device
-        found = {
-            name: evaluate(result, self.distiller.data, name, restarts=RESTARTS, device=device).to_dict()
-            for name in result.architectures
-        }
-        result = replace(result, evaluation=found)
-        artifacts.write(self.directory / artifacts.FILE_NAME, result)
+        result, config = self.distiller.artifact(), self.distiller.config
+        evaluations = evaluate_all(
+            result,
+            self.distiller.data,
+            result.architectures,
+            restarts=RESTARTS,
+            device=config.device,
+            side_by_side=config.side_by_side,
+            processes=self.processes,
+        )
+        result = replace(result, evaluation={name: found.to_dict() for name, found in evaluations.items()})
+        if self.processes.first:
+            artifacts.write(self.directory / artifacts.FILE_NAME, result)
         return result
 
 

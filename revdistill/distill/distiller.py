@@ -19,7 +19,7 @@ from revdistill.outer.data import Dataset
 from revdistill.outer.descent import Descent, clip_to, cosine
 from revdistill.outer.device import check_device, compiled_on
 from revdistill.outer.labels import are_numbers
-from revdistill.outer.networks import NetworkStack
+from revdistill.outer.networks import NetworkStack, Params, Part
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.random_streams import (
     AUGMENTATION,
@@ -31,7 +31,9 @@ from revdistill.outer.random_streams import (
     Minibatches,
     generator,
     mix,
+    part_seed,
 )
+from revdistill.outer.ranks import ALONE, Processes
 
 BETA2 = 0.999
 HALVINGS = 10  # Wang et al. halve every 40 of 400 epochs
@@ -63,13 +65,14 @@ class Distiller:
     Args:
         config: what to do.
         data: what to distil.
+        processes: that share the networks of a step; each makes all steps.
 
     Raises:
         ValueError: they do not go together.
     """
 
-    def __init__(self, config: Config, data: Dataset) -> None:
-        self.config = config
+    def __init__(self, config: Config, data: Dataset, processes: Processes = ALONE) -> None:
+        self.config, self.processes = config, processes
         self.device = check_device(config.device)
         self.data = data.to(self.device)
         if config.augment and not data.is_image:
@@ -80,6 +83,8 @@ class Distiller:
         self.stacks = [
             NetworkStack(name, size, data.input_shape, data.classes, self.device) for name in config.architectures
         ]
+        # The units of work, each with the number of its architecture.
+        self.units = [(i, part) for i, stack in enumerate(self.stacks) for part in stack.parts(config.side_by_side)]
         self.descent = Descent(
             self.synthetic.leaves,
             lr={name: self._outer_lr(name) for name in self.synthetic.leaves},
@@ -88,6 +93,7 @@ class Distiller:
             clip=clip_to(config.clip),
             average_from=config.outer_steps * (1 - config.average) if config.average else None,
             advice="a smaller lr, momentum or outer_lr",
+            processes=processes,
         )
         default_noise = IMAGE_NOISE if data.is_image else 0.0
         self._noise = default_noise if config.noise is None else config.noise
@@ -105,7 +111,15 @@ class Distiller:
         """
         k = self.outer_step
         x, y = self._real_batch(k)
-        outcome = self.descent.step(lambda k: self._outer_loss(k, x, y))
+        steps, transform, networks = self._horizon(k), self._augmentation(k), _Networks(self)
+        x = transform(x)
+
+        def outer_loss(k: int, unit: int) -> Tensor:
+            part, params = networks.of(unit)
+            theta = self._train(self.synthetic, part, params, seed=k, steps=steps, transform=transform)
+            return part.stack.mean_loss(theta, x, y) * (part.share / len(self.stacks))
+
+        outcome = self.descent.step_over(len(self.units), outer_loss)
         return OuterStep(k, outcome.loss, outcome.norm, outcome.diverged)
 
     def _outer_lr(self, leaf: str) -> float:
@@ -117,15 +131,6 @@ class Distiller:
         if self.config.outer_decay == "cosine":
             return cosine(share, 1)  # of the share, not of (k, outer_steps): that rounds in another way
         return 0.5 ** int(share * HALVINGS) if self.config.outer_decay == "halving" else 1.0
-
-    def _outer_loss(self, k: int, x: Tensor, y: Tensor) -> Tensor:
-        total = torch.zeros((), device=self.device)
-        steps, transform = self._horizon(k), self._augmentation(k)
-        for i, stack in enumerate(self.stacks):
-            params = stack.sample(self._network_seed(k, i))
-            theta = self._train(self.synthetic, stack, params, seed=k, steps=steps, transform=transform)
-            total = total + stack.mean_loss(theta, transform(x), y)
-        return total / len(self.stacks)
 
     def _horizon(self, k: int) -> int:
         """How many inner steps outer step k makes."""
@@ -146,8 +151,8 @@ class Distiller:
     def _train(
         self,
         synthetic: Synthetic,
-        stack: NetworkStack,
-        params: dict[str, Tensor],
+        part: Part,
+        params: Params,
         seed: int,
         steps: int,
         transform: Callable[[Tensor], Tensor],
@@ -155,14 +160,14 @@ class Distiller:
         momentum = synthetic.momentum()
         lr, momentum = synthetic.lr()[:steps], momentum[:steps] if isinstance(momentum, Tensor) else momentum
         return unroll(
-            stack.loss,
+            part.stack.loss,
             params,
             (transform(synthetic.x.flatten(0, 1)).reshape(synthetic.x.shape), synthetic.labels()),
             OPTIMIZERS[self.config.optimizer].engine(lr, momentum, self.config.weight_decay),
             steps=steps,
             adjoint=self.config.make_adjoint(),
             compile=compiled_on(self.device),
-            seed=seed,
+            seed=part_seed(seed, part.first),
             window=self.config.window,
         )
 
@@ -179,7 +184,8 @@ class Distiller:
             x = x + self._noise * torch.randn(x.shape, generator=generator(self.config.seed, NOISE, k)).to(self.device)
         return x, y
 
-    def _network_seed(self, k: int, architecture: int) -> int:
+    def network_seed(self, k: int, architecture: int) -> int:
+        """Of the networks of an architecture, by its position, at outer step k."""
         if self.config.init == "fixed":
             return fixed_network_seed(self.config.seed, architecture)
         return mix(self.config.seed, NETWORKS, k, architecture)
@@ -191,22 +197,30 @@ class Distiller:
             return self._validation_accuracy()
 
     def _validation_accuracy(self) -> float:
-        found = []
-        for i, stack in enumerate(self.stacks):
-            params = stack.sample(self._network_seed(self.outer_step, i))
-            try:
-                theta = self._train(
-                    self.result,
-                    stack,
-                    params,
-                    seed=self.outer_step,
-                    steps=self.config.inner_steps,
-                    transform=lambda images: images,
-                )
-            except (RangeError, NonFiniteError):
-                return math.nan
-            found.append(stack.accuracies(theta, self.data.x_validation, self.data.y_validation).mean())
-        return float(torch.stack(found).mean())
+        networks, result = _Networks(self), self.result
+
+        def accuracies(unit: int) -> Tensor:
+            part, params = networks.of(unit)
+            theta = self._train(
+                result,
+                part,
+                params,
+                seed=self.outer_step,
+                steps=self.config.inner_steps,
+                transform=lambda images: images,
+            )
+            return part.stack.accuracies(theta, self.data.x_validation, self.data.y_validation)
+
+        try:
+            sizes = [part.stack.size for _, part in self.units]
+            found = self.processes.share(sizes, accuracies, device=self.device)
+        except (RangeError, NonFiniteError):
+            return math.nan
+        means = [
+            torch.cat([each for each, (j, _) in zip(found, self.units, strict=True) if i == j]).mean()
+            for i in range(len(self.stacks))
+        ]
+        return float(torch.stack(means).mean())
 
     def artifact(self) -> Artifact:
         """What has been learned so far."""
@@ -229,6 +243,24 @@ class Distiller:
                 config=config.to_dict(),
                 classes=[] if are_numbers(self.data.class_names) else list(self.data.class_names),
             )
+
+
+class _Networks:
+    """The fresh networks of the outer step that a distiller is at; all of an architecture are drawn at once, when the
+    first unit of it is asked for, so that they are the same whatever the units are.
+    """
+
+    def __init__(self, distiller: Distiller) -> None:
+        self._distiller, self._k = distiller, distiller.outer_step
+        self._drawn: tuple[int, Params] | None = None
+
+    def of(self, unit: int) -> tuple[Part, Params]:
+        """The unit's part of its stack, and the parameters of that."""
+        architecture, part = self._distiller.units[unit]
+        if self._drawn is None or self._drawn[0] != architecture:
+            seed = self._distiller.network_seed(self._k, architecture)
+            self._drawn = architecture, self._distiller.stacks[architecture].sample(seed)
+        return part, part.take(self._drawn[1])
 
 
 def fixed_network_seed(seed: int, architecture: int) -> int:

@@ -13,9 +13,11 @@ from revdistill.distill.classes import fitted
 from revdistill.distill.distiller import fixed_network_seed
 from revdistill.distill.strategies import plan
 from revdistill.outer.data import Dataset
+from revdistill.outer.device import own_device
 from revdistill.outer.networks import NetworkStack
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.random_streams import evaluation_seed
+from revdistill.outer.ranks import ALONE, Processes
 from revdistill.outer.training import train
 
 
@@ -50,20 +52,38 @@ def evaluate(
     schedule: str = "raw",
     device: str = "cpu",
 ) -> Evaluation:
-    """Train fresh networks on the artifact's batches and measure them on the test data.
+    """Train fresh networks on the artifact's batches and measure them on the test data; see `evaluate_all`."""
+    found = evaluate_all(artifact, data, [architecture], restarts=restarts, schedule=schedule, device=device)
+    return found[architecture]
+
+
+def evaluate_all(
+    artifact: Artifact,
+    data: Dataset,
+    architectures: Sequence[str],
+    *,
+    restarts: int = 10,
+    schedule: str = "raw",
+    device: str = "cpu",
+    side_by_side: int | None = None,
+    processes: Processes = ALONE,
+) -> dict[str, Evaluation]:
+    """Train fresh networks of some architectures on the artifact's batches and measure them on the test data.
 
     Data distilled with init="fixed" are evaluated from that initialisation.
 
     Args:
         artifact: the distilled data.
         data: the real data; the test part is used. Its classes go by their names.
-        architecture: of the networks.
-        restarts: how many networks to train.
+        architectures: of the networks.
+        restarts: how many networks of each to train.
         schedule: a name of STRATEGIES.
         device: cpu, cuda or cuda:N.
+        side_by_side: how many are trained in one stack; None for as many as is fastest.
+        processes: that share the stacks.
 
     Raises:
-        ValueError: the data, the architecture or the schedule do not go with the artifact.
+        ValueError: the data, an architecture or the schedule do not go with the artifact.
     """
     data = fitted(artifact, data)
     family = OPTIMIZERS[artifact.optimizer]
@@ -72,21 +92,31 @@ def evaluate(
             f"schedule is 'strategy1', whose rates are for SGD, but the data were distilled for {family.title}; "
             "accepted are raw, strategy2, strategy3"
         )
-    where = torch.device(device)
+    where = own_device(device)
     data = data.to(where)
-    stack = NetworkStack(architecture, restarts, data.input_shape, data.classes, where)
-    if artifact.config.get("init") == "fixed":
-        params = _fixed_start(artifact, data, architecture, restarts, where)
-    else:
-        params = stack.sample(evaluation_seed(artifact.seed))
+    stacks = {name: NetworkStack(name, restarts, data.input_shape, data.classes, where) for name in architectures}
+    units = [(stack, part) for stack in stacks.values() for part in stack.best_parts(side_by_side)]
     rates, momenta = plan(schedule, artifact.lr.tolist(), artifact.momentum.tolist(), artifact.batches)
-    accuracies = []
-    for first, part, own in stack.parts(params):
-        train_plainly(artifact, part, own, rates, momenta, first)
-        accuracies.append(part.accuracies(own, data.x_test, data.y_test).double().cpu())
-    found = torch.cat(accuracies)
-    std = float(found.std()) if restarts > 1 else 0.0
-    return Evaluation(schedule, restarts, float(found.mean()), std, found.tolist())
+    drawn: dict[str, dict[str, torch.Tensor]] = {}  # of the stack whose turn it is
+
+    def accuracies(unit: int) -> torch.Tensor:
+        stack, part = units[unit]
+        if stack.name not in drawn:
+            drawn.clear()
+            drawn[stack.name] = _start(artifact, data, stack, where)
+        own = part.take(drawn[stack.name])
+        train_plainly(artifact, part.stack, own, rates, momenta, part.first)
+        return part.stack.accuracies(own, data.x_test, data.y_test)
+
+    shared = processes.share([part.stack.size for _, part in units], accuracies)
+    found = {
+        name: torch.cat([each for each, (stack, _) in zip(shared, units, strict=True) if stack is own]).cpu().double()
+        for name, own in stacks.items()
+    }
+    return {
+        name: Evaluation(schedule, restarts, float(a.mean()), float(a.std()) if restarts > 1 else 0.0, a.tolist())
+        for name, a in found.items()
+    }
 
 
 def train_plainly(
@@ -122,11 +152,12 @@ def train_plainly(
     )
 
 
-def _fixed_start(
-    artifact: Artifact, data: Dataset, architecture: str, restarts: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    index = artifact.architectures.index(architecture) if architecture in artifact.architectures else 0
-    one = NetworkStack(architecture, 1, data.input_shape, data.classes, device).sample(
+def _start(artifact: Artifact, data: Dataset, stack: NetworkStack, device: torch.device) -> dict[str, torch.Tensor]:
+    """The parameters [restarts, ...] that the networks of an architecture start from."""
+    if artifact.config.get("init") != "fixed":
+        return stack.sample(evaluation_seed(artifact.seed))
+    index = artifact.architectures.index(stack.name) if stack.name in artifact.architectures else 0
+    one = NetworkStack(stack.name, 1, data.input_shape, data.classes, device).sample(
         fixed_network_seed(artifact.seed, index)
     )
-    return {name: p.expand(restarts, *p.shape[1:]).clone() for name, p in one.items()}
+    return {name: p.expand(stack.size, *p.shape[1:]).clone() for name, p in one.items()}

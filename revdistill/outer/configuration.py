@@ -27,6 +27,12 @@ class Configuration:
         for name in names:
             self.need(name, 1 <= getattr(self, name) <= most, f"an integer from 1 to {most:,}")
 
+    def need_side_by_side(self) -> None:
+        """ValueError unless the field `side_by_side` is None or a number of networks."""
+        side_by_side = getattr(self, "side_by_side", None)
+        fine = side_by_side is None or (isinstance(side_by_side, int) and 1 <= side_by_side <= MANY)
+        self.need("side_by_side", fine, f"an integer from 1 to {MANY:,}, or none for all networks")
+
     def to_dict(self) -> dict[str, Any]:
         """In the types of JSON."""
         return asdict(self) | {name: list(getattr(self, name)) for name in self.tuples}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from revdistill.engine import NonFiniteError, RangeError
 from revdistill.engine.loss.determinism import repeatable
+from revdistill.outer.ranks import ALONE, Processes
 
 MAX_FAILURES = 10
 Leaves = dict[str, Tensor]
@@ -68,6 +70,7 @@ class Descent:
         average_from: the first step whose iterate goes into the mean of the last iterates; None for no mean.
         after_step: called with k once step k has changed the leaves, before they go into the mean.
         advice: what avoids steps that fail, for the message of the error.
+        processes: that share the units of a step; each has the same leaves, and makes the same steps.
 
     Attributes:
         optimizer: torch.optim.Adam, a parameter group for each leaf.
@@ -86,8 +89,9 @@ class Descent:
         average_from: float | None = None,
         after_step: Callable[[int], None] | None = None,
         advice: str = "a smaller lr",
+        processes: Processes = ALONE,
     ) -> None:
-        self.leaves = leaves
+        self.leaves, self._processes = leaves, processes
         self._lr = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(leaves, lr)
         self.optimizer = torch.optim.Adam([{"params": [leaf]} for leaf in leaves.values()], betas=betas)
         self._decay, self._clip, self._after_step, self._advice = decay, clip, after_step, advice
@@ -105,19 +109,45 @@ class Descent:
         Raises:
             RangeError, NonFiniteError: that of the tenth step in a row that failed.
         """
+        return self.step_over(1, lambda k, unit: outer_loss(k))
+
+    def step_over(self, units: int, outer_loss: Callable[[int, int], Tensor]) -> Outcome:
+        """One step likewise, along a sum that is shared out: each unit's part is differentiated by itself, and the
+        hypergradients are added in the order of units, whichever process has them.
+
+        Args:
+            units: how many parts the outer loss has.
+            outer_loss: (k, unit) -> that part of the scalar to descend.
+
+        Raises:
+            As `step`, and as `Processes.share`.
+        """
         k = self.outer_step
         for name, group in zip(self.leaves, self.optimizer.param_groups, strict=True):
             group["lr"] = self._lr[name] * self._decay(k)
         with repeatable(next(iter(self.leaves.values())).device):
-            outcome = self._step(k, outer_loss)
+            outcome = self._step(k, units, outer_loss)
         self.outer_step = k + 1
         return outcome
 
-    def _step(self, k: int, outer_loss: Callable[[int], Tensor]) -> Outcome:
+    def fingerprint(self) -> int:
+        """Of the leaves and their mean, in 48 bits."""
+        found = hashlib.blake2b(digest_size=6)
+        for t in (*self.leaves.values(), *self.averages.values()):
+            found.update(t.detach().cpu().contiguous().numpy().tobytes())
+        return int.from_bytes(found.digest(), "big")
+
+    def _step(self, k: int, units: int, outer_loss: Callable[[int, int], Tensor]) -> Outcome:
         self.optimizer.zero_grad(set_to_none=True)
+        parts = _Parts(self.leaves)
         try:
-            loss = outer_loss(k)
-            torch.autograd.backward(loss)
+            found = self._processes.share(
+                [parts.numel] * units,
+                lambda unit: parts.pack(outer_loss(k, unit)),
+                dtype=parts.dtype,
+                device=parts.device,
+            )
+            loss = parts.add_up(found)
             norm = self._clip(self.leaves)
             if not math.isfinite(norm):
                 raise NonFiniteError("the hypergradient's norm is not finite", parameter=None, step=0)
@@ -134,7 +164,7 @@ class Descent:
         if self._after_step is not None:
             self._after_step(k)
         self._average(k)
-        return Outcome(loss.item(), norm)
+        return Outcome(loss, norm)
 
     def _average(self, k: int) -> None:
         if not self.averages or k < self._average_from:
@@ -142,3 +172,36 @@ class Descent:
         self.averaged += 1
         for name, average in self.averages.items():
             average.lerp_(self.leaves[name].detach(), 1 / self.averaged)
+
+
+class _Parts:
+    """What a unit of an outer step gives, as one vector: its part of the loss, which leaves it depends on, and the
+    gradients of all.
+    """
+
+    def __init__(self, leaves: Leaves) -> None:
+        self._leaves = list(leaves.values())
+        self._sizes = [leaf.numel() for leaf in self._leaves]
+        self.numel = 1 + len(self._leaves) + sum(self._sizes)
+        self.device = self._leaves[0].device
+        self.dtype = self._leaves[0].dtype
+        for leaf in self._leaves:
+            self.dtype = torch.promote_types(self.dtype, leaf.dtype)
+
+    def pack(self, loss: Tensor) -> Tensor:
+        """[numel]"""
+        found = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        used = torch.tensor([grad is not None for grad in found], device=self.device)
+        grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(self._leaves, found, strict=True)]
+        flat = [loss.detach().reshape(1), used, *(g.detach().reshape(-1) for g in grads)]
+        return torch.cat([t.to(self.device, self.dtype) for t in flat])
+
+    def add_up(self, parts: list[Tensor]) -> float:
+        """Set the leaves' gradients to the sums over units, in their order; return that of the losses."""
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        loss, used, *grads = torch.split(total, [1, len(self._leaves), *self._sizes])
+        for leaf, depends, grad in zip(self._leaves, used.tolist(), grads, strict=True):
+            leaf.grad = grad.view_as(leaf).to(leaf.dtype).clone() if depends else None
+        return loss.item()

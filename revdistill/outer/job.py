@@ -12,18 +12,21 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from tqdm import tqdm
 
+from revdistill.engine import RankError
 from revdistill.outer.directory import METRICS, DirectoryInUseError, DirectoryLock, Log, resumed_log
 from revdistill.outer.files import remove_leftovers
+from revdistill.outer.ranks import ALONE, Processes, StoppedError
 
 # Ctrl-C; what a batch system sends before it kills; a terminal that was closed
 _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 R = TypeVar("R")
+_COMPARED = 64  # outer steps between two comparisons of what several processes have
 
 
 class InterruptedRunError(Exception):
@@ -49,6 +52,8 @@ class Job(ABC, Generic[R]):
         resume: go on with the job in the directory, which must have this one's configuration; otherwise the directory
             must hold none.
         save_every: seconds between checkpoints.
+        processes: that make the steps together. Each has the whole job; the first alone keeps it in the directory,
+            which the others read where it is resumed.
 
     Raises:
         ValueError: the directory is not as it must be. Nothing is written before that is checked.
@@ -61,8 +66,10 @@ class Job(ABC, Generic[R]):
     checkpoint: ClassVar[str]  # the file's name
     results: ClassVar[tuple[str, ...]]  # the names of the files of the result, the main one first
 
-    def __init__(self, directory: Path, *, resume: bool = False, save_every: float = 60.0) -> None:
-        self.directory, self._save_every = directory, save_every
+    def __init__(
+        self, directory: Path, *, resume: bool = False, save_every: float = 60.0, processes: Processes = ALONE
+    ) -> None:
+        self.directory, self._save_every, self.processes = directory, save_every, processes
         if resume:
             self.restore(directory / self.checkpoint)
         elif self.started_in(directory):
@@ -109,7 +116,13 @@ class Job(ABC, Generic[R]):
 
     @abstractmethod
     def finish(self) -> R:
-        """Make the result once all steps are done, write it to the directory, and return it."""
+        """Make the result once all steps are done, write it to the directory (the first process does), and return
+        it.
+        """
+
+    def fingerprint(self) -> int:
+        """Below 2^53, of what all processes have alike: it is compared now and then."""
+        return 0
 
     def run(self, *, progress: bool | None = None) -> R:
         """Make all outer steps that are left, then the result.
@@ -127,41 +140,54 @@ class Job(ABC, Generic[R]):
             DirectoryInUseError: another process runs in the directory.
             NotSavedError: the last checkpoint could not be written to the directory.
             OSError: nothing can be written at the start, or the result cannot be at the end.
+            RankError: another process is gone, or has something else.
         """
-        with DirectoryLock(self.directory) as lock:
+        with DirectoryLock(self.directory) if self.processes.first else nullcontext() as lock:
             loop = _Loop(self, lock, self._save_every)
-            with interruptible(lambda: self.stops_within_a_step and loop.stepping) as interrupted:
-                for name in (self.checkpoint, METRICS, *self.results):
-                    remove_leftovers(self.directory / name)
+            with interruptible(loop.at_once) as interrupted:
                 loop.run(interrupted, progress)
                 return self.finish()
 
 
 class _Loop:
-    def __init__(self, job: Job[Any], lock: DirectoryLock, save_every: float) -> None:
+    """The steps. lock: of the process that writes; None in the others."""
+
+    def __init__(self, job: Job[Any], lock: DirectoryLock | None, save_every: float) -> None:
         self._job, self._directory, self._lock, self._save_every = job, job.directory, lock, save_every
+        self._processes = job.processes
         self._checkpoint = job.directory / job.checkpoint
-        self.stepping = False
+        self._stepping = False
+        self._logged = job.outer_step  # steps whose entries are in the log
+
+    def at_once(self, first: bool) -> bool:
+        """Whether a signal to stop, the first one or a later, is to interrupt what is being done."""
+        job = self._job
+        if self._processes.size == 1:
+            return not first or (job.stops_within_a_step and self._stepping)
+        # Together they stop where they meet, and the others wait there for a unit of work that one of them is in.
+        return self._processes.computing and (not first or job.stops_within_a_step or self._processes.one_is_gone())
 
     def run(self, interrupted: Callable[[], int | None], progress: bool | None) -> None:
         job, total = self._job, self._job.total
-        log, before = resumed_log(self._directory / METRICS, job.outer_step)
+        self._agree(None, look=True)  # nothing is written before all are here, and have the same
+        log, before = self._started()
         saved = started = time.monotonic()
-        job.save(self._checkpoint)
-        disable = None if progress is None else not progress
+        disable = (None if progress is None else not progress) if self._lock else True
         with tqdm(
             total=total, initial=job.outer_step, disable=disable, unit="step", desc=job.verb, smoothing=0.05
         ) as bar:
             while job.outer_step < total:
                 done = job.outer_step
-                entry, shown = self._step(interrupted)
-                if entry is not None:
-                    self._append(log, entry | {"seconds": round(before + time.monotonic() - started, 1)})
+                with self._saved_if_lost():
+                    entry, shown = self._step(interrupted)
+                    if entry is not None and log is not None:
+                        self._append(log, entry | {"seconds": round(before + time.monotonic() - started, 1)})
+                    self._logged = job.outer_step
+                    signum = self._agree(interrupted(), look=job.outer_step % _COMPARED == 0 or job.outer_step == total)
                 bar.set_postfix_str(shown)
                 bar.update(job.outer_step - done)
-                signum = interrupted()
                 last = signum is not None or job.outer_step == total
-                if last or time.monotonic() - saved > self._save_every:
+                if self._lock and (last or time.monotonic() - saved > self._save_every):
                     fine = self._written(lambda: job.save(self._checkpoint))
                     saved = time.monotonic()
                     if last and not fine:
@@ -169,17 +195,51 @@ class _Loop:
                 if signum is not None and job.outer_step < total:
                     raise InterruptedRunError(job.outer_step, signum)
 
+    def _started(self) -> tuple[Log | None, float]:
+        """The log, and the seconds that its steps took; there is a checkpoint then."""
+        if self._lock is None:
+            return None, 0.0
+        for name in (self._job.checkpoint, METRICS, *self._job.results):
+            remove_leftovers(self._directory / name)
+        found = resumed_log(self._directory / METRICS, self._job.outer_step)
+        self._job.save(self._checkpoint)
+        return found
+
+    def _agree(self, signum: int | None, look: bool) -> int | None:
+        """The signal that any process was told to stop by. look: whether all have the same."""
+        job = self._job
+        if self._processes.size == 1:
+            return signum
+        return self._processes.agree(signum, job.outer_step, job.fingerprint() if look else 0)
+
+    @contextmanager
+    def _saved_if_lost(self) -> Iterator[None]:
+        """Where another process is gone meanwhile, what all had done is saved: steps that are complete, and logged."""
+        try:
+            yield
+        except RankError as error:
+            if not self._processes.lost or self._lock is None or self._job.outer_step != self._logged:
+                raise
+            if not self._written(lambda: self._job.save(self._checkpoint)):
+                raise
+            raise RankError(
+                f"{error}; step {self._job.outer_step} of {self._job.total} is saved, --resume goes on from there",
+                rank=error.rank,
+            ) from error
+
     def _step(self, interrupted: Callable[[], int | None]) -> tuple[dict[str, Any] | None, str]:
         """The job's next step; nothing of it where a signal stopped it."""
-        self.stepping = True
+        self._stepping = True
         try:
             return self._job.step()
+        except StoppedError:
+            return None, ""
         except KeyboardInterrupt:
             if not self._job.stops_within_a_step or interrupted() is None:
                 raise
             return None, ""
         finally:
-            self.stepping = False
+            self._stepping = False
 
     def _append(self, log: Log, entry: dict[str, Any]) -> None:
         self._written(lambda: log.append(entry))
@@ -187,7 +247,8 @@ class _Loop:
     def _written(self, write: Callable[[], None]) -> bool:
         """Whether it was written. Where it was not, the job goes on: a disk full for a minute must not cost hours."""
         try:
-            self._lock.renew()
+            if self._lock is not None:
+                self._lock.renew()
             write()
         except (OSError, DirectoryInUseError) as error:
             tqdm.write(
@@ -210,21 +271,20 @@ class _Loop:
 
 
 @contextmanager
-def interruptible(at_once: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], int | None]]:
-    """Turn the first signal to stop into its number, so that a step is finished and saved; a second one interrupts at
-    once.
+def interruptible(at_once: Callable[[bool], bool]) -> Iterator[Callable[[], int | None]]:
+    """Turn the first signal to stop into its number, so that a step is finished and saved.
 
     Signals that are ignored stay ignored: that is how nohup lets a job outlive its terminal.
 
     Args:
-        at_once: whether the first one is to interrupt too.
+        at_once: whether it is the first one -> whether a signal is to interrupt.
     """
     seen: int | None = None
 
     def note(signum: int, frame: Any) -> None:
         nonlocal seen
         first, seen = seen is None, signum if seen is None else seen
-        if not first or at_once():
+        if at_once(first):
             raise KeyboardInterrupt
 
     before: dict[int, Any] = {}

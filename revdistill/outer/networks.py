@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,7 @@ class NetworkStack:
     def __init__(self, name: str, size: int, input_shape: tuple[int, ...], classes: int, device: torch.device) -> None:
         self.name, self.size = name, size
         self._input_shape, self._classes, self._device = input_shape, classes, device
+        self._others: dict[int, NetworkStack] = {}
         with seeded(0, device):
             self._net = models.build(name, input_shape, classes).to(device)
         self.loss, _ = stack_modules([self._net] * size, classification_loss)
@@ -100,21 +102,28 @@ class NetworkStack:
         drawn = {name: _xavier(name, self.size, shape, generator) for name, shape in self._shapes.items()}
         return {name: p.to(self._device) for name, p in drawn.items()}
 
-    def parts(self, params: Params) -> Iterator[tuple[int, NetworkStack, Params]]:
-        """Split the networks into parts that are best trained side by side.
+    def parts(self, size: int | None = None) -> list[Part]:
+        """Split the networks into parts that are trained side by side.
 
-        That is all of them; but one at a time where they have convolutions on a CPU, as the grouped convolutions of a
-        stack take twice as long there (ConvNet-3).
-
-        Returns:
-            Of each part the number of its first network, its stack, and its parameters.
+        Args:
+            size: of a part; the last one may be smaller. None for all of them.
         """
-        if self.size == 1 or not self._convolves:
-            yield 0, self, params
-            return
-        one = NetworkStack(self.name, 1, self._input_shape, self._classes, self._device)
-        for e in range(self.size):
-            yield e, one, {name: p[e : e + 1].detach().clone() for name, p in params.items()}
+        size = self.size if size is None else min(size, self.size)
+        firsts = range(0, self.size, size)
+        return [Part(first, self._of(min(size, self.size - first)), self.size) for first in firsts]
+
+    def best_parts(self, size: int | None = None) -> list[Part]:
+        """The same for trainings without a way back: one at a time where they have convolutions on a CPU, as the
+        grouped convolutions of a stack take twice as long there (ConvNet-3).
+        """
+        return self.parts(1 if self._convolves else size)
+
+    def _of(self, size: int) -> NetworkStack:
+        if size == self.size:
+            return self
+        if size not in self._others:
+            self._others[size] = NetworkStack(self.name, size, self._input_shape, self._classes, self._device)
+        return self._others[size]
 
     def _sample_own(self, seed: int) -> Params:
         with seeded(seed, self._device):
@@ -151,6 +160,33 @@ class NetworkStack:
         ):  # every n-th sample, so that BatchNorm sees all classes of data that are sorted by class
             right += (predictions(self.logits(params, x[i::batches])) == y[i::batches]).sum(-1)
         return right / len(x)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a stack's networks, as a stack.
+
+    Attributes:
+        first: the number of the first of them.
+        stack: of as many.
+        of: how many the whole stack has.
+    """
+
+    first: int
+    stack: NetworkStack
+    of: int
+
+    @property
+    def share(self) -> float:
+        """Of the whole stack's networks."""
+        return self.stack.size / self.of
+
+    def take(self, params: Params) -> Params:
+        """These networks' parameters, out of the whole stack's [E, ...]."""
+        if self.stack.size == self.of:
+            return params
+        last = self.first + self.stack.size
+        return {name: p[self.first : last].detach().clone() for name, p in params.items()}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ MINIBATCHES, NETWORKS = 1, 2
 FIXED_NETWORK, NOISE, HORIZON, AUGMENTATION = 3, 4, 5, 6  # of distillation
 HELD_OUT = 3  # of tuning
 EXAMPLES, QUERIES, FLIPS = 7, 8, 9  # of attribution
+_PARTS = 10  # of networks that are trained side by side
 _EVALUATION = 2**40
 
 
@@ -22,6 +23,13 @@ def mix(*numbers: int) -> int:
     for n in numbers:
         seed = (seed * 0x9E3779B1 + n + 1) % 2**62
     return seed
+
+
+def part_seed(seed: int, first: int) -> int:
+    """Of the random numbers that some of many networks draw while they train, from the one with the number `first` on.
+    Each part has its own.
+    """
+    return mix(_PARTS, seed, first) if first else seed
 
 
 def generator(*numbers: int) -> torch.Generator:

@@ -30,7 +30,9 @@ class TuneConfig(Configuration):
         momentum: of the starting schedule, or what the optimizer has in its place.
         weight_decay: of the starting schedule.
         batch_size: real samples in each training step.
-        inits: fresh networks in an outer step, trained side by side.
+        inits: fresh networks in an outer step.
+        side_by_side: how many of them are trained in one stack, the unit that processes share out; None for all. It is
+            part of what is computed: a stack rounds in its own way.
         outer_steps: Adam steps on the schedule's logarithms and logits.
         outer_lr: their rate, which falls to 0 by a cosine.
         outer_batch: held-out samples in each outer loss.
@@ -62,6 +64,7 @@ class TuneConfig(Configuration):
     clip: float = 1.0
     clip_back: float | None = None
     window: int | None = None
+    side_by_side: int | None = None
     device: str = "cpu"
     seed: int = 0
 
@@ -69,6 +72,7 @@ class TuneConfig(Configuration):
         self.need_counts(10 * MANY, "steps")
         self.need_counts(MANY, "inits")
         self.need_counts(LARGEST, "batch_size", "outer_steps", "outer_batch")
+        self.need_side_by_side()
         self.need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
         self.need(
             "learn", bool(self.learn) and set(self.learn) <= set(LEARNABLE), f"names out of {', '.join(LEARNABLE)}"

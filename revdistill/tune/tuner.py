@@ -12,9 +12,10 @@ from revdistill.engine import BackwardNorms, Optimizer, unroll
 from revdistill.outer.data import Dataset
 from revdistill.outer.descent import Descent, clip_to, cosine
 from revdistill.outer.device import check_device, compiled_on
-from revdistill.outer.networks import NetworkStack, Params
+from revdistill.outer.networks import NetworkStack, Params, Part
 from revdistill.outer.optimizers import OPTIMIZERS
-from revdistill.outer.random_streams import HELD_OUT, MINIBATCHES, NETWORKS, Minibatches, generator, mix
+from revdistill.outer.random_streams import HELD_OUT, MINIBATCHES, NETWORKS, Minibatches, generator, mix, part_seed
+from revdistill.outer.ranks import ALONE, Processes
 from revdistill.tune.config import TuneConfig
 from revdistill.tune.schedule import ALL, Schedule, layer_of
 
@@ -48,15 +49,17 @@ class Tuner:
     Args:
         config: what to do.
         data: what to train on.
+        processes: that share the networks of a step; each makes all steps.
 
     Raises:
         ValueError: they do not go together.
     """
 
-    def __init__(self, config: TuneConfig, data: Dataset) -> None:
-        self.config, self.device = config, check_device(config.device)
+    def __init__(self, config: TuneConfig, data: Dataset, processes: Processes = ALONE) -> None:
+        self.config, self.device, self.processes = config, check_device(config.device), processes
         self.data = data.to(self.device)
         self.stack = NetworkStack(config.arch, config.inits, data.input_shape, data.classes, self.device)
+        self.parts = self.stack.parts(config.side_by_side)
         self._names = list(self.stack.sample(0))
         layers = list(dict.fromkeys(map(layer_of, self._names)))
         self.groups = layers if config.per_layer else [ALL]
@@ -70,6 +73,7 @@ class Tuner:
             decay=lambda k: cosine(k, config.outer_steps),
             clip=clip_to(config.clip),
             advice="a smaller lr or outer_lr, or a clip_back",
+            processes=processes,
         )
 
     @property
@@ -99,23 +103,46 @@ class Tuner:
         Raises:
             RangeError, NonFiniteError: the tenth step in a row failed.
         """
-        k, norms = self.outer_step, BackwardNorms()
-        outcome = self.descent.step(lambda k: self._outer_loss(k, norms))
-        longest = max(norms.norms.values(), default=math.nan)
-        return TuneStep(k, outcome.loss, outcome.norm, longest, norms.explosion(), outcome.diverged)
+        k, norms = self.outer_step, [BackwardNorms() for _ in self.parts]
+        start = self.stack.sample(mix(self.config.seed, NETWORKS, k))
+        outcome = self.descent.step_over(
+            len(self.parts), lambda k, unit: self._outer_loss(k, self.parts[unit], start, norms[unit])
+        )
+        of_all = self._together(norms, outcome.diverged is None)
+        longest = max(of_all.norms.values(), default=math.nan)
+        return TuneStep(k, outcome.loss, outcome.norm, longest, of_all.explosion(), outcome.diverged)
 
-    def _outer_loss(self, k: int, norms: BackwardNorms) -> Tensor:
+    def _together(self, norms: list[BackwardNorms], fine: bool) -> BackwardNorms:
+        """Of all units: the norm of their gradients side by side. fine: whether all were gone back through."""
+        found = norms[0]
+        if len(norms) == 1:
+            return found
+        found = BackwardNorms()
+        if fine:
+            steps = self.config.steps
+            each = self.processes.share(
+                [steps] * len(norms),
+                lambda unit: torch.tensor(
+                    [norms[unit].norms.get(k, math.nan) for k in range(steps)], dtype=torch.float64
+                ),
+                dtype=torch.float64,
+            )
+            sums = torch.stack(each).square().sum(0).sqrt().tolist()
+            for k in reversed([k for k in range(steps) if not math.isnan(sums[k])]):
+                found(k, sums[k])
+        return found
+
+    def _outer_loss(self, k: int, part: Part, start: Params, norms: BackwardNorms) -> Tensor:
         config, values = self.config, self.values()
         scales = values["init"]
-        start = self.stack.sample(mix(config.seed, NETWORKS, k))
-        params = {name: scaled(p, scales[self._group[name]]) for name, p in start.items()}
+        params = {name: scaled(p, scales[self._group[name]]) for name, p in part.take(start).items()}
         theta = unroll(
-            self.stack.loss,
+            part.stack.loss,
             params,
             Minibatches(self.data, config.batch_size, mix(config.seed, MINIBATCHES, k)),
             self._inner_optimizer(values),
             steps=config.steps,
-            seed=k,
+            seed=part_seed(k, part.first),
             window=config.window,
             compile=compiled_on(self.device),
             clip_back=config.clip_back,
@@ -125,7 +152,8 @@ class Tuner:
         chosen = torch.randperm(len(self.data.x_validation), generator=generator(config.seed, HELD_OUT, k))[:size].to(
             self.device
         )
-        return self.stack.mean_loss(theta, self.data.x_validation[chosen], self.data.y_validation[chosen])
+        loss = part.stack.mean_loss(theta, self.data.x_validation[chosen], self.data.y_validation[chosen])
+        return loss * part.share
 
     def _inner_optimizer(self, values: dict[str, Tensor]) -> Optimizer:
         columns = {name: list(values[name].unbind(-1)) for name in ("lr", "momentum", "weight-decay")}

@@ -31,7 +31,7 @@ class Tuning(Job[Schedule]):
 
     def __init__(self, directory: Path, tuner: Tuner, *, resume: bool = False, save_every: float = 60.0) -> None:
         self.tuner = tuner
-        super().__init__(directory, resume=resume, save_every=save_every)
+        super().__init__(directory, resume=resume, save_every=save_every, processes=tuner.processes)
 
     @property
     def total(self) -> int:
@@ -52,20 +52,31 @@ class Tuning(Job[Schedule]):
     def restore(self, path: Path) -> None:
         checkpoints.restore(path, self.tuner)
 
+    def fingerprint(self) -> int:
+        return self.tuner.descent.fingerprint()
+
     def finish(self) -> Schedule:
         result = compared(self.tuner)
-        schedules.write(self.directory, result)
+        if self.processes.first:
+            schedules.write(self.directory, result)
         return result
 
 
 def compared(tuner: Tuner) -> Schedule:
     """The learned schedule, with what fresh networks reach on the test data with it and with the starting one."""
     c, schedule = tuner.config, tuner.schedule()
-    found = {
-        name: measure(s, tuner.data, c.arch, batch_size=c.batch_size, restarts=RESTARTS, seed=c.seed).to_dict()
-        for name, s in (("start", tuner.starting_schedule()), ("learned", schedule))
-    }
-    return replace(schedule, comparison=found)
+    found = measure(
+        [tuner.starting_schedule(), schedule],
+        tuner.data,
+        c.arch,
+        batch_size=c.batch_size,
+        restarts=RESTARTS,
+        seed=c.seed,
+        side_by_side=c.side_by_side,
+        processes=tuner.processes,
+    )
+    named = zip(("start", "learned"), found, strict=True)
+    return replace(schedule, comparison={name: trained.to_dict() for name, trained in named})
 
 
 def _entry(report: TuneStep) -> dict[str, Any]:

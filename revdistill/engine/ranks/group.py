@@ -37,6 +37,8 @@ POINTS = (
     "on_step",
     "a number that all agree on",
     "the outer loop",
+    "a share of the work",
+    "the end of the command",
 )
 WIDTH = 6  # numbers that each rank gives at a meeting
 _FINE, _FAILED = 0.0, 1.0
@@ -172,7 +174,7 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            if error is self._known or isinstance(error, RankError):
+            if self._is_known(error) or isinstance(error, RankError):
                 raise
             self._fail(error)
 
@@ -211,6 +213,12 @@ class Ranks:
                 found: Exception = kind(f"on rank {rank}: {told['message']}", **told["values"])
                 return found
         return RankError(f"rank {rank} failed: {told['kind']}: {told['message']}", rank=rank)
+
+    def _is_known(self, error: BaseException | None) -> bool:
+        """Whether all ranks have the error, or the one that it was made of."""
+        while error is not None and error is not self._known:
+            error = error.__cause__ or error.__context__
+        return error is not None
 
     @contextmanager
     def _answered(self) -> Iterator[None]:

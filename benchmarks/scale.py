@@ -23,12 +23,10 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from bytes_per_rank import GB, Model, on_paper, split
 from measuring import RESULTS, arguments_of, load, machine, save, versions
 from processes import FailedError, Group
@@ -45,10 +43,10 @@ GPU_BYTES = 80 * GB
 class Size:
     """How much is measured; `QUICK` to see that it runs."""
 
-    rounds: int = 5
+    rounds: int = 3
     outer_steps: int = 2
     batch: int = 200
-    steps: tuple[tuple[str, int], ...] = (("MLP", 40), ("ConvNet-3", 3))
+    steps: tuple[tuple[str, int], ...] = (("MLP", 100), ("ConvNet-3", 2))
     exact_batch: int = 40
     exact_steps: int = 4
     width: int = 4100

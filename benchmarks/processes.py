@@ -66,6 +66,8 @@ class Group:
         Raises:
             FailedError: one has none, or there was none in so many seconds; the processes are ended then.
         """
+        if not self._processes:
+            raise FailedError("the processes were ended after an earlier failure")
         try:
             for process in self._processes:
                 assert process.stdin is not None
@@ -98,6 +100,7 @@ class Group:
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
                     _shut(stream)
+        self._processes.clear()
         self._folder.cleanup()
 
 

@@ -58,12 +58,15 @@ def test_a_model_on_paper_by_hand() -> None:
 
 
 class Here:
-    """In the place of a group: one process is this one, and two are started once for all of the test."""
+    """In the place of a group: one process is this one, and two are started once for all of the test.
+
+    Outer steps are all made here, as they take long to import; that two processes have the same bits is tests/outer's.
+    """
 
     two: Any = None
 
     def __init__(self, size: int, threads: int) -> None:
-        self._member = scale_worker.Member(0, 1, "") if size == 1 else None
+        self._size, self._member = size, scale_worker.Member(0, 1, "")
         if size == 2 and Here.two is None:
             Here.two = processes.Group(2, 1).__enter__()
 
@@ -74,7 +77,7 @@ class Here:
         return
 
     def ask(self, seconds: float, *, do: str, **request: Any) -> list[dict[str, Any]]:
-        if self._member is None:
+        if self._size == 2 and do != "train":
             found: list[dict[str, Any]] = Here.two.ask(seconds, do=do, **request)
             return found
         return [json.loads(json.dumps(getattr(self._member, do)(**request)))]

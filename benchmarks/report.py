@@ -16,6 +16,7 @@ import report_cuda
 import report_flipped
 import report_images
 import report_language_model
+import report_scale
 import report_study
 import report_tuning
 from measuring import HERE, MIB, RESULTS, load
@@ -348,6 +349,9 @@ def main() -> None:
     if bits:
         draw_bits(bits, RESULTS / "bits.png")
         parts += ["## Bits", "![Bits per parameter and step](results/bits.png)", bits_section(bits)]
+    scale = load("scale")
+    if scale:
+        parts += ["## More processes than one", report_scale.section(scale, where)]
     gpu = report_cuda.load(RESULTS / "cuda.jsonl")
     if gpu:
         parts += ["## On a GPU", report_cuda.section(gpu)]

@@ -130,7 +130,7 @@ relaxed = settings(
 
 
 @pytest.mark.parametrize("name", RADICES)
-@settings(relaxed, max_examples=200)
+@settings(relaxed, max_examples=100)
 @given(data=st.data())
 def test_multiply_and_divide(backend: Backend, name: str, data: st.DataObject) -> None:
     """Any number, any numerator, heads up to their bound; and all that `multiply` leaves, back."""

@@ -259,6 +259,22 @@ def random_numbers(world: World) -> dict[str, float]:
     return {"apart": apart(theta.values(), right.values()), "drawn": sha(drawn), "other": sha(other)}  # type: ignore[dict-item]
 
 
+def scales(world: World, shard: bool) -> dict[str, float]:
+    """Gradients from 1e-16 to 1e4, each of which Adam makes a step of the same length of."""
+    small = Small(world)
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        return small.loss(params, batch) * 1e-14 + 1e4 * (params["2.bias"] - 1).square().sum()
+
+    found = []
+    for whole in (True, False):
+        optimizer = rd.Adam(small.lr * 0.1, eps=1e-18)
+        x, theta = small.unroll(whole=whole, loss=loss, optimizer=optimizer, **({} if whole else {"shard": shard}))
+        grads = torch.autograd.grad(outer(theta), [x, small.lr])
+        found.append([*theta.values(), world.share(grads[0]) if whole else grads[0], grads[1]])
+    return {"apart": apart(found[1], found[0])}
+
+
 def missing_gradients(world: World) -> dict[str, float]:
     """A parameter that no rank uses rests; weight decay leaves it alone, as in torch.optim."""
     small = Small(world)
@@ -590,6 +606,7 @@ def cases(world: World, part: str) -> Cases:
             "many outputs": many_outputs,
             "attribution": attributions,
             "pieces": pieces,
+            "scales": scales,
             "out of range": out_of_range,
             "not repeated": not_repeated,
             "other outer loss": other_outer_loss,

@@ -27,6 +27,8 @@ from revdistill.engine.ranks.same import others
 from revdistill.engine.ranks.shards import Shards
 
 _BITS = 61  # of a sum of integers: no sum of as many ranks' wraps around
+_SPREAD = 2.0**16  # between parameters' largest entries, up to which one scale serves all
+_LIFT = 126  # the largest exponent whose power of two float32 has, and the inverse
 _SMALLEST = 900  # the exponent that the scale never passes, so that it and its inverse are floats
 
 
@@ -74,12 +76,16 @@ class SharedGradient:
         entry, loss = float(self._backend.largest(own)), float(linear.loss)
         if not (math.isfinite(entry) and math.isfinite(loss)):
             raise self._not_finite(k, loss, own)
-        rows = self.ranks.meet("a gradient", k, entry, loss, *self._missing())
-        if self.usage.matters and others(rows[:, 2:]):
+        each = self._largest_of_each(own)
+        least = min((n for n in each if n), default=math.inf)
+        rows = self.ranks.meet("a gradient", k, entry, loss, least, *self._missing())
+        if self.usage.matters and others(rows[:, 3:]):
             self._refuse_to_miss_some(k)
         if unused is not None:
             raise unused
-        mean = self._mean(own, float(rows[:, 0].max()))
+        largest, least = float(rows[:, 0].max()), float(rows[:, 2].min())
+        far_apart = largest > least * _SPREAD
+        mean = self._mean_of_lifted(own, largest, each) if far_apart else self._mean(own, largest)
         return SharedLinearization(self, linear, k, _mean_of(rows[:, 1], linear.loss), mean, own)
 
     def _missing(self) -> list[float]:
@@ -100,6 +106,31 @@ class SharedGradient:
                 f"gradient 0 where it is missing: add 0 * params[{name!r}].sum() to the loss"
             )
         )
+
+    def _largest_of_each(self, own: Tensor) -> list[float]:
+        """The largest entry of each parameter, 0 where there is none."""
+        found = iter(torch.stack(torch._foreach_norm(self._parts(own), math.inf)).tolist())
+        return [next(found) if size else 0.0 for size in self._local.layout.sizes]
+
+    def _parts(self, own: Tensor) -> list[Tensor]:
+        """Of parameters that are not empty, as views."""
+        return [part for part in torch.split(own, self._local.layout.sizes) if part.numel()]
+
+    def _mean_of_lifted(self, own: Tensor, largest: float, each: list[float]) -> Tensor:
+        """The same where parameters' gradients are of very different sizes: each is multiplied by a power of two that
+        takes it near the largest, and the mean is divided by it, both exactly.
+        """
+        found = self.ranks.gather(torch.tensor(each, dtype=torch.float64, device=own.device)).amax(0).tolist()
+        top = math.frexp(largest)[1]
+        lifts = [min(_LIFT, top - math.frexp(n)[1]) if n else 0 for n in found]
+        lifted = own.clone()
+        for part, lift in zip(torch.split(lifted, self._local.layout.sizes), lifts, strict=True):
+            part.mul_(2.0**lift)
+        mean = self._mean(lifted, largest)
+        layout = self._local.layout if self.shards is None else self.shards.layout
+        for part, lift in zip(torch.split(mean, layout.sizes), lifts, strict=True):
+            part.mul_(2.0**-lift)
+        return mean
 
     def _mean(self, own: Tensor, largest: float) -> Tensor:
         """The mean over ranks, in the dtype of `own`: all of it, or this rank's part. largest: entry of any rank."""

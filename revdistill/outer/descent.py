@@ -191,7 +191,7 @@ class _Parts:
     def pack(self, loss: Tensor) -> Tensor:
         """[numel]"""
         found = torch.autograd.grad(loss, self._leaves, allow_unused=True)
-        used = torch.tensor([grad is not None for grad in found], device=self.device)
+        used = torch.tensor([grad is not None for grad in found])
         grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(self._leaves, found, strict=True)]
         flat = [loss.detach().reshape(1), used, *(g.detach().reshape(-1) for g in grads)]
         return torch.cat([t.to(self.device, self.dtype) for t in flat])

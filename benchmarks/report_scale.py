@@ -71,7 +71,8 @@ def _times(found: dict[str, Any], what: Callable[[dict[str, Any]], str], form: s
         for i, (label, seconds) in enumerate(one["median"].items()):
             times = one["times"].get(label)
             cells = [label, form.format(seconds * unit), "1" if times is None else f"{times:.2f}"]
-            rows.append([f"{name}, {what(one)}" if i == 0 else "", *cells])
+            said = f"{name}, {what(one)}, {len(one['seconds'][label])} turns"
+            rows.append([said if i == 0 else "", *cells])
     return rows
 
 
@@ -108,7 +109,7 @@ def memory_part(found: dict[str, Any]) -> str:
         "" if many is None else f"{many['queries']} queries, {many['parameters']:,} parameters, T = {many['steps']}, "
     )
     return (
-        f"{said}decay .1 of the first average, which puts bits away within few steps. The rank with the most; peak: "
+        f"{said}decay .05 of the first average, which puts bits away within few steps. The rank with the most; peak: "
         "above what was there before, in fresh processes.\n\n"
         + table(["", "ranks", "shard=True", "state, MiB", "history, MiB", "peak, MiB"], rows)
         + "".join(f"\n\n{line}." for line in lines)

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -43,29 +44,31 @@ GPU_BYTES = 80 * GB
 class Size:
     """How much is measured; `QUICK` to see that it runs."""
 
-    rounds: int = 3
-    outer_steps: int = 2
+    rounds: int = 5  # as far as there is time
+    network_seconds: float = 60.0
+    memory_seconds: float = 180.0
+    outer_steps: tuple[tuple[str, int], ...] = (("MLP", 2), ("ConvNet-3", 1))
     batch: int = 200
     steps: tuple[tuple[str, int], ...] = (("MLP", 100), ("ConvNet-3", 2))
     exact_batch: int = 40
     exact_steps: int = 4
     width: int = 4100
-    memory_steps: int = 20
+    memory_steps: int = 12
     attribution_width: int = 680
     queries: int = 32
     attribution_steps: int = 10
     # (optimizer, processes, shard)
     memory: tuple[tuple[str, int, bool], ...] = (
         *(("SGD", n, n > 1) for n in (1, 2, 4)),
-        ("SGD", 2, False),
         *(("AdamW", n, n > 1) for n in (1, 4)),
+        ("SGD", 2, False),
     )
     attribution: tuple[int, ...] = (1, 2, 4)
 
 
 QUICK = Size(
     rounds=1,
-    outer_steps=1,
+    outer_steps=(("MLP", 1),),
     batch=8,
     steps=(("MLP", 3),),
     exact_batch=8,
@@ -89,19 +92,18 @@ NETWORKS = 4
 def train(size: Size, data_dir: str) -> dict[str, Any]:
     """Seconds per outer step."""
     networks = {}
-    for name in [name for name, _ in size.steps]:
+    for name, outer_steps in size.outer_steps:
         config = {"dataset": "mnist", "architectures": [name], "inits": NETWORKS, **TRAININGS[name]}
-        turns = {s: {"config": {**config, "side_by_side": 1}} for s in SETTINGS}
-        stacked = {**config, "side_by_side": None}
+        units = {**config, "side_by_side": 1}
         seconds: dict[str, list[float]] = {}
         with ExitStack() as stack:
             groups = {s: stack.enter_context(Group(*s)) for s in SETTINGS}
-            for turn in range(1 + size.rounds):
+            for turn in turns_of(size):
                 bits = {}
-                jobs = [(in_words(*s), groups[s], t["config"]) for s, t in turns.items()]
-                jobs.append((in_words(1, 1) + ", one stack", groups[1, 1], stacked))
+                jobs = [(in_words(*s), groups[s], units) for s in SETTINGS]
+                jobs.append((in_words(1, 1) + ", one stack", groups[1, 1], {**config, "side_by_side": None}))
                 for label, group, what in jobs:
-                    found = group.ask(TURN, do="train", config=what, data_dir=data_dir, steps=size.outer_steps)
+                    found = group.ask(TURN, do="train", config=what, data_dir=data_dir, steps=outer_steps)
                     bits[label] = {answer["bits"] for answer in found}
                     if turn:  # the first warms up
                         seconds.setdefault(label, []).append(max(answer["seconds"] for answer in found))
@@ -126,7 +128,7 @@ def unroll(size: Size, data_dir: str) -> dict[str, Any]:
         for name, steps in size.steps:
             seconds: dict[str, list[float]] = {}
             found: dict[str, list[dict[str, Any]]] = {}
-            for turn in range(1 + size.rounds):
+            for turn in turns_of(size):
                 for s, group in groups.items():
                     for shard in (False, True) if s == (2, 1) else (False,):
                         label = in_words(*s) + ", shard=True" * shard
@@ -157,6 +159,16 @@ def unroll(size: Size, data_dir: str) -> dict[str, Any]:
     return networks
 
 
+def turns_of(size: Size) -> Iterator[int]:
+    """Turn 0, which warms up, and others: one in any case, and as many as there is time for."""
+    began = time.monotonic()
+    for turn in range(1 + size.rounds):
+        spent = time.monotonic() - began
+        if turn > 1 and spent * (turn + 1) / turn > size.network_seconds:
+            return
+        yield turn
+
+
 def sent(answers: list[dict[str, Any]]) -> dict[str, float]:
     """Bytes per step and parameter of the rank that sends most."""
     return {way: max(answer[f"sent_{way}"] / answer["parameters"] for answer in answers) for way in ("forward", "back")}
@@ -172,22 +184,24 @@ def difference(folder: str, one: str, some: str, ranks: int) -> dict[str, float]
 
 def memory(size: Size, data_dir: str) -> dict[str, Any]:
     """The peak of each rank, each setting in fresh processes."""
-    rows, attributions = [], []
-    for optimizer, ranks, shard in size.memory:
-        what = {"optimizer": optimizer, "width": size.width, "batch": 16, "steps": size.memory_steps, "shard": shard}
-        row = {"optimizer": optimizer, "ranks": ranks, "shard": shard, "steps": size.memory_steps}
-        rows.append(row | fresh(ranks, do="memory", **what))
-        print(rows[-1], flush=True)
+    rows, attributions, until = [], [], time.monotonic() + size.memory_seconds
     for ranks in size.attribution:
         what = {"width": size.attribution_width, "queries": size.queries, "batch": 16, "steps": size.attribution_steps}
         row = {"ranks": ranks, "shard": ranks > 1, "queries": size.queries, "steps": size.attribution_steps}
-        attributions.append(row | fresh(ranks, do="attribution", **what))
+        attributions.append(row | fresh(until, ranks, do="attribution", **what))
         print(attributions[-1], flush=True)
+    for optimizer, ranks, shard in size.memory:
+        what = {"optimizer": optimizer, "width": size.width, "batch": 16, "steps": size.memory_steps, "shard": shard}
+        row = {"optimizer": optimizer, "ranks": ranks, "shard": shard, "steps": size.memory_steps}
+        rows.append(row | fresh(until, ranks, do="memory", **what))
+        print(rows[-1], flush=True)
     return {"rows": rows, "attribution": attributions}
 
 
-def fresh(ranks: int, **request: Any) -> dict[str, Any]:
+def fresh(until: float, ranks: int, **request: Any) -> dict[str, Any]:
     """The largest of the ranks' answers, from processes of their own; or why there is none."""
+    if time.monotonic() > until:
+        return {"error": "no time was left"}
     try:
         with Group(ranks, 1) as group:
             answers = group.ask(TURN, **request)

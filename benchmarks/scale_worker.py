@@ -35,8 +35,8 @@ SHAPE, CLASSES = (1, 28, 28), 10
 INPUTS = 28 * 28
 OPTIMIZERS: dict[str, Callable[[], rd.Optimizer]] = {
     # decays that put bits away within few steps
-    "SGD": lambda: rd.SGD(0.01, 0.1),
-    "AdamW": lambda: rd.AdamW(1e-4, betas=(0.1, 0.999)),
+    "SGD": lambda: rd.SGD(0.01, 0.05),
+    "AdamW": lambda: rd.AdamW(1e-4, betas=(0.05, 0.999)),
 }
 
 

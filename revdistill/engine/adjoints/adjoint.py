@@ -18,7 +18,8 @@ class UnrollStats:
     """What one forward pass kept, and how the way back went.
 
     state_bytes: theta, the running averages and the bit store's heads. history_bytes: the words spilled so far
-    (Reversible), or the snapshots (Checkpoint, StoreAll); None for Backprop, whose graphs are not counted.
+    (Reversible), or the snapshots (Checkpoint, StoreAll); None for Backprop, whose graphs are not counted. With
+    shard=True all of these are of the part that this rank keeps, and so is parameters.
     """
 
     steps: int

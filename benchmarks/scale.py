@@ -36,8 +36,8 @@ NAME = "scale"
 TURN = 120.0  # seconds within which a turn must be over
 # (processes, threads of each): what is compared
 SETTINGS = ((1, 1), (2, 1), (1, 2))
-# glibc's malloc keeps free pieces of up to 32 MiB, and many are exchanged. Given back at once, they leave peaks of what is
-# in use.
+# glibc's malloc keeps free pieces of up to 32 MiB, and many are exchanged. Given back at once, they leave peaks of what
+# is in use.
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 GPUS = (1, 4, 8)
 GPU_BYTES = 80 * GB

@@ -30,14 +30,15 @@ class Group:
     Args:
         size: how many processes; one alone has no group.
         threads: of each.
+        environment: variables beside the usual ones.
     """
 
-    def __init__(self, size: int, threads: int) -> None:
+    def __init__(self, size: int, threads: int, **environment: str) -> None:
         self.size, self.threads = size, threads
         self._folder = tempfile.TemporaryDirectory()
         self._processes: list[subprocess.Popen[str]] = []
         self._lines: list[queue.Queue[str]] = []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **environment}
         for rank in range(size):
             command = [sys.executable, str(WORKER), str(rank), str(size), str(threads), f"{self._folder.name}/store"]
             process = subprocess.Popen(

@@ -110,7 +110,8 @@ def memory_part(found: dict[str, Any]) -> str:
     )
     return (
         f"{said}decay .05 of the first average, which puts bits away within few steps. The rank with the most; peak: "
-        "above what was there before, in fresh processes.\n\n"
+        "above what was there before, in fresh processes, with MALLOC_MMAP_THRESHOLD_=262144, so that what is free is "
+        "given back (glibc's malloc keeps free pieces of up to 32 MiB otherwise).\n\n"
         + table(["", "ranks", "shard=True", "state, MiB", "history, MiB", "peak, MiB"], rows)
         + "".join(f"\n\n{line}." for line in lines)
         + f"\n\nAttribution (`rd.attribute`), {asked}SGD, in parts where there is more than one rank:\n\n"

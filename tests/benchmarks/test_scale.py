@@ -65,7 +65,7 @@ class Here:
 
     two: Any = None
 
-    def __init__(self, size: int, threads: int) -> None:
+    def __init__(self, size: int, threads: int, **environment: str) -> None:
         self._size, self._member = size, scale_worker.Member(0, 1, "")
         if size == 2 and Here.two is None:
             Here.two = processes.Group(2, 1).__enter__()

@@ -44,7 +44,7 @@ POINTS = (
 )
 WIDTH = 6  # numbers that each rank gives at a meeting
 _FINE, _FAILED = 0.0, 1.0
-AT_ONCE = 2**21  # numbers of what is exchanged at once: their copies take little memory beside a model
+AT_ONCE = 2**18  # numbers of what is exchanged at once: larger pieces stay with the process when they are freed
 _FEW = 2**12  # numbers up to which sending all to all costs less than another exchange
 KINDS = (ValueError, TypeError, RuntimeError, OSError, MemoryError)  # of errors that are told as what they are
 _shared: weakref.WeakValueDictionary[tuple[int, torch.device], Ranks] = weakref.WeakValueDictionary()

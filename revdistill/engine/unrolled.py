@@ -106,7 +106,8 @@ def unrolled(
         seed = seed if ranks is None else seed_of_first(ranks, seed)
     determinism = Determinism.capture(layout.device, seed, start.taken, steps)
     shards = Shards(ranks, layout) if ranks is not None and shard else None
-    originals = Originals(loss, params, data.hypers, determinism.modules, steps, start.taken, grouped=ranks is not None)
+    determinism.modules.grouped = ranks is not None
+    originals = Originals(loss, params, data.hypers, determinism.modules, steps, start.taken)
     first = max(0, steps - window) if window else 0
     weights = None if average is None else check_average(average, steps)
 

@@ -99,6 +99,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         Here.two = None
 
 
+@pytest.mark.slow
 def test_all_parts_are_measured_and_reported(results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scale.TRAININGS, "MLP", {"steps": 2, "epochs": 1, "batch_size": 16})
     memory = (("AdamW", 1, False), ("AdamW", 2, True))

@@ -21,6 +21,7 @@ from revdistill.cli import main as command
 
 from revdistill.outer.directory import read_metrics
 
+pytestmark = pytest.mark.xdist_group("torchrun")  # its fixtures start processes
 ROOT = Path(__file__).parents[2]
 MOONS = ["--dataset", "moons", "--device", "cpu"]
 TRAIN = ["train", *MOONS, "--arch", "nonlinearnet", "--arch", "linearnet", "--inits", "3", "--steps", "3", "--epochs"]

@@ -407,8 +407,22 @@ def one_fails_before_an_exchange(world: World) -> None:
 
 
 def other_shapes(world: World) -> None:
+    """Of as many numbers."""
     small = Small(world)
-    small.unroll(loss=lambda p, b: rd.distributed.gather(p["0.bias"][: 3 + world.rank]).sum())
+    shape = (3, 2) if world.rank else (2, 3)
+    small.unroll(loss=lambda p, b: rd.distributed.gather(p["0.bias"][:6].view(shape)).sum())
+
+
+def other_operations(world: World) -> None:
+    small = Small(world)
+    exchange = rd.distributed.gather if world.rank else rd.distributed.sum
+    small.unroll(loss=lambda p, b: exchange(p["0.bias"]).sum())
+
+
+def copied_without_a_group(world: World) -> None:
+    """Only its derivative is an exchange, which nobody would see."""
+    small = Small(world)
+    small.unroll(loss=lambda p, b: small.loss({n: rd.distributed.copy(t) for n, t in p.items()}, b), group=None)
 
 
 def unseen_by_autograd(world: World, grouped: bool) -> None:
@@ -626,6 +640,8 @@ def cases(world: World, part: str) -> Cases:
         "parts of an outer loss, shard": lambda: parts_of_an_outer_loss(world, True),
         "one fails before an exchange": lambda: one_fails_before_an_exchange(world),
         "other shapes": lambda: other_shapes(world),
+        "other operations": lambda: other_operations(world),
+        "copied without a group": lambda: copied_without_a_group(world),
         "unseen by autograd": lambda: unseen_by_autograd(world, True),
         "no group": lambda: unseen_by_autograd(world, False),
         "random numbers": lambda: random_numbers(world),

@@ -53,7 +53,9 @@ ERRORS = {
     "other few": ("ValueError", "needs more than 2 parameters, got 2"),
     "other order": ("UnsupportedError", "rank 0 is at the start of the backward pass, rank 1 at the arguments"),
     "one fails before an exchange": ("ValueError", OTHER + "a word"),
-    "other shapes": ("ValueError", "got [3], torch.float64 on rank 0 and [4], torch.float64 on rank 1"),
+    "other shapes": ("ValueError", "gather of [2, 3], torch.float64 on rank 0 and rd.distributed.gather of [3, 2]"),
+    "other operations": ("ValueError", "rd.distributed.sum of [7], torch.float64 on rank 0 and rd.distributed.gather"),
+    "copied without a group": ("UnsupportedError", "the loss calls rd.distributed.copy, and the unroll has no group"),
     "unseen by autograd": (
         "UnsupportedError",
         "the loss calls allreduce of torch.distributed on a tensor that requires",
@@ -142,3 +144,17 @@ def test_arguments_of_one_process() -> None:
         rd.unroll(lambda p, b: p["w"].sum(), params, **options, shard=True)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"group must be a torch.distributed ProcessGroup or None, got str"):
         rd.unroll(lambda p, b: p["w"].sum(), params, **options, group="world")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["copy", "sum", "gather"])
+def test_what_is_exchanged_is_looked_at(name: str) -> None:
+    exchange = getattr(rd.distributed, name)
+    for value, kind, words in (
+        (3.0, TypeError, "takes a tensor, got float"),
+        (torch.ones(2, dtype=torch.float16), TypeError, "takes float32 and float64, got torch.float16"),
+        (torch.ones(2), ValueError, "call torch.distributed.init_process_group first"),
+    ):
+        with pytest.raises(kind, match=rf"rd\.distributed\.{name} .*{words}"):
+            exchange(value)
+    with pytest.raises(TypeError, match=r"group must be a torch.distributed ProcessGroup or None, got str"):
+        exchange(torch.ones(2), "world")

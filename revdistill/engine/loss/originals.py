@@ -25,6 +25,10 @@ from revdistill.engine.loss.marking import CannotFollowError, Marking, Reads, me
 from revdistill.engine.loss.tree import contents
 from revdistill.engine.loss.uncompiled import uncompiled
 
+NO_GROUP = (
+    "the loss calls {}, and the unroll has no group: nothing would tell that the processes drift apart, or that one of "
+    "them failed. Give group= to rd.unroll, and exchange what is differentiated by rd.distributed.copy, sum and gather"
+)
 _evaluations: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
@@ -38,7 +42,6 @@ class Originals:
         modules: those that the loss calls.
         steps: of the unroll.
         taken: steps of the training before the first one here, for messages.
-        grouped: whether the unroll is made on the ranks of a group, so that the loss may exchange tensors.
 
     Attributes:
         next: the next step to be looked at.
@@ -52,10 +55,8 @@ class Originals:
         modules: Modules,
         steps: int,
         taken: int = 0,
-        *,
-        grouped: bool = False,
     ) -> None:
-        self._params, self._modules, self._taken, self._grouped = params, modules, taken, grouped
+        self._params, self._modules, self._taken = params, modules, taken
         self._given = {memory_in(t)[0] for t in hypers}
         self._before = 0
         try:
@@ -85,7 +86,7 @@ class Originals:
         given = {memory_in(t)[0] for _, t in contents(batch, "") if isinstance(t, Tensor)} | self._given
         self._modules.uncompiled.add(k)
         try:
-            following = _Following(self._params, self._modules, given, grouped=self._grouped)
+            following = _Following(self._params, self._modules, given)
             with uncompiled(), following, Reads(following, addresses=False):
                 value = evaluate()
         except CannotFollowError:
@@ -118,14 +119,10 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
         params: as they were given, by name.
         modules: those that the loss calls; which they are shows while it is evaluated.
         given: the memory of what the loss is given beside them.
-        grouped: whether the loss may exchange tensors with other processes.
     """
 
-    def __init__(
-        self, params: Mapping[str, Tensor], modules: Modules, given: AbstractSet[int], *, grouped: bool
-    ) -> None:
+    def __init__(self, params: Mapping[str, Tensor], modules: Modules, given: AbstractSet[int]) -> None:
         super().__init__({})
-        self._grouped = grouped
         self._modules, self._given, self._known = modules, given, 0
         # By memory the names and the first and last bytes: frozen layers and buffers may lie in it too.
         self._originals: dict[int, list[tuple[str, int, int]]] = {}
@@ -147,12 +144,8 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
     def exchanged(self, func: Any, tensors: Sequence[Tensor]) -> None:
         """Raises: UnsupportedError."""
         name = func._schema.name.split("::")[-1].rstrip("_")
-        if not self._grouped:
-            raise UnsupportedError(
-                f"the loss calls {name} of torch.distributed, and the unroll has no group: nothing would tell that the "
-                "processes drift apart, or that one of them failed. Give group= to rd.unroll, and exchange what is "
-                "differentiated by rd.distributed.copy, sum and gather"
-            )
+        if not self._modules.grouped:
+            raise UnsupportedError(NO_GROUP.format(f"{name} of torch.distributed"))
         if any(t.requires_grad for t in tensors):
             raise UnsupportedError(
                 f"the loss calls {name} of torch.distributed on a tensor that requires grad, which autograd does not "

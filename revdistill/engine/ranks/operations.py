@@ -10,12 +10,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from revdistill.engine.errors import UnsupportedError
+from revdistill.engine.loss.evaluation import evaluating
+from revdistill.engine.loss.originals import NO_GROUP
 from revdistill.engine.ranks.group import Ranks
 from revdistill.engine.ranks.same import others
 
@@ -23,7 +27,7 @@ POINT = "an exchange inside the loss"
 
 
 def ranks_for(x: Any, group: dist.ProcessGroup | None, name: str) -> Ranks:
-    """The ranks that exchange a tensor.
+    """The ranks that exchange a tensor, which is looked at.
 
     Args:
         x: the tensor.
@@ -33,13 +37,17 @@ def ranks_for(x: Any, group: dist.ProcessGroup | None, name: str) -> Ranks:
     Raises:
         TypeError: x is no tensor of float32 or float64, or group no group.
         ValueError: there is no group of all processes.
+        UnsupportedError: within the loss of an unroll without a group.
     """
+    unroll = evaluating()
+    if unroll is not None and not unroll.grouped:
+        raise UnsupportedError(NO_GROUP.format(f"rd.distributed.{name}"))
     if not isinstance(x, Tensor):
         raise TypeError(f"rd.distributed.{name} takes a tensor, got {type(x).__name__}")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"rd.distributed.{name} takes float32 and float64, got {x.dtype}")
     if group is None:
-        if not dist.is_initialized():
+        if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
                 f"rd.distributed.{name} needs the processes of a group: call "
                 "torch.distributed.init_process_group first, and start the script by torchrun"
@@ -48,19 +56,20 @@ def ranks_for(x: Any, group: dist.ProcessGroup | None, name: str) -> Ranks:
     return Ranks.of(group, x.device)
 
 
-def _meet(ranks: Ranks, x: Tensor) -> None:
+def _meet(ranks: Ranks, name: str, x: Tensor) -> None:
     """The ranks meet first: one that has failed before says so there.
 
     Raises:
-        ValueError: x has not the same shape and dtype on all ranks.
+        ValueError: the ranks do not exchange the same: another operation, shape or dtype.
     """
-    weighted = sum(i * n for i, n in enumerate(x.shape, 7))
-    found = others(ranks.meet(POINT, -1, x.ndim, x.element_size(), x.numel(), weighted))
+    text = f"rd.distributed.{name} of {list(x.shape)}, {x.dtype}"
+    told = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")  # float64 holds it
+    found = others(ranks.meet(POINT, -1, float(told)))
     if found:
-        texts = ranks.texts(f"{list(x.shape)}, {x.dtype}")
+        texts = ranks.texts(text)
         raise ranks.for_all(
             ValueError(
-                "what rd.distributed exchanges must have one shape and dtype on all ranks, got "
+                "what rd.distributed exchanges must be the same operation, of one shape and dtype, on all ranks, got "
                 f"{texts[0]} on rank 0 and {texts[found[0]]} on rank {found[0]}"
             )
         )
@@ -95,7 +104,7 @@ class Total(_Linear):
 
     @staticmethod
     def forward(ranks: Ranks, x: Tensor) -> Tensor:
-        _meet(ranks, x)
+        _meet(ranks, "sum", x)
         return ranks.sum_in_order(x.detach())
 
     @staticmethod
@@ -112,7 +121,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ranks: Ranks, dim: int, x: Tensor) -> Tensor:
-        _meet(ranks, x)
+        _meet(ranks, "gather", x)
         rows = ranks.gather(x.detach().contiguous().view(-1))
         return torch.cat([row.view(x.shape) for row in rows], dim)
 
@@ -134,7 +143,7 @@ class Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(ranks: Ranks, dim: int, x: Tensor) -> Tensor:
-        _meet(ranks, x)
+        _meet(ranks, "gather, back,", x)
         whole = ranks.sum_in_order(x.detach())
         return whole.chunk(ranks.size, dim)[ranks.rank].clone()
 

@@ -61,7 +61,7 @@ ERRORS = {
         "the loss calls allreduce of torch.distributed on a tensor that requires",
     ),
     "no group": ("UnsupportedError", "the loss calls allreduce of torch.distributed, and the unroll has no group"),
-    "drift": ("ReversalError", "theta on ranks [1] is not what it is on rank 0 after 128 steps"),
+    "drift": ("ReversalError", "theta on ranks [1] is not what it is on rank 0 after 64 steps"),
     "full disk": ("OSError", "on rank 0: [Errno 28] No space left on device"),
     "killed": ("RankError", "another process of the group is gone"),
 }
@@ -110,7 +110,7 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
     noted = ran(2, "most", tmp_path)
     check(noted, ERRORS)
     check_bits(noted)
-    assert len(noted[0]) > 50
+    assert len(noted[0]) > 45
     assert set(ERRORS) <= noted[0].keys()
     values = noted[1]["out of range, shard=False"]["values"]
     assert (values["parameter"], values["step"]) == ("2.bias", 0)
@@ -126,7 +126,7 @@ def test_four_ranks_do_what_one_does(tmp_path: Path) -> None:
     noted = ran(4, "few", tmp_path)
     check(noted, {"one fails, shard=True": ("ValueError", "on rank 3: a word"), "killed": ERRORS["killed"]})
     check_bits(noted)
-    assert len(noted[0]) == 6
+    assert len(noted[0]) == 5
     assert all("killed" in of for of in noted[:3])
 
 
@@ -135,6 +135,7 @@ def test_every_adjoint_of_every_optimizer(tmp_path: Path) -> None:
     noted = ran(2, "every", tmp_path)
     check(noted, {})
     assert sum(len(of["found"]) for of in noted[0].values()) > 120
+    assert {"extras", "many outputs", "attribution"} <= noted[0].keys()
 
 
 def test_arguments_of_one_process() -> None:

@@ -509,9 +509,14 @@ def other_arguments(world: World, name: str) -> None:
         "nothing": {"params": 3},
         "backprop": {"adjoint": rd.Backprop()},
         "graphs": {"compile": "graphs"},
-        "shard": {"shard": "yes"},
+        "shard": {"shard": "yes" if other else True},
+        "seed of one": {"seed": 3 if other else None},
+        "grads": {"optimizer": rd.SGD(0.05), "params": {n: p.detach() for n, p in small.params.items()}},
         "few": {"shard": True, "params": {"0.weight": small.params["2.bias"][:2]}, "loss": lambda p, b: outer(p)},
     }[name]
+    if name == "grads":
+        x = world.share(small.x).clone().requires_grad_(other)
+        given["batches"] = (x, world.share(small.y))
     small.unroll(**given)
 
 
@@ -521,6 +526,37 @@ def other_outer_loss(world: World, shard: bool, many: bool = False) -> None:
     if many:
         rd.jacobian(torch.stack([outer(theta) * (1 + world.rank), outer(theta)]), x)
     (outer(theta) * (1 + world.rank)).backward()
+
+
+def other_outputs(world: World, name: str) -> None:
+    """Another number of outputs, or of those that are gone back for at once."""
+    small = Small(world)
+    x, theta = small.unroll(shard=name == "chunks")
+    flat = torch.cat([p.flatten() for p in theta.values()])
+    count, chunk = (4, 2 + world.rank) if name == "chunks" else (2 + world.rank, 32)
+    rd.jacobian(flat[:count], x, chunk_size=chunk)
+
+
+def changed_in_place(world: World) -> None:
+    """A batch on one rank, between the passes."""
+    small = Small(world)
+    y = world.share(small.y).clone()
+    _, theta = small.unroll(batches=(world.share(small.x), y))
+    if world.rank:
+        y.add_(0)
+    torch.autograd.grad(outer(theta), small.lr)
+
+
+def drawn_seeds(world: World) -> dict[str, Any]:
+    """rd.attribute draws rank 0's too."""
+    torch.manual_seed(world.rank)
+    small = Small(world, dropout=True)
+    loss, _ = rd.from_module(small.net, nn.CrossEntropyLoss(reduction="none"))
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.randint(3, (4,))
+    options: dict[str, Any] = {"order": torch.tensor([[0, 1], [2, 3]]), "queries": (x, y), "group": world.group}
+    torch.manual_seed(world.rank)
+    found = rd.attribute(loss, small.params, (x, y), rd.SGD(0.1), **options)
+    return {"losses": sha({"losses": found.losses})}
 
 
 def drift(world: World) -> None:
@@ -640,7 +676,8 @@ def cases(world: World, part: str) -> Cases:
         found |= {f"{n}, shard={shard}": lambda f=f, s=shard: f(world, s) for n, f in options.items()}  # type: ignore[misc]
         found[f"not finite, shard={shard}"] = lambda s=shard: not_finite(world, shard=s)  # type: ignore[misc]
     names = "params rates optimizer steps seed hyper adjoint callback batches unused nothing backprop graphs shard few"
-    found |= {f"other {name}": lambda n=name: other_arguments(world, n) for name in names.split()}  # type: ignore[misc]
+    each = [*names.split(), "grads", "seed of one"]
+    found |= {f"other {name}": lambda n=name: other_arguments(world, n) for name in each}  # type: ignore[misc]
     for name in ("batch norm", "contrastive"):
         for shard in both:
             found[f"{name}, shard={shard}"] = lambda n=name, s=shard: exchanging(world, n, s)  # type: ignore[misc]
@@ -663,6 +700,10 @@ def cases(world: World, part: str) -> Cases:
         "one fails, back": lambda: one_fails(world, OwnError("its own"), back=True),
         "one fails, back, shard": lambda: one_fails(world, TypeError("a word"), back=True, shard=True),
         "other outer losses": lambda: other_outer_loss(world, True, many=True),
+        "other outputs": lambda: other_outputs(world, "outputs"),
+        "other chunks": lambda: other_outputs(world, "chunks"),
+        "changed in place": lambda: changed_in_place(world),
+        "drawn seeds": lambda: drawn_seeds(world),
         "drift": lambda: drift(world),
         "full disk": lambda: full_disk(world),
         "other order": lambda: other_order(world),

@@ -23,6 +23,7 @@ from revdistill.engine.errors import RankError, RevdistillError, UnsupportedErro
 
 # Where ranks meet, in words for messages.
 POINTS = (
+    "the seed",
     "the arguments",
     "the choice of an adjoint",
     "a comparison of theta",

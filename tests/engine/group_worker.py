@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import revdistill as rd
+from revdistill.engine.adjoints import sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.integers.history import DeviceHistory
 from revdistill.engine.optimizers.sources import THETA
@@ -537,6 +539,30 @@ def other_outputs(world: World, name: str) -> None:
     rd.jacobian(flat[:count], x, chunk_size=chunk)
 
 
+def clipped_outputs(world: World) -> dict[str, float]:
+    """Many outputs of clipped steps in parts, of which one rank has fewer numbers: all meet as often for the norm."""
+    small, found = Small(world), []
+    numel = sum(p.numel() for p in small.params.values())
+    v = torch.randn(5, numel, dtype=torch.float64)
+    assert numel % 2, "the last rank is to have fewer numbers"
+    for whole in (True, False):
+        with mock.patch.object(sweep, "_AT_ONCE", 3 * 8 * (numel // 2)):  # three of its rows, two of the other's
+            _, theta = small.unroll(
+                whole=whole, optimizer=rd.SGD(small.lr, 0.9, max_norm=0.1), **({} if whole else {"shard": True})
+            )
+            flat = torch.cat([p.flatten() for p in theta.values()])
+            found.append(list(rd.jacobian((v @ flat).tanh(), [small.lr, small.params["0.weight"]])))
+    return {"apart": apart(found[1], found[0])}
+
+
+def tried_again(world: World) -> None:
+    """A new error, raised while an earlier one is handled."""
+    try:
+        not_finite(world)
+    except rd.NonFiniteError:
+        one_fails(world, ValueError("a word"))
+
+
 def changed_in_place(world: World) -> None:
     """A batch on one rank, between the passes."""
     small = Small(world)
@@ -702,6 +728,8 @@ def cases(world: World, part: str) -> Cases:
         "other outer losses": lambda: other_outer_loss(world, True, many=True),
         "other outputs": lambda: other_outputs(world, "outputs"),
         "other chunks": lambda: other_outputs(world, "chunks"),
+        "clipped outputs": lambda: clipped_outputs(world),
+        "tried again": lambda: tried_again(world),
         "changed in place": lambda: changed_in_place(world),
         "drawn seeds": lambda: drawn_seeds(world),
         "drift": lambda: drift(world),

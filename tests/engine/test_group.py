@@ -54,6 +54,7 @@ ERRORS = {
     "other seed of one": ("ValueError", "seed" + SAME + ": None and 3"),
     "other outputs": ("ValueError", "outputs and chunk_size must be the same on all ranks of the group"),
     "other chunks": ("ValueError", "outputs and chunk_size must be the same on all ranks of the group"),
+    "tried again": ("ValueError", OTHER + "a word"),
     "changed in place": ("ReversalError", OTHER + "a tensor in batches or hyper was changed in place"),
     "other few": ("ValueError", "needs more than 2 parameters, got 2"),
     "other order": ("UnsupportedError", "rank 0 is at the start of the backward pass, rank 1 at the seed"),

@@ -149,6 +149,8 @@ def of_first(ranks: Ranks, bars: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _apart(bar: Tensor, its: Tensor) -> float:
-    length = float(torch.linalg.vector_norm(its, dtype=torch.float64))
-    difference = float(torch.linalg.vector_norm(bar - its, dtype=torch.float64))
-    return difference / length if length else difference and float("inf")
+    """The largest of the rows' relative differences: a short row has its own."""
+    lengths = torch.linalg.vector_norm(its, dim=-1, dtype=torch.float64)
+    differences = torch.linalg.vector_norm(bar - its, dim=-1, dtype=torch.float64)
+    found = torch.where(differences > 0, differences / lengths, differences)  # NaN stays, and of 0 it is infinite
+    return float(found.max())

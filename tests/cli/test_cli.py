@@ -69,19 +69,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_whole_session_as_a_user_types_it(tmp_path: Path) -> None:
+def test_a_whole_session_as_a_user_types_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = revdistill_command(*QUICK, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "test accuracy" in done.stdout
     assert (tmp_path / "runs/moons/distilled.h5").exists()
-    shown = revdistill_command("show", "runs/moons", cwd=tmp_path)
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert "4 batches of 2" in shown.stdout
-    evaluated = revdistill_command(
-        "evaluate", "runs/moons", "--json", "--restarts", "2", "--arch", "LinearNet", cwd=tmp_path
-    )
-    assert (evaluated.returncode, evaluated.stderr) == (0, "")
-    assert len(json.loads(evaluated.stdout)["LinearNet"]["accuracies"]) == 2
+    monkeypatch.chdir(tmp_path)
+    code, shown, err = invoke("show", "runs/moons", capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "4 batches of 2" in shown
+    evaluation = ("evaluate", "runs/moons", "--json", "--restarts", "2", "--arch", "LinearNet")
+    code, evaluated, err = invoke(*evaluation, capsys=capsys)
+    assert (code, err) == (0, "")
+    assert len(json.loads(evaluated)["LinearNet"]["accuracies"]) == 2
     again = revdistill_command(*QUICK, cwd=tmp_path)  # never over a finished run
     assert again.returncode == 0
     assert (tmp_path / "runs/moons-2/distilled.h5").exists()

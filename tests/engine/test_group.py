@@ -128,6 +128,7 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
         assert noted[0][f"pieces, shard={shard}"]["found"]["same"]
 
 
+@pytest.mark.slow
 def test_four_ranks_do_what_one_does(tmp_path: Path) -> None:
     noted = ran(4, "few", tmp_path)
     check(noted, {"one fails, shard=True": ("ValueError", "on rank 3: a word"), "killed": ERRORS["killed"]})

@@ -33,11 +33,9 @@ STEPS = 9
 SOME_SETTINGS = (  # moves of all kinds, groups among them; the others are for those who have minutes
     "groups",
     "nesterov",
-    "adam penalty",
     "amsgrad",
     "adamw groups",
     "rmsprop centered",
-    "rmsprop groups",
 )
 Cases = dict[str, Callable[[], Any]]
 

@@ -16,7 +16,7 @@ from revdistill.engine.ranks.group import Ranks
 STEPS = 64  # between two comparisons of theta
 _HALF = 2**32
 # Of what other numbers of threads, or other processors, make of the same sums.
-_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9}
+ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9}
 
 
 def halves(number: int) -> tuple[float, float]:
@@ -117,9 +117,9 @@ def of_first(ranks: Ranks, bars: Sequence[Tensor]) -> list[Tensor]:
     if not others(ranks.meet("the start of the backward pass", -1, *halves(mixed))):
         return list(bars)
     found = [ranks.first(bar) for bar in bars]
-    apart = max(_apart(bar, its) for bar, its in zip(bars, found, strict=True))
+    apart = max(difference(bar, its) for bar, its in zip(bars, found, strict=True))
     worst = ranks.meet("the start of the backward pass", -1, apart)[:, 0]
-    allowed = _ROUNDING[bars[0].dtype]
+    allowed = ROUNDING[bars[0].dtype]
     if not bool((worst <= allowed).all()):
         rank = int(worst.nan_to_num(nan=float("inf")).argmax())
         raise ranks.for_all(
@@ -133,7 +133,8 @@ def of_first(ranks: Ranks, bars: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _apart(bar: Tensor, its: Tensor) -> float:
+def difference(x: Tensor, its: Tensor) -> float:
+    """Of a tensor from another rank's, of its norm."""
     length = float(torch.linalg.vector_norm(its, dtype=torch.float64))
-    difference = float(torch.linalg.vector_norm(bar - its, dtype=torch.float64))
-    return difference / length if length else difference and float("inf")
+    found = float(torch.linalg.vector_norm(x - its, dtype=torch.float64))
+    return found / length if length else found and float("inf")

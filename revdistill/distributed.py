@@ -15,8 +15,8 @@ differentiated goes through `copy` and the parts through `sum`:
 
     loss = rd.distributed.sum(part({name: rd.distributed.copy(p) for name, p in theta.items()}))
 
-In the loss of an unroll itself this is right for theta and hyper, and refused where batches are differentiated: let each
-rank's loss be a mean over its share there, which needs no exchange.
+In the loss of an unroll itself this is right for theta and hyper, and refused where batches are differentiated: let
+each rank's loss be a mean over its share there, which needs no exchange.
 
 All ranks must call them in the same order. The bits of what they return are the same on all ranks.
 """

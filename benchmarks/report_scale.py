@@ -21,6 +21,7 @@ def section(results: dict[str, Any], where: Callable[[dict[str, Any]], str]) -> 
         if name in results:
             one = results[name]
             text = part(one["found"]) if "found" in one else f"Failed: {one['error']}."
+            text = f"Of --quick, which measures nothing.\n\n{text}" if one.get("quick") else text
             parts.append(f"### {heading}\n\nOn {where(one)}.\n\n{text}")
     return "\n\n".join(parts)
 

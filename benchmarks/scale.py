@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{part}: {found['error']}", flush=True)
         of = {"machine": machine("cpu", 1), "versions": versions()}
         results = (load(NAME) or {}) | of  # of the last part
-        results[part] = of | found
+        results[part] = of | found | {"quick": options.quick}
         save(NAME, results)
 
 

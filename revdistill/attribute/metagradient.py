@@ -12,6 +12,9 @@ from revdistill.attribute.arguments import flag, integer
 from revdistill.attribute.attribution import Attribution
 from revdistill.attribute.run import EachLoss, Run
 from revdistill.engine import Adjoint, Optimizer, jacobian
+from revdistill.engine.loss.randomness import draw_seed
+from revdistill.engine.ranks.same import seed_of_first
+from revdistill.engine.scalars import is_integer
 from revdistill.engine.unrolled import ranks_of, together
 
 if TYPE_CHECKING:
@@ -70,7 +73,9 @@ def attribute(
     Source: Ilyas & Engstrom 2025 (MAGIC); Engstrom et al. 2025 (metagradients).
     """
     progress, chunk_size = flag("progress", progress), integer("chunk_size", chunk_size, 1)
-    with together(ranks_of(group, shard, params)), torch.enable_grad():
+    with together(ranks_of(group, shard, params)) as ranks, torch.enable_grad():
+        if ranks is not None and (seed is None or is_integer(seed)):
+            seed = seed_of_first(ranks, draw_seed() if seed is None else int(seed), given=seed is not None)
         run = Run(
             loss,
             params,

@@ -73,8 +73,15 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be a bool, got {_kind(given[name])}")
 
 
-def check_grouped(loss: Any, adjoint: Adjoint | None, compile: Any, *, shard: bool) -> None:
-    """Raise UnsupportedError where the unroll cannot be shared by the ranks of a group."""
+def check_shard(shard: Any) -> None:
+    """Raise TypeError where it is no bool."""
+    if not isinstance(shard, bool):
+        raise TypeError(f"shard must be a bool, got {_kind(shard)}")
+
+
+def check_grouped(loss: Any, adjoint: Adjoint | None, compile: Any, *, shard: Any) -> None:
+    """Raise TypeError or UnsupportedError where the unroll cannot be shared by the ranks of a group."""
+    check_shard(shard)
     if isinstance(adjoint, Backprop):
         raise UnsupportedError(
             "adjoint=rd.Backprop() keeps the graphs of one process, through which no gradient reaches the other ranks "

@@ -75,9 +75,10 @@ class Problem:
         """`start`, or this rank's part of it."""
         return self.start if self.shards is None else self.shards.start(self.start)
 
-    def linearize(self, k: int, theta: Tensor) -> Linearization:
+    @cached_property
+    def linearize(self) -> Callable[[int, Tensor], Linearization]:
         """See `Gradient.linearize` and `SharedGradient.linearize`."""
-        return self.gradient.linearize(k, theta) if self.shared is None else self.shared.linearize(k, theta)
+        return self.gradient.linearize if self.shared is None else self.shared.linearize
 
     def number(self, k: int) -> int:
         """The step's number in the whole training."""

@@ -15,9 +15,7 @@ from revdistill.engine.problem import Problem
 _OWN = ("history", "graph_bytes")  # of an adjoint: where a rank keeps words, and with what memory
 
 
-def what_is_shared(
-    problem: Problem, theta0: Tensor, optimizer: Optimizer, adjoint: Adjoint | None, seed: int
-) -> dict[str, Any]:
+def what_is_shared(problem: Problem, theta0: Tensor, optimizer: Optimizer, adjoint: Adjoint | None) -> dict[str, Any]:
     """By the argument that it comes from, tensors as fingerprints.
 
     Args:
@@ -25,7 +23,6 @@ def what_is_shared(
         theta0: float [numel], whole.
         optimizer: as given.
         adjoint: as given.
-        seed: of the random numbers.
     """
     layout = problem.update.layout if problem.shards is None else problem.shards.all
     settings = {name: v for name, v in vars(adjoint).items() if name not in _OWN} if adjoint is not None else {}
@@ -35,8 +32,17 @@ def what_is_shared(
         "the names and shapes of params": [[n, list(s)] for n, s in zip(layout.names, layout.shapes, strict=True)],
         "params": str([layout.dtype, fingerprint_of(theta0)]),
         "whether params require grad": theta0.requires_grad,
+        "whether anything requires grad": any(
+            t.requires_grad
+            for t in (
+                theta0,
+                *(table.values for table in problem.update.tables.values()),
+                *problem.data.tensors,
+                *problem.data.hypers,
+                *problem.start.slots.values(),
+            )
+        ),
         "steps": problem.steps,
-        "seed": seed,
         "window": problem.first,
         "save_at": None if problem.save_at is None else list(problem.save_at),
         "adjoint": None if adjoint is None else f"{type(adjoint).__name__}({settings})",
@@ -48,7 +54,7 @@ def what_is_shared(
         "hyper": [_of(t) for t in problem.data.hypers],
         "state": [problem.start.taken, {name: _of(flat) for name, flat in problem.start.slots.items()}],
         "average": None if problem.average is None else list(problem.average),
-        "clip_back": problem.clip_back,
+        "clip_back": None if problem.clip_back is None else float(problem.clip_back),
         "return_state": problem.returns_state,
     }
     if problem.shards is not None:  # what these are called with has to be put together

@@ -16,7 +16,7 @@ from revdistill.engine.adjoints.checkpoint import Checkpoint
 from revdistill.engine.adjoints.guard import not_finite
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.reversible import Reversible
-from revdistill.engine.arguments import check_arguments, check_average, check_grouped
+from revdistill.engine.arguments import check_arguments, check_average, check_grouped, check_shard
 from revdistill.engine.errors import NonFiniteError
 from revdistill.engine.integers.select import backend_for
 from revdistill.engine.layout import Layout
@@ -42,9 +42,8 @@ if TYPE_CHECKING:
 
 def ranks_of(group: dist.ProcessGroup | None, shard: object, params: object) -> Ranks | None:
     """The ranks that an unroll is made on; None without a group. Raises: ValueError, TypeError."""
-    if not isinstance(shard, bool):
-        raise TypeError(f"shard must be a bool, got {type(shard).__name__}")
     if group is None:
+        check_shard(shard)
         if shard:
             raise ValueError(
                 "shard=True keeps the state in parts on the ranks of a group; give "
@@ -101,9 +100,12 @@ def unrolled(
     start = start_of(state, optimizer, layout)
     backend = backend_for(layout.device, compile=compile is True)
     data = Data(batches, hyper, start.taken)
-    if seed is None:
-        seed = draw_seed() if state is None or state.seed is None else state.seed
-        seed = seed if ranks is None else seed_of_first(ranks, seed)
+    if seed is None and state is not None:
+        seed = state.seed
+    given = seed is not None
+    seed = draw_seed() if seed is None else seed
+    if ranks is not None:
+        seed = seed_of_first(ranks, seed, given=given)
     determinism = Determinism.capture(layout.device, seed, start.taken, steps)
     shards = Shards(ranks, layout) if ranks is not None and shard else None
     determinism.modules.grouped = ranks is not None
@@ -162,7 +164,7 @@ def unrolled(
         )
         theta0 = layout.flatten(params)
         if ranks is not None:
-            check_same(ranks, what_is_shared(problem, theta0, optimizer, adjoint, seed))
+            check_same(ranks, what_is_shared(problem, theta0, optimizer, adjoint))
         return *(adjoint or default_adjoint(problem)).run(problem, theta0), usage
 
     try:

@@ -21,7 +21,6 @@ from revdistill.cli import main as command
 
 from revdistill.outer.directory import read_metrics
 
-pytestmark = pytest.mark.xdist_group("torchrun")  # its fixtures start processes
 ROOT = Path(__file__).parents[2]
 MOONS = ["--dataset", "moons", "--device", "cpu"]
 TRAIN = ["train", *MOONS, "--arch", "nonlinearnet", "--arch", "linearnet", "--inits", "3", "--steps", "3", "--epochs"]
@@ -139,8 +138,9 @@ def differing(a: Path, b: Path) -> list[str]:
     return [name for name in FILES if (a / name).read_bytes() != (b / name).read_bytes()]
 
 
+SIGNAL = "a signal to one"
 EVENTS: dict[str, dict[str, Any]] = {
-    "a signal to one": {"rank": 1, "step": 2, "event": "sigterm"},
+    SIGNAL: {"rank": 1, "step": 2, "event": "sigterm"},
     "no memory on one": {"rank": 1, "step": 2, "event": "memory"},
     "a bug on one": {"rank": 1, "step": 2, "event": "bug"},
     "no data on one": {"rank": 1, "step": 0, "event": "no data"},
@@ -151,19 +151,30 @@ EVENTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """On 2 processes: FILES, and what became of each command."""
+    """On 2 processes: FILES, and what became of each command; one is told to stop."""
     directory = tmp_path_factory.mktemp("two")
     jobs: dict[str, dict[str, Any]] = {
         name: {"arguments": arguments}
         for name, arguments in zip(("train", "tune", "attribute", "evaluate"), commands(directory), strict=True)
     }
-    for name, event in EVENTS.items():
-        jobs[name] = {"arguments": [*TRAIN, "--out", str(directory / name)], **event}
-    jobs["a bad option"] = {"arguments": [*TRAIN, "--steps", "-1"]}
-    jobs["a directory that is taken"] = {"arguments": [*TRAIN, "--out", str(directory / "run")]}
+    jobs |= {SIGNAL: event_of(SIGNAL, directory), "a bad option": {"arguments": [*TRAIN, "--steps", "-1"]}}
+    found = driven(2, directory, list(jobs.values()))
+    return directory, dict(zip(jobs, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    """On 2 processes: what became of commands with which something went wrong on one."""
+    directory = tmp_path_factory.mktemp("troubled")
+    jobs = {name: event_of(name, directory) for name in EVENTS}
+    jobs["a directory that is taken"] = {"arguments": [*TRAIN, "--out", str(directory / SIGNAL)]}
     jobs["diverging"] = {"arguments": [*DIVERGING, "--out", str(directory / "diverging")]}
     found = driven(2, directory, list(jobs.values()))
     return directory, dict(zip(jobs, found, strict=True))
+
+
+def event_of(name: str, directory: Path) -> dict[str, Any]:
+    return {"arguments": [*TRAIN, "--out", str(directory / name)], **EVENTS[name]}
 
 
 def test_two_processes_make_the_files_of_one(one_process: Any, two: Any) -> None:
@@ -182,20 +193,33 @@ def test_two_processes_make_the_files_of_one(one_process: Any, two: Any) -> None
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
-        ("a signal to one", 143, r"stopped after outer step 3 of 5; go on with:\n  revdistill train --resume .*"),
+        (SIGNAL, 143, r"stopped after outer step 3 of 5; go on with:\n  revdistill train --resume .*"),
+        ("a bad option", 2, r"revdistill: Invalid value for '--steps': -1 .*"),
+    ],
+)
+def test_what_one_process_has_all_have(two: Any, name: str, code: int, said: str) -> None:
+    check_told(two[1][name], name, code, said)
+
+
+@pytest.mark.slow  # quickly, with threads as ranks: tests/outer/test_ranks.py
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
         ("no memory on one", 1, r"revdistill: not enough memory; .*"),
         ("a bug on one", 1, r"revdistill: rank 1 failed: KeyError: 'nobody thought of this'"),
         ("no data on one", 2, r"revdistill: on rank 1: --dataset: no such file"),
         ("a full disk", 1, r"(?s).*took nothing.*revdistill: .* took no checkpoint of outer step 5, nor did .*"),
         ("a drift", 1, r"revdistill: rank 1 has not what rank 0 has after step 5; .* the same number of threads .*"),
-        ("a bad option", 2, r"revdistill: Invalid value for '--steps': -1 .*"),
         ("a directory that is taken", 2, r"revdistill: --out: .* already holds a run; .*"),
         ("diverging", 1, r"revdistill: 10 outer steps in a row diverged; .*"),
     ],
 )
-def test_what_one_process_has_all_have(two: Any, name: str, code: int, said: str) -> None:
+def test_what_goes_wrong_on_one_does_on_all(troubled: Any, name: str, code: int, said: str) -> None:
+    check_told(troubled[1][name], name, code, said)
+
+
+def check_told(ranks: list[dict[str, Any]], name: str, code: int, said: str) -> None:
     """The same exit code, and one of them says why."""
-    ranks = two[1][name]
     codes = [rank["code"] for rank in ranks]
     assert codes == [code] * len(codes)
     assert re.fullmatch(said, ranks[0]["err"].rstrip("\n")), ranks[0]["err"]
@@ -206,12 +230,13 @@ def test_what_one_process_has_all_have(two: Any, name: str, code: int, said: str
     assert all(rank["seconds"] < SECONDS for rank in ranks)
 
 
-def test_steps_that_diverge_say_the_same(two: Any, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_steps_that_diverge_say_the_same(troubled: Any, tmp_path: Path) -> None:
     """The first network that leaves the range is named, whichever process it is on."""
     assert command.run([*DIVERGING, *ONE, "--out", str(tmp_path / "run")]) == 1
     one, several = (
         [line["diverged"] for line in read_metrics(d / "metrics.jsonl")]
-        for d in (tmp_path / "run", two[0] / "diverging")
+        for d in (tmp_path / "run", troubled[0] / "diverging")
     )
     assert len(one) == 9
     assert one == several

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import revdistill as rd
+from revdistill.engine.adjoints import sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.integers.history import DeviceHistory
 from revdistill.engine.optimizers.sources import THETA
@@ -31,11 +33,9 @@ STEPS = 9
 SOME_SETTINGS = (  # moves of all kinds, groups among them; the others are for those who have minutes
     "groups",
     "nesterov",
-    "adam penalty",
     "amsgrad",
     "adamw groups",
     "rmsprop centered",
-    "rmsprop groups",
 )
 Cases = dict[str, Callable[[], Any]]
 
@@ -541,9 +541,14 @@ def other_arguments(world: World, name: str) -> None:
         "nothing": {"params": 3},
         "backprop": {"adjoint": rd.Backprop()},
         "graphs": {"compile": "graphs"},
-        "shard": {"shard": "yes"},
+        "shard": {"shard": "yes" if other else True},
+        "seed of one": {"seed": 3 if other else None},
+        "grads": {"optimizer": rd.SGD(0.05), "params": {n: p.detach() for n, p in small.params.items()}},
         "few": {"shard": True, "params": {"0.weight": small.params["2.bias"][:2]}, "loss": lambda p, b: outer(p)},
     }[name]
+    if name == "grads":
+        x = world.share(small.x).clone().requires_grad_(other)
+        given["batches"] = (x, world.share(small.y))
     small.unroll(**given)
 
 
@@ -553,6 +558,61 @@ def other_outer_loss(world: World, shard: bool, many: bool = False) -> None:
     if many:
         rd.jacobian(torch.stack([outer(theta) * (1 + world.rank), outer(theta)]), x)
     (outer(theta) * (1 + world.rank)).backward()
+
+
+def other_outputs(world: World, name: str) -> None:
+    """Another number of outputs, or of those that are gone back for at once."""
+    small = Small(world)
+    x, theta = small.unroll(shard=name == "chunks")
+    flat = torch.cat([p.flatten() for p in theta.values()])
+    count, chunk = (4, 2 + world.rank) if name == "chunks" else (2 + world.rank, 32)
+    rd.jacobian(flat[:count], x, chunk_size=chunk)
+
+
+def clipped_outputs(world: World) -> dict[str, float]:
+    """Many outputs of clipped steps in parts, of which one rank has fewer numbers: all meet as often for the norm."""
+    small, found = Small(world), []
+    numel = sum(p.numel() for p in small.params.values())
+    v = torch.randn(5, numel, dtype=torch.float64)
+    assert numel % 2, "the last rank is to have fewer numbers"
+    for whole in (True, False):
+        with mock.patch.object(sweep, "_AT_ONCE", 3 * 8 * (numel // 2)):  # three of its rows, two of the other's
+            _, theta = small.unroll(
+                whole=whole, optimizer=rd.SGD(small.lr, 0.9, max_norm=0.1), **({} if whole else {"shard": True})
+            )
+            flat = torch.cat([p.flatten() for p in theta.values()])
+            found.append(list(rd.jacobian((v @ flat).tanh(), [small.lr, small.params["0.weight"]])))
+    return {"apart": apart(found[1], found[0])}
+
+
+def tried_again(world: World) -> None:
+    """A new error, raised while an earlier one is handled."""
+    try:
+        not_finite(world)
+    except rd.NonFiniteError:
+        one_fails(world, ValueError("a word"))
+
+
+def changed_in_place(world: World) -> None:
+    """A batch on one rank, between the passes."""
+    small = Small(world)
+    y = world.share(small.y).clone()
+    _, theta = small.unroll(batches=(world.share(small.x), y))
+    if world.rank:
+        y.add_(0)
+    torch.autograd.grad(outer(theta), small.lr)
+
+
+def drawn_seeds(world: World) -> dict[str, Any]:
+    """rd.attribute draws rank 0's too."""
+    torch.manual_seed(world.rank)
+    small = Small(world, dropout=True)
+    loss, _ = rd.from_module(small.net, nn.CrossEntropyLoss(reduction="none"))
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.randint(3, (4,))
+    options: dict[str, Any] = {"order": torch.tensor([[0, 1], [2, 3]]), "queries": (x, y), "group": world.group}
+    torch.manual_seed(world.rank)
+    found = rd.attribute(loss, small.params, (x, y), rd.SGD(0.1), **options)
+    return {"losses": sha({"losses": found.losses})}
 
 
 def drift(world: World) -> None:
@@ -672,7 +732,8 @@ def cases(world: World, part: str) -> Cases:
         found |= {f"{n}, shard={shard}": lambda f=f, s=shard: f(world, s) for n, f in options.items()}  # type: ignore[misc]
         found[f"not finite, shard={shard}"] = lambda s=shard: not_finite(world, shard=s)  # type: ignore[misc]
     names = "params rates optimizer steps seed hyper adjoint callback batches unused nothing backprop graphs shard few"
-    found |= {f"other {name}": lambda n=name: other_arguments(world, n) for name in names.split()}  # type: ignore[misc]
+    each = [*names.split(), "grads", "seed of one"]
+    found |= {f"other {name}": lambda n=name: other_arguments(world, n) for name in each}  # type: ignore[misc]
     for name in ("batch norm", "contrastive"):
         for shard in both:
             found[f"{name}, shard={shard}"] = lambda n=name, s=shard: exchanging(world, n, s)  # type: ignore[misc]
@@ -699,6 +760,12 @@ def cases(world: World, part: str) -> Cases:
         "one fails, back": lambda: one_fails(world, OwnError("its own"), back=True),
         "one fails, back, shard": lambda: one_fails(world, TypeError("a word"), back=True, shard=True),
         "other outer losses": lambda: other_outer_loss(world, True, many=True),
+        "other outputs": lambda: other_outputs(world, "outputs"),
+        "other chunks": lambda: other_outputs(world, "chunks"),
+        "clipped outputs": lambda: clipped_outputs(world),
+        "tried again": lambda: tried_again(world),
+        "changed in place": lambda: changed_in_place(world),
+        "drawn seeds": lambda: drawn_seeds(world),
         "drift": lambda: drift(world),
         "full disk": lambda: full_disk(world),
         "other order": lambda: other_order(world),

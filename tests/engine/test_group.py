@@ -49,9 +49,15 @@ ERRORS = {
     "other nothing": ("TypeError", "params must be a dict from name to tensor, got int"),
     "other backprop": ("UnsupportedError", "rd.Reversible(), rd.Checkpoint() or rd.StoreAll()"),
     "other graphs": ("UnsupportedError", "with a group use compile=False or compile=True"),
-    "other shard": ("TypeError", "shard must be a bool, got str"),
+    "other shard": ("TypeError", OTHER + "shard must be a bool, got str"),
+    "other grads": ("ValueError", "whether anything requires grad" + SAME + ": False and True"),
+    "other seed of one": ("ValueError", "seed" + SAME + ": None and 3"),
+    "other outputs": ("ValueError", "outputs and chunk_size must be the same on all ranks of the group"),
+    "other chunks": ("ValueError", "outputs and chunk_size must be the same on all ranks of the group"),
+    "tried again": ("ValueError", OTHER + "a word"),
+    "changed in place": ("ReversalError", OTHER + "a tensor in batches or hyper was changed in place"),
     "other few": ("ValueError", "needs more than 2 parameters, got 2"),
-    "other order": ("UnsupportedError", "rank 0 is at the start of the backward pass, rank 1 at the arguments"),
+    "other order": ("UnsupportedError", "rank 0 is at the start of the backward pass, rank 1 at the seed"),
     "one fails before an exchange": ("ValueError", OTHER + "a word"),
     "other shapes": ("ValueError", "gather of [2, 3], torch.float64 on rank 0 and rd.distributed.gather of [3, 2]"),
     "other operations": ("ValueError", "rd.distributed.sum of [7], torch.float64 on rank 0 and rd.distributed.gather"),
@@ -116,7 +122,7 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
     assert set(ERRORS) <= noted[0].keys()
     values = noted[1]["out of range, shard=False"]["values"]
     assert (values["parameter"], values["step"]) == ("2.bias", 0)
-    for name in ("random numbers", "rounding"):
+    for name in ("random numbers", "rounding", "drawn seeds"):
         assert noted[0][name]["found"] == noted[1][name]["found"]
     found = noted[0]["random numbers"]["found"]
     assert found["drawn"] != found["other"]
@@ -124,6 +130,7 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
         assert noted[0][f"pieces, shard={shard}"]["found"]["same"]
 
 
+@pytest.mark.slow
 def test_four_ranks_do_what_one_does(tmp_path: Path) -> None:
     noted = ran(4, "few", tmp_path)
     check(noted, {"one fails, shard=True": ("ValueError", "on rank 3: a word"), "killed": ERRORS["killed"]})

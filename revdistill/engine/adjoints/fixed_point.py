@@ -152,12 +152,12 @@ class Unrolled:
         recording, self.recording = self.recording, None  # used up, even if the way back fails
         if recording is None or self.form is None:
             raise UnsupportedError(USED_UP)
-        if self.data_versions() != self.versions:
-            raise ReversalError(
-                "a tensor in batches or hyper was changed in place between the forward and the backward pass, so the "
-                "way back would see other data; change it after backward(), or pass a clone"
-            )
         with torch.no_grad(), self.problem.together(), self.problem.determinism.passage():
+            if self.data_versions() != self.versions:
+                raise ReversalError(
+                    "a tensor in batches or hyper was changed in place between the forward and the backward pass, so "
+                    "the way back would see other data; change it after backward(), or pass a clone"
+                )
             bars = bars if self._are_taken else tuple(self.taken(bars))
             result_bars = self.form.with_tensors(tuple(bar.contiguous() for bar in bars))
             batching = Batching(self.chunk_size) if many else None

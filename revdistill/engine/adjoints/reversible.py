@@ -21,7 +21,7 @@ from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.errors import ReversalError, UnsupportedError
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory, check_place, open_history
-from revdistill.engine.loss.linearization import Linearization, evaluated
+from revdistill.engine.loss.linearization import Linearization
 from revdistill.engine.problem import Problem
 from revdistill.engine.scalars import is_integer
 
@@ -168,7 +168,7 @@ class _Reversal(Recording):
             self._data.check(k)
         sweep.to_theta(k, theta, linear, slots)
         gradient = linear.gradient  # asked for once: a compiled one tells itself by its fingerprint each time
-        repeated.check(k, evaluated(linear, gradient))
+        repeated.check(k, gradient if linear.own is None else linear.own)
         trajectory.undo_rest(k, gradient)
         slots = trajectory.slots() if sweep.wants_slots else {}
         sweep.to_start_of_step(k, slots, arrives=arrives)

@@ -82,7 +82,8 @@ class Sweep:
         self.wants_gradient = GRADIENT in update.vjp_reads()
         self.derivatives = Derivatives(update)
         self._clipped = False
-        self._bar = Bar(problem.progress, problem.steps - problem.first, "back", "|dL/dtheta|")
+        figure = "|dL/dtheta|" if problem.shards is None else "|this rank's part of dL/dtheta|"
+        self._bar = Bar(problem.progress, problem.steps - problem.first, "back", figure)
 
     @property
     def is_of_many(self) -> bool:
@@ -145,7 +146,9 @@ class Sweep:
         bars = self.bars.rows(rows)
         bars.flat[GRADIENT] = self.bars.flat[GRADIENT][: rows.stop - rows.start]
         whole = bars.flat[THETA]
-        count = max(1, _AT_ONCE // (whole.element_size() * whole.shape[1]))
+        shards = self.problem.shards  # which meet for the norm of a clipped gradient: all ranks as often
+        width = whole.shape[1] if shards is None else shards.each
+        count = max(1, _AT_ONCE // (whole.element_size() * width))
         for few in (slice(first, first + count) for first in range(0, len(whole), count)):
             self.derivatives.to_gradient(k, values, linear, bars.rows(few))
         batches, hypers = ([None if bar is None else bar[rows] for bar in of] for of in (self.batches, self.hypers))

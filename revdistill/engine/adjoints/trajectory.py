@@ -14,7 +14,7 @@ from revdistill.engine.compiling import warn_of_replays
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import History
 from revdistill.engine.integers.snapshot import Snapshot
-from revdistill.engine.loss.linearization import Linearization, evaluated
+from revdistill.engine.loss.linearization import Linearization
 from revdistill.engine.optimizers.sources import THETA
 from revdistill.engine.problem import Problem
 from revdistill.engine.progress import Bar
@@ -218,7 +218,7 @@ class Trajectory:
         linear = self.problem.linearize(k, self.theta())
         gradient = linear.gradient
         if not again:
-            self.problem.gradient.fingerprints.record(k, evaluated(linear, gradient))
+            self.problem.gradient.fingerprints.record(k, gradient if linear.own is None else linear.own)
         if self._clipping is not None:
             gradient = self._clipping.clipped(k, gradient)
         proved = again or self.guard.before_step(k, linear.loss, gradient, state)

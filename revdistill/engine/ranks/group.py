@@ -23,6 +23,7 @@ from revdistill.engine.errors import RankError, RevdistillError, UnsupportedErro
 
 # Where ranks meet, in words for messages.
 POINTS = (
+    "the seed",
     "the arguments",
     "the choice of an adjoint",
     "a comparison of theta",
@@ -192,10 +193,11 @@ class Ranks:
         Raises:
             As `meet`.
         """
+        self._known = None  # an error of before, in whose handling this may be, is not this one's
         try:
             yield
         except Exception as error:
-            if self._is_known(error) or isinstance(error, RankError):
+            if self._is_known(error):
                 raise
             self._fail(error)
 
@@ -247,11 +249,12 @@ class Ranks:
             yield
         except RuntimeError as error:  # DistBackendError and its kind among them
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RankError(
+            lost = RankError(
                 f"another process of the group is gone, or did not answer in time; rank {self.rank} of {self.size} "
                 f"cannot go on without it: start all of them again ({reason[:200]})",
                 rank=None,
-            ) from error
+            )
+            raise self.for_all(lost) from error  # there is nobody to be told
 
     def _count(self, nbytes: int) -> None:
         self.sent += nbytes

@@ -114,7 +114,7 @@ def _compare(ranks: Ranks, x: Tensor) -> None:
     """
     if not others(_meet(ranks, "copy", x, *halves(fingerprint_of(x)))):
         return
-    worst = ranks.meet(POINT, -1, difference(x, ranks.first(x)))[:, 0]
+    worst = ranks.meet(POINT, -1, difference(x.reshape(-1), ranks.first(x).view(-1)))[:, 0]
     apart = (worst > ROUNDING[x.dtype]).nonzero().flatten().tolist()
     if apart:
         raise ranks.for_all(

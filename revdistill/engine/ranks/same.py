@@ -51,16 +51,21 @@ def check_same(ranks: Ranks, given: Mapping[str, Any]) -> None:
         for r, row in enumerate(rows):
             if row.get(name) != mine:
                 raise ranks.for_all(
-                    ValueError(
-                        f"{name} must be the same on all ranks of the group, but is not on ranks 0 and {r}"
-                        f"{_in_words(mine, row.get(name))}{_REMEDY.get(name, '')}"
-                    )
+                    ValueError(_NOT_SAME.format(name, r) + _in_words(mine, row.get(name)) + _REMEDY.get(name, ""))
                 )
 
 
-def seed_of_first(ranks: Ranks, seed: int) -> int:
-    """Rank 0's seed, at a meeting."""
-    return whole(*ranks.meet("the arguments", -1, *halves(seed))[0, :2].tolist())
+def seed_of_first(ranks: Ranks, seed: int, *, given: bool) -> int:
+    """Rank 0's seed, at a meeting. given: whether the user gave it. Raises: ValueError where others were given."""
+    rows = ranks.meet("the seed", -1, *halves(seed), given)
+    seeds = [whole(high, low) if is_given else None for high, low, is_given in rows[:, :3].tolist()]
+    if any(other != seeds[0] for other in seeds):
+        rank = next(r for r, other in enumerate(seeds) if other != seeds[0])
+        raise ranks.for_all(ValueError(_NOT_SAME.format("seed", rank) + f": {seeds[0]} and {seeds[rank]}"))
+    return whole(*rows[0, :2].tolist())
+
+
+_NOT_SAME = "{} must be the same on all ranks of the group, but is not on ranks 0 and {}"
 
 
 _REMEDY = {
@@ -114,7 +119,17 @@ def of_first(ranks: Ranks, bars: Sequence[Tensor]) -> list[Tensor]:
     mixed = 0
     for bar in bars:
         mixed = (mixed * 1_000_003 + fingerprint_of(bar)) % 2**64
-    if not others(ranks.meet("the start of the backward pass", -1, *halves(mixed))):
+    numbers = sum(bar.numel() for bar in bars)
+    met = ranks.meet("the start of the backward pass", -1, *halves(mixed), float(numbers))
+    other = others(met[:, 2:])
+    if other:
+        raise ranks.for_all(
+            ValueError(
+                "outputs and chunk_size must be the same on all ranks of the group: rank 0 goes back with "
+                f"{int(met[0, 2])} numbers at once, rank {other[0]} with {int(met[other[0], 2])}"
+            )
+        )
+    if not others(met):
         return list(bars)
     found = [ranks.first(bar) for bar in bars]
     apart = max(difference(bar, its) for bar, its in zip(bars, found, strict=True))
@@ -133,8 +148,9 @@ def of_first(ranks: Ranks, bars: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def difference(x: Tensor, its: Tensor) -> float:
-    """Of a tensor from another rank's, of its norm."""
-    length = float(torch.linalg.vector_norm(its, dtype=torch.float64))
-    found = float(torch.linalg.vector_norm(x - its, dtype=torch.float64))
-    return found / length if length else found and float("inf")
+def difference(bar: Tensor, its: Tensor) -> float:
+    """The largest of the rows' relative differences: a short row has its own."""
+    lengths = torch.linalg.vector_norm(its, dim=-1, dtype=torch.float64)
+    differences = torch.linalg.vector_norm(bar - its, dim=-1, dtype=torch.float64)
+    found = torch.where(differences > 0, differences / lengths, differences)  # NaN stays, and of 0 it is infinite
+    return float(found.max())

@@ -425,13 +425,13 @@ def parts_of_a_loss(world: World, shard: bool) -> dict[str, float]:
 
 def copied_apart(world: World, back: bool) -> None:
     """What is copied differs between ranks: a number, or what each makes of a sum."""
-    small, D = Small(world), rd.distributed
+    small, over = Small(world), rd.distributed
 
     def loss(params: Any, batch: Any) -> Tensor:
         x, y = (t.detach() for t in batch)
         if not back:
-            return D.copy(D.sum(small.loss(params, (x, y))) * (1 + world.rank))
-        return D.sum(small.loss({n: D.copy(p) for n, p in params.items()}, (x, y))) * (1 + world.rank)
+            return over.copy(over.sum(small.loss(params, (x, y))) * (1 + world.rank))
+        return over.sum(small.loss({n: over.copy(p) for n, p in params.items()}, (x, y))) * (1 + world.rank)
 
     small.unroll(loss=loss)
 

@@ -3,15 +3,20 @@
 In `rd.unroll(..., group=)` a rank's loss may be a function of every rank's share. The engine takes each rank's gradient
 with respect to its own copy of theta and trains on the mean over ranks. An exchange of activations must carry back what
 *all* ranks' losses say of them: then a rank's gradient is that of the sum of all losses with respect to its copy, and
-the mean over ranks is the gradient of the mean loss.
+the mean over ranks is the gradient of the mean loss; so are second derivatives, and those by batches and hyper.
 
     gather(h)       activations of all ranks, for a contrastive loss
     copy(sum(h))    a statistic over all ranks' samples, for BatchNorm: forward a sum, and back a sum
 
-Where each rank computes a part of one number, as of an outer loss from the result of an unroll, theta goes through
-`copy` and the parts through `sum`:
+`sum` and `copy` come in pairs: in the loss of an unroll one without the other is an UnsupportedError.
+
+Where each rank computes a part of one number, as of an outer loss from the result of an unroll, all that is
+differentiated goes through `copy` and the parts through `sum`:
 
     loss = rd.distributed.sum(part({name: rd.distributed.copy(p) for name, p in theta.items()}))
+
+In the loss of an unroll itself this is right for theta and hyper, and refused where batches are differentiated: let
+each rank's loss be a mean over its share there, which needs no exchange.
 
 All ranks must call them in the same order. The bits of what they return are the same on all ranks.
 """
@@ -40,11 +45,12 @@ def copy(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
     Raises:
         TypeError, ValueError: x or the group will not do.
+        UnsupportedError: within the loss of an unroll without a group, or not paired (see above).
         RankError: another rank failed or is gone.
     """
-    from revdistill.engine.ranks.operations import Copy, ranks_for
+    from revdistill.engine.ranks.operations import Copy, place_of
 
-    found: Tensor = Copy.apply(ranks_for(x, group, "copy"), x)  # type: ignore[no-untyped-call]
+    found: Tensor = Copy.apply(place_of(x, group, "copy"), x)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -61,11 +67,12 @@ def sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
     Raises:
         TypeError, ValueError: x or the group will not do.
+        UnsupportedError: within the loss of an unroll without a group, or not paired (see above).
         RankError: another rank failed or is gone.
     """
-    from revdistill.engine.ranks.operations import Total, ranks_for
+    from revdistill.engine.ranks.operations import Total, place_of
 
-    found: Tensor = Total.apply(ranks_for(x, group, "sum"), x)  # type: ignore[no-untyped-call]
+    found: Tensor = Total.apply(place_of(x, group, "sum"), x)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -83,10 +90,10 @@ def gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         TypeError, ValueError: x or the group will not do; also where shapes differ, on all ranks.
         RankError: another rank failed or is gone.
     """
-    from revdistill.engine.ranks.operations import Gather, ranks_for
+    from revdistill.engine.ranks.operations import Gather, place_of
 
-    ranks = ranks_for(x, group, "gather")
+    place = place_of(x, group, "gather")
     if not x.ndim:
         raise ValueError("rd.distributed.gather takes a tensor with a first dimension, got shape []")
-    found: Tensor = Gather.apply(ranks, 0, x)  # type: ignore[no-untyped-call]
+    found: Tensor = Gather.apply(place, 0, x)  # type: ignore[no-untyped-call]
     return found

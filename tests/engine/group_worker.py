@@ -404,6 +404,38 @@ def parts_of_an_outer_loss(world: World, shard: bool) -> dict[str, float]:
     return {"apart": apart(found[1], found[0])}
 
 
+def parts_of_a_loss(world: World, shard: bool) -> dict[str, float]:
+    """Theta goes through `copy` and the loss is the `sum` of parts: right where batches are not differentiated."""
+    small, found = Small(world), []
+    y = torch.randn(3, 8, 3, dtype=torch.float64)
+    for over in (Alone, rd.distributed):
+        alone = over is Alone
+
+        def loss(params: Any, batch: Any, o: Any = over) -> Tensor:
+            out = torch.func.functional_call(small.net, {n: o.copy(p) for n, p in params.items()}, (batch[0],))
+            return o.sum((out - batch[1]).square().sum()) / 24
+
+        data = small.x, y
+        own = data if alone else tuple(map(world.share, data))
+        _, theta = small.unroll(whole=alone, loss=loss, batches=own, **({} if alone else {"shard": shard}))
+        grads = torch.autograd.grad(outer(theta), [small.lr, *small.params.values()])
+        found.append([*theta.values(), *grads])
+    return {"apart": apart(found[1], found[0])}
+
+
+def copied_apart(world: World, back: bool) -> None:
+    """What is copied differs between ranks: a number, or what each makes of a sum."""
+    small, over = Small(world), rd.distributed
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        x, y = (t.detach() for t in batch)
+        if not back:
+            return over.copy(over.sum(small.loss(params, (x, y))) * (1 + world.rank))
+        return over.sum(small.loss({n: over.copy(p) for n, p in params.items()}, (x, y))) * (1 + world.rank)
+
+    small.unroll(loss=loss)
+
+
 def one_fails_before_an_exchange(world: World) -> None:
     small = Small(world)
 
@@ -710,6 +742,10 @@ def cases(world: World, part: str) -> Cases:
         "derivatives of exchanges": lambda: derivatives_of_exchanges(world),
         "parts of an outer loss": lambda: parts_of_an_outer_loss(world, False),
         "parts of an outer loss, shard": lambda: parts_of_an_outer_loss(world, True),
+        "parts of a loss": lambda: parts_of_a_loss(world, False),
+        "parts of a loss, shard": lambda: parts_of_a_loss(world, True),
+        "copied apart": lambda: copied_apart(world, False),
+        "copied apart, back": lambda: copied_apart(world, True),
         "one fails before an exchange": lambda: one_fails_before_an_exchange(world),
         "other shapes": lambda: other_shapes(world),
         "other operations": lambda: other_operations(world),

@@ -62,6 +62,8 @@ ERRORS = {
     "other shapes": ("ValueError", "gather of [2, 3], torch.float64 on rank 0 and rd.distributed.gather of [3, 2]"),
     "other operations": ("ValueError", "rd.distributed.sum of [7], torch.float64 on rank 0 and rd.distributed.gather"),
     "copied without a group": ("UnsupportedError", "the loss calls rd.distributed.copy, and the unroll has no group"),
+    "copied apart": ("UnsupportedError", "rd.distributed.copy was given what is not the same on ranks 0 and 1"),
+    "copied apart, back": ("UnsupportedError", "rd.distributed.copy was given what is not the same on ranks 0 and 1"),
     "unseen by autograd": (
         "UnsupportedError",
         "the loss calls allreduce of torch.distributed on a tensor that requires",

@@ -71,6 +71,7 @@ class Modules:
         uncompiled: the steps that were evaluated under a dispatch mode, and are to be evaluated again alike.
         buffers: of modules, as they were when the unroll began; by who asks for them.
         grouped: whether the unroll is made on the ranks of a group.
+        exchanges: whether the loss was seen to call rd.distributed.
     """
 
     def __init__(self, steps: int = 0) -> None:
@@ -81,7 +82,7 @@ class Modules:
         self.first_visit = self.watching = self.at_last_step = False
         self._noted: dict[int, dict[str, int]] = {}
         self.buffers: dict[HoldsBuffers, dict[str, Tensor]] = {}
-        self.grouped = False
+        self.grouped = self.exchanges = False
 
     def calls(self, net: nn.Module, modules: list[nn.Module], replaced: Collection[str]) -> None:
         """The loss is about to call `net`. modules: it and those in it; replaced: the names of what is replaced."""

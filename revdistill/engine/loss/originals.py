@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,7 +30,15 @@ NO_GROUP = (
     "the loss calls {}, and the unroll has no group: nothing would tell that the processes drift apart, or that one of "
     "them failed. Give group= to rd.unroll, and exchange what is differentiated by rd.distributed.copy, sum and gather"
 )
-_evaluations: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+BY_ITSELF = (
+    "the loss calls {} of torch.distributed on a tensor that requires grad: {}. Use rd.distributed.sum, copy and "
+    "gather, whose derivatives are exchanges too, and in which every rank hears of another's error"
+)
+# By loss, without a group and with one: a loss that is fine with one need not be so without.
+_evaluations: tuple[weakref.WeakKeyDictionary[Any, int], ...] = (
+    weakref.WeakKeyDictionary(),
+    weakref.WeakKeyDictionary(),
+)
 
 
 class Originals:
@@ -58,10 +67,10 @@ class Originals:
     ) -> None:
         self._params, self._modules, self._taken = params, modules, taken
         self._given = {memory_in(t)[0] for t in hypers}
-        self._before = 0
+        self._loss, self._before = loss, 0
         try:
-            self._before = _evaluations.get(loss, 0)
-            _evaluations[loss] = self._before + steps
+            self._before = self._known.get(loss, 0)
+            self._known[loss] = self._before + steps
         except Exception:  # nothing can be remembered of it, whatever its __hash__ raises
             self._before = 0
         self.next = self._after(-1)
@@ -83,6 +92,18 @@ class Originals:
             UnsupportedError: the loss reads parameters as they were given.
         """
         self.next = self._after(k)
+        try:
+            return self._watched(k, evaluate, batch, leaf)
+        except Exception:
+            with suppress(Exception):  # see above
+                self._known.pop(self._loss, None)  # called once more, it is looked at once more
+            raise
+
+    @property
+    def _known(self) -> weakref.WeakKeyDictionary[Any, int]:
+        return _evaluations[self._modules.grouped]
+
+    def _watched(self, k: int, evaluate: Callable[[], Tensor], batch: Any, leaf: Tensor | None) -> Tensor:
         given = {memory_in(t)[0] for _, t in contents(batch, "") if isinstance(t, Tensor)} | self._given
         self._modules.uncompiled.add(k)
         try:
@@ -92,6 +113,8 @@ class Originals:
         except CannotFollowError:
             self._modules.uncompiled.discard(k)
             return evaluate()
+        if following.calls and isinstance(value, Tensor):
+            _refuse_others(value)
         names = following.was_read | (following.of(value) if isinstance(value, Tensor) else frozenset())
         if names and leaf is not None:
             reached = {id(node.variable) for node in graph_nodes(value, until=(leaf,)) if type(node) is LEAF}
@@ -119,11 +142,14 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
         params: as they were given, by name.
         modules: those that the loss calls; which they are shows while it is evaluated.
         given: the memory of what the loss is given beside them.
+
+    Attributes:
+        calls: whether a collective was called.
     """
 
     def __init__(self, params: Mapping[str, Tensor], modules: Modules, given: AbstractSet[int]) -> None:
         super().__init__({})
-        self._modules, self._given, self._known = modules, given, 0
+        self._modules, self._given, self._known, self.calls = modules, given, 0, False
         # By memory the names and the first and last bytes: frozen layers and buffers may lie in it too.
         self._originals: dict[int, list[tuple[str, int, int]]] = {}
         # What was computed, by an outer unroll say, is in nobody's module.
@@ -146,11 +172,10 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
         name = func._schema.name.split("::")[-1].rstrip("_")
         if not self._modules.grouped:
             raise UnsupportedError(NO_GROUP.format(f"{name} of torch.distributed"))
+        self.calls = True
         if any(t.requires_grad for t in tensors):
             raise UnsupportedError(
-                f"the loss calls {name} of torch.distributed on a tensor that requires grad, which autograd does not "
-                "see: its derivative would be that of another loss. Use rd.distributed.sum, copy and gather, whose "
-                "derivatives are exchanges too"
+                BY_ITSELF.format(name, "autograd does not see it, and the derivative would be that of another loss")
             )
 
     def _mark(self, t: Tensor, names: frozenset[str]) -> None:
@@ -162,6 +187,16 @@ class _Following(Marking):  # type: ignore[no-untyped-call]
             memory = memory_in(t)[0]
             if memory not in self._given and t.numel():
                 self._originals.setdefault(memory, []).append((name, *_bytes_of(t)))
+
+
+def _refuse_others(value: Tensor) -> None:
+    """Raise UnsupportedError where the graph of a loss has an exchange of torch's in it."""
+    for node in graph_nodes(value):
+        cls = getattr(node, "_forward_cls", None)
+        if cls is not None and cls.__module__.startswith("torch.distributed."):
+            raise UnsupportedError(
+                BY_ITSELF.format(cls.__name__.lstrip("_"), "where one rank fails before it, the others wait for long")
+            )
 
 
 def _bytes_of(t: Tensor) -> tuple[int, int]:

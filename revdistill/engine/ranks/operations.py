@@ -6,11 +6,15 @@
 
 `copy` and `total` are each other's derivative (Shoeybi et al. 2019, Megatron-LM, f and g), and `gather` is that of
 `rows`. torch's own all_reduce is none of these: autograd does not see it.
+
+What is copied must be the same on all ranks, and so must be what the derivative of a sum is given: it is copied too.
+That is looked at, outside of unrolls always, and within at the first evaluation of steps 0, 1, 2, 4, 8 and so on.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,16 +22,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from revdistill.engine.errors import UnsupportedError
-from revdistill.engine.loss.evaluation import evaluating
+from revdistill.engine.integers.fingerprint import fingerprint_of
+from revdistill.engine.loss.evaluation import Modules, evaluating
 from revdistill.engine.loss.originals import NO_GROUP
 from revdistill.engine.ranks.group import Ranks
-from revdistill.engine.ranks.same import others
+from revdistill.engine.ranks.same import ROUNDING, difference, halves, others
 
 POINT = "an exchange inside the loss"
 
 
-def ranks_for(x: Any, group: dist.ProcessGroup | None, name: str) -> Ranks:
-    """The ranks that exchange a tensor, which is looked at.
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where an exchange is made.
+
+    Attributes:
+        ranks: that make it.
+        unroll: whose loss calls for it, None outside.
+    """
+
+    ranks: Ranks
+    unroll: Modules | None
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is looked at here that ranks have the same: at the same steps on all of them."""
+        unroll = self.unroll
+        return unroll is None or (unroll.first_visit and not unroll.step & (unroll.step - 1))
+
+
+def place_of(x: Any, group: dist.ProcessGroup | None, name: str) -> Place:
+    """The place where a tensor is exchanged, which is looked at.
 
     Args:
         x: the tensor.
@@ -53,18 +77,24 @@ def ranks_for(x: Any, group: dist.ProcessGroup | None, name: str) -> Ranks:
                 "torch.distributed.init_process_group first, and start the script by torchrun"
             )
         group = dist.group.WORLD
-    return Ranks.of(group, x.device)
+    if unroll is not None:
+        unroll.exchanges = True
+    return Place(Ranks.of(group, x.device), unroll)
 
 
-def _meet(ranks: Ranks, name: str, x: Tensor) -> None:
+def _meet(ranks: Ranks, name: str, x: Tensor, *numbers: float) -> Tensor:
     """The ranks meet first: one that has failed before says so there.
+
+    Returns:
+        float64 [ranks, ...]: the numbers of each, and 0 for what is left of a meeting's.
 
     Raises:
         ValueError: the ranks do not exchange the same: another operation, shape or dtype.
     """
     text = f"rd.distributed.{name} of {list(x.shape)}, {x.dtype}"
     told = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")  # float64 holds it
-    found = others(ranks.meet(POINT, -1, float(told)))
+    rows = ranks.meet(POINT, -1, float(told), *numbers)
+    found = others(rows[:, :1])
     if found:
         texts = ranks.texts(text)
         raise ranks.for_all(
@@ -73,88 +103,112 @@ def _meet(ranks: Ranks, name: str, x: Tensor) -> None:
                 f"{texts[0]} on rank 0 and {texts[found[0]]} on rank {found[0]}"
             )
         )
+    return rows[:, 1:]
+
+
+def _compare(ranks: Ranks, x: Tensor) -> None:
+    """Check that x is the same on all ranks, up to rounding. What is not finite is for others to tell.
+
+    Raises:
+        UnsupportedError: it is not.
+    """
+    if not others(_meet(ranks, "copy", x, *halves(fingerprint_of(x)))):
+        return
+    worst = ranks.meet(POINT, -1, difference(x.reshape(-1), ranks.first(x).view(-1)))[:, 0]
+    apart = (worst > ROUNDING[x.dtype]).nonzero().flatten().tolist()
+    if apart:
+        raise ranks.for_all(
+            UnsupportedError(
+                f"rd.distributed.copy was given what is not the same on ranks 0 and {apart[0]} (shape "
+                f"{list(x.shape)}, relative difference {float(worst[apart[0]]):.1e}), or what each of them computes "
+                "from rd.distributed.sum is not: derivatives would be wrong. What each rank uses in its own way is "
+                "to be rd.distributed.copy(rd.distributed.sum(x)), or rd.distributed.gather(x)"
+            )
+        )
 
 
 class _Linear(torch.autograd.Function):
-    """What these have in common: linear, so that nothing is kept but the ranks, and that vmap's rows go along."""
+    """What these have in common: linear, so that nothing is kept but the place, and that vmap's rows go along."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.ranks = inputs[0]
+        ctx.place = inputs[0]
 
 
 class Copy(_Linear):
-    """ranks, x [...] -> x [...]"""
+    """place, x [...] -> x [...]"""
 
     @staticmethod
-    def forward(ranks: Ranks, x: Tensor) -> Tensor:
+    def forward(place: Place, x: Tensor) -> Tensor:
+        if place.compares:
+            _compare(place.ranks, x.detach())
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[None, Tensor]:
-        return None, Total.apply(ctx.ranks, bar)  # type: ignore[no-untyped-call]
+        return None, Total.apply(ctx.place, bar)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], ranks: Ranks, x: Tensor) -> tuple[Tensor, Any]:
-        return Copy.apply(ranks, x), in_dims[1]  # type: ignore[no-untyped-call]
+    def vmap(info: Any, in_dims: tuple[Any, ...], place: Place, x: Tensor) -> tuple[Tensor, Any]:
+        return Copy.apply(place, x), in_dims[1]  # type: ignore[no-untyped-call]
 
 
 class Total(_Linear):
-    """ranks, x [...] -> the sum over ranks [...]"""
+    """place, x [...] -> the sum over ranks [...]"""
 
     @staticmethod
-    def forward(ranks: Ranks, x: Tensor) -> Tensor:
-        _meet(ranks, "sum", x)
-        return ranks.sum_in_order(x.detach())
+    def forward(place: Place, x: Tensor) -> Tensor:
+        _meet(place.ranks, "sum", x)
+        return place.ranks.sum_in_order(x.detach())
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[None, Tensor]:
-        return None, Copy.apply(ctx.ranks, bar)  # type: ignore[no-untyped-call]
+        return None, Copy.apply(ctx.place, bar)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], ranks: Ranks, x: Tensor) -> tuple[Tensor, Any]:
-        return Total.apply(ranks, x), in_dims[1]  # type: ignore[no-untyped-call]
+    def vmap(info: Any, in_dims: tuple[Any, ...], place: Place, x: Tensor) -> tuple[Tensor, Any]:
+        return Total.apply(place, x), in_dims[1]  # type: ignore[no-untyped-call]
 
 
 class Gather(torch.autograd.Function):
-    """ranks, dim, x [..., n, ...] -> [..., ranks n, ...], along dim"""
+    """place, dim, x [..., n, ...] -> [..., ranks n, ...], along dim"""
 
     @staticmethod
-    def forward(ranks: Ranks, dim: int, x: Tensor) -> Tensor:
-        _meet(ranks, "gather", x)
-        rows = ranks.gather(x.detach().contiguous().view(-1))
+    def forward(place: Place, dim: int, x: Tensor) -> Tensor:
+        _meet(place.ranks, "gather", x)
+        rows = place.ranks.gather(x.detach().contiguous().view(-1))
         return torch.cat([row.view(x.shape) for row in rows], dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.ranks, ctx.dim, _ = inputs
+        ctx.place, ctx.dim, _ = inputs
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, Rows.apply(ctx.ranks, ctx.dim, bar)  # type: ignore[no-untyped-call]
+        return None, None, Rows.apply(ctx.place, ctx.dim, bar)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], ranks: Ranks, dim: int, x: Tensor) -> tuple[Tensor, int]:
-        return Gather.apply(ranks, dim + 1, x.movedim(in_dims[2], 0)), 0  # type: ignore[no-untyped-call]
+    def vmap(info: Any, in_dims: tuple[Any, ...], place: Place, dim: int, x: Tensor) -> tuple[Tensor, int]:
+        return Gather.apply(place, dim + 1, x.movedim(in_dims[2], 0)), 0  # type: ignore[no-untyped-call]
 
 
 class Rows(torch.autograd.Function):
-    """ranks, dim, x [..., ranks n, ...] -> this rank's [..., n, ...] of the sum over ranks, along dim"""
+    """place, dim, x [..., ranks n, ...] -> this rank's [..., n, ...] of the sum over ranks, along dim"""
 
     @staticmethod
-    def forward(ranks: Ranks, dim: int, x: Tensor) -> Tensor:
-        _meet(ranks, "gather, back,", x)
-        whole = ranks.sum_in_order(x.detach())
-        return whole.chunk(ranks.size, dim)[ranks.rank].clone()
+    def forward(place: Place, dim: int, x: Tensor) -> Tensor:
+        _meet(place.ranks, "gather, back,", x)
+        whole = place.ranks.sum_in_order(x.detach())
+        return whole.chunk(place.ranks.size, dim)[place.ranks.rank].clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.ranks, ctx.dim, _ = inputs
+        ctx.place, ctx.dim, _ = inputs
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, Gather.apply(ctx.ranks, ctx.dim, bar)  # type: ignore[no-untyped-call]
+        return None, None, Gather.apply(ctx.place, ctx.dim, bar)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], ranks: Ranks, dim: int, x: Tensor) -> tuple[Tensor, int]:
-        return Rows.apply(ranks, dim + 1, x.movedim(in_dims[2], 0)), 0  # type: ignore[no-untyped-call]
+    def vmap(info: Any, in_dims: tuple[Any, ...], place: Place, dim: int, x: Tensor) -> tuple[Tensor, int]:
+        return Rows.apply(place, dim + 1, x.movedim(in_dims[2], 0)), 0  # type: ignore[no-untyped-call]

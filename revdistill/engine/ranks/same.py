@@ -16,7 +16,7 @@ from revdistill.engine.ranks.group import Ranks
 STEPS = 64  # between two comparisons of theta
 _HALF = 2**32
 # Of what other numbers of threads, or other processors, make of the same sums.
-_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9}
+ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-9}
 
 
 def halves(number: int) -> tuple[float, float]:
@@ -132,9 +132,9 @@ def of_first(ranks: Ranks, bars: Sequence[Tensor]) -> list[Tensor]:
     if not others(met):
         return list(bars)
     found = [ranks.first(bar) for bar in bars]
-    apart = max(_apart(bar, its) for bar, its in zip(bars, found, strict=True))
+    apart = max(difference(bar, its) for bar, its in zip(bars, found, strict=True))
     worst = ranks.meet("the start of the backward pass", -1, apart)[:, 0]
-    allowed = _ROUNDING[bars[0].dtype]
+    allowed = ROUNDING[bars[0].dtype]
     if not bool((worst <= allowed).all()):
         rank = int(worst.nan_to_num(nan=float("inf")).argmax())
         raise ranks.for_all(
@@ -148,7 +148,7 @@ def of_first(ranks: Ranks, bars: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _apart(bar: Tensor, its: Tensor) -> float:
+def difference(bar: Tensor, its: Tensor) -> float:
     """The largest of the rows' relative differences: a short row has its own."""
     lengths = torch.linalg.vector_norm(its, dim=-1, dtype=torch.float64)
     differences = torch.linalg.vector_norm(bar - its, dim=-1, dtype=torch.float64)

@@ -121,10 +121,11 @@ def combined(function: Callable[..., Tensor], *tables: Table) -> Table:
         values, index, each = function(*(t.values for t in tables)), alone.index, alone.each
     else:  # a column for each combination of columns that occurs
         code, codes = _combinations(tables)
-        # What each parameter has says it where its numbers lie with another rank.
-        present = torch.unique(code if codes is None else codes)
-        index = torch.searchsorted(present, code)
-        each = None if codes is None else tuple(torch.searchsorted(present, codes).tolist())
+        # Of parameters too, whose numbers may lie with another rank.
+        known = torch.tensor(codes, dtype=code.dtype).to(code.device)
+        present, places = torch.unique(torch.cat([known, code]), return_inverse=True)
+        index = places[len(known) :]
+        each = tuple(places[: len(known)].tolist()) if codes else None
         columns: list[Tensor] = []
         for t in reversed(tables):
             columns.insert(0, t.values[:, present % t.values.shape[1]])
@@ -133,18 +134,19 @@ def combined(function: Callable[..., Tensor], *tables: Table) -> Table:
     return Table(values, index, values.detach().tolist(), each)
 
 
-def _combinations(tables: Sequence[Table]) -> tuple[Tensor, Tensor | None]:
-    """A number for each combination of columns: of each element [numel], and of each parameter, where that is known."""
+def _combinations(tables: Sequence[Table]) -> tuple[Tensor, list[int]]:
+    """A number for each combination of columns: of each element [numel]; and of each parameter, none where some have
+    several.
+    """
     first = next(t.index for t in tables if t.index is not None)
-    known = [t.each for t in tables if t.index is not None]
-    code = torch.zeros_like(first)
-    codes = None if None in known else torch.zeros(len(known[0] or ()), dtype=first.dtype, device=first.device)
+    each = [t.each for t in tables if t.index is not None]
+    code, codes = torch.zeros_like(first), [0] * len(each[0] or ())
     for t in tables:
         width = t.values.shape[1]
         code = code * width + (0 if t.index is None else t.index)
-        if codes is not None:
-            codes = codes * width + (0 if t.index is None else codes.new_tensor(t.each))
-    return code, codes
+        columns = t.each if t.index is not None and t.each is not None else [0] * len(codes)
+        codes = [n * width + column for n, column in zip(codes, columns, strict=False)]
+    return code, [] if None in each else codes
 
 
 def quantised(table: Table, radix: Radix) -> Table:

@@ -13,9 +13,10 @@ from revdistill.attribute.attribution import Attribution
 from revdistill.attribute.run import EachLoss, Run
 from revdistill.engine import Adjoint, Optimizer, jacobian
 from revdistill.engine.loss.randomness import draw_seed
+from revdistill.engine.ranks.group import together
 from revdistill.engine.ranks.same import seed_of_first
 from revdistill.engine.scalars import is_integer
-from revdistill.engine.unrolled import ranks_of, together
+from revdistill.engine.unrolled import ranks_of
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -73,7 +74,8 @@ def attribute(
     Source: Ilyas & Engstrom 2025 (MAGIC); Engstrom et al. 2025 (metagradients).
     """
     progress, chunk_size = flag("progress", progress), integer("chunk_size", chunk_size, 1)
-    with together(ranks_of(group, shard, params)) as ranks, torch.enable_grad():
+    ranks = ranks_of(group, shard, params)
+    with together(ranks), torch.enable_grad():
         if ranks is not None and (seed is None or is_integer(seed)):
             seed = seed_of_first(ranks, draw_seed() if seed is None else int(seed), given=seed is not None)
         run = Run(

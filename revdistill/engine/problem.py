@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,8 +39,8 @@ class Problem:
     slots at the start, None where these are floats or 0; returns_state: whether the slots at the end are results too;
     average: the weights of theta_0 to theta_T in an average that is a result too; progress: whether there is a bar;
     replays: whether steps that were proved to be like eager ones may be replayed; shared: what makes of the gradient on
-    each rank the mean over ranks; ranks: that share each step's batch,
-    None for one process; shards: of the parameters, where each rank keeps a part, and theta, slots and bars are parts.
+    each rank the mean over ranks; ranks: that share each step's batch, None for one process; shards: of the parameters,
+    where each rank keeps a part, and theta, slots and bars are parts.
     """
 
     gradient: Gradient
@@ -93,10 +92,6 @@ class Problem:
     def looks_back(self) -> bool:
         """Whether something is done with dL/d(theta_k) on the way back."""
         return self.clip_back is not None or self.on_step_back is not None
-
-    def together(self) -> AbstractContextManager[None]:
-        """The context of a pass: where a rank fails, all do."""
-        return nullcontext() if self.ranks is None else self.ranks.together()
 
     def meet(self, point: str) -> None:
         """Wait for the other ranks: none has failed on the way here."""

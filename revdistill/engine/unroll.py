@@ -12,7 +12,8 @@ from revdistill.engine.loss.data import Batches, Hyper, Loss
 from revdistill.engine.optimizer_state import OptimizerState
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.problem import OnStep, OnStepBack
-from revdistill.engine.unrolled import ranks_of, together, unrolled
+from revdistill.engine.ranks.group import together
+from revdistill.engine.unrolled import ranks_of, unrolled
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -216,7 +217,8 @@ def unroll(
 
     Source: Maclaurin, Duvenaud & Adams 2015, algorithms 1 to 3.
     """
-    with together(ranks_of(group, shard, params)) as ranks:
+    ranks = ranks_of(group, shard, params)
+    with together(ranks):
         return unrolled(
             loss,
             params,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,16 +51,6 @@ def ranks_of(group: dist.ProcessGroup | None, shard: object, params: object) -> 
         return None
     first = next(iter(params.values()), None) if isinstance(params, Mapping) else None
     return Ranks.of(group, first.device if isinstance(first, Tensor) else torch.device("cpu"))
-
-
-@contextmanager
-def together(ranks: Ranks | None) -> Iterator[Ranks | None]:
-    """The context of what all ranks do alike, if there are any: see `Ranks.together`."""
-    if ranks is None:
-        yield None
-        return
-    with ranks.together():
-        yield ranks
 
 
 def unrolled(
@@ -139,7 +128,7 @@ def unrolled(
             gradient.first = evaluation
         shared: SharedGradient | None = None
         if ranks is not None:
-            shared = SharedGradient(gradient, ranks, shards, backend, partial(_not_finite, layout, start.taken))
+            shared = SharedGradient(gradient, ranks, shards, partial(_not_finite, layout, start.taken))
         problem = Problem(
             gradient=gradient,
             update=update,

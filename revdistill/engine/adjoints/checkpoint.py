@@ -20,7 +20,6 @@ from revdistill.engine.errors import ReversalError
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory
 from revdistill.engine.integers.snapshot import Snapshot
-from revdistill.engine.loss.linearization import evaluated
 from revdistill.engine.optimizers.sources import THETA
 from revdistill.engine.problem import Problem
 from revdistill.engine.scalars import is_integer
@@ -89,7 +88,7 @@ class _Snapshots(Recording):
             for k in range(start, min(start + self._every, problem.steps)):
                 stretch.before_step(k)
                 linear = self._trajectory.step(k, again=True)
-                repeated.check(k, evaluated(linear, linear.gradient))
+                repeated.check(k, linear.gradient if linear.own is None else linear.own)
                 stretch.after_step(k, linear)
             repeated.finish()
             if not torch.equal(self._trajectory.state.numbers[THETA], end):

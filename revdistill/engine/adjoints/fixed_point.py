@@ -22,6 +22,7 @@ from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory
 from revdistill.engine.loss.operators import CHANGED_IN_PLACE
 from revdistill.engine.problem import Problem
+from revdistill.engine.ranks.group import together
 from revdistill.engine.ranks.same import of_first
 
 USED_UP = (
@@ -152,7 +153,7 @@ class Unrolled:
         recording, self.recording = self.recording, None  # used up, even if the way back fails
         if recording is None or self.form is None:
             raise UnsupportedError(USED_UP)
-        with torch.no_grad(), self.problem.together(), self.problem.determinism.passage():
+        with torch.no_grad(), together(self.problem.ranks), self.problem.determinism.passage():
             if self.data_versions() != self.versions:
                 raise ReversalError(
                     "a tensor in batches or hyper was changed in place between the forward and the backward pass, so "

@@ -15,7 +15,7 @@ from revdistill.engine.adjoints.sweep import Hypergradients, Sweep
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.integers.fixedpoint import FixedPoint
 from revdistill.engine.integers.history import NoHistory
-from revdistill.engine.loss.linearization import Linearization, evaluated
+from revdistill.engine.loss.linearization import Linearization
 from revdistill.engine.problem import Problem
 
 
@@ -89,6 +89,6 @@ class Stretch:
             theta = self._thetas.pop(k)
             linear = sweep.problem.linearize(k, theta)
             sweep.to_theta(k, theta, linear, self._slots.pop(k + 1, {}))
-            repeated.check(k, evaluated(linear, linear.gradient))
+            repeated.check(k, linear.gradient if linear.own is None else linear.own)
             sweep.to_start_of_step(k, self._slots.get(k, {}))
         repeated.finish()

@@ -124,7 +124,7 @@ class CompiledGradient(Gradient):
             # To compare and to time both forms is to call the loss many times more.
             warn(f"the module changes {counts[0]} when it is called")
             functions.gradient = None
-        if functions.gradient is not None and self.determinism.modules.exchanges:
+        if functions.gradient is not None and self.determinism.modules.check_exchanges is not None:
             # How often both forms are timed is each rank's own, and so would be the number of its exchanges.
             warn("the loss exchanges tensors by rd.distributed")
             functions.gradient = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -71,7 +71,8 @@ class Modules:
         uncompiled: the steps that were evaluated under a dispatch mode, and are to be evaluated again alike.
         buffers: of modules, as they were when the unroll began; by who asks for them.
         grouped: whether the unroll is made on the ranks of a group.
-        exchanges: whether the loss was seen to call rd.distributed.
+        check_exchanges: checks the graph of a loss that was seen to exchange tensors: value, theta, the batch's leaves,
+            hyper's; None where it was not.
     """
 
     def __init__(self, steps: int = 0) -> None:
@@ -82,7 +83,8 @@ class Modules:
         self.first_visit = self.watching = self.at_last_step = False
         self._noted: dict[int, dict[str, int]] = {}
         self.buffers: dict[HoldsBuffers, dict[str, Tensor]] = {}
-        self.grouped = self.exchanges = False
+        self.grouped = False
+        self.check_exchanges: Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], None] | None = None
 
     def calls(self, net: nn.Module, modules: list[nn.Module], replaced: Collection[str]) -> None:
         """The loss is about to call `net`. modules: it and those in it; replaced: the names of what is replaced."""

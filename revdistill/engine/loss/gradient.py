@@ -27,7 +27,6 @@ from revdistill.engine.loss.tree import PLAIN, form_of, leaves
 from revdistill.engine.loss.uncompiled import uncompiled
 from revdistill.engine.loss.untouched import OpenLooks, Untouched, looked_at, settle
 from revdistill.engine.loss.usage import UnusedParametersError, Usage
-from revdistill.engine.ranks.paths import check_paths
 
 FIRST_ALIKE = 3  # the first step that may be taken to be like those before it
 
@@ -168,8 +167,9 @@ class Gradient:
                 check_loss(value)
                 again = partial(self._again, k, leaf, batch, hyper_leaves)
                 self._strangers.check(k, value, leaf, parts[0].grad_fn, (*batch_leaves, *hyper_leaves), again)
-                if self.determinism.modules.exchanges:
-                    check_paths(value, leaf, batch_leaves, hyper_leaves)
+                check = self.determinism.modules.check_exchanges
+                if check is not None:
+                    check(value, leaf, batch_leaves, hyper_leaves)
             gradient = self.usage.gradient(k, value, parts)
         found = EagerLinearization(
             value.detach(),

@@ -142,8 +142,3 @@ class EagerLinearization:
         values = [next(rest) if leaf.requires_grad else None for leaf in self._leaves]
         split = 1 + len(self.batch_leaves)
         return Products(values[0], tuple(values[1:split]), tuple(values[split:]))
-
-
-def evaluated(linear: Linearization, gradient: Tensor) -> Tensor:
-    """What must be the same to the bit when a step is evaluated again. gradient: that of `linear`, asked for before."""
-    return gradient if linear.own is None else linear.own

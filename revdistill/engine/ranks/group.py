@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +25,6 @@ from revdistill.engine.errors import RankError, RevdistillError, UnsupportedErro
 POINTS = (
     "the seed",
     "the arguments",
-    "the choice of an adjoint",
     "a comparison of theta",
     "theta in parts",
     "a gradient",
@@ -143,14 +142,14 @@ class Ranks:
         out = torch.empty(self.size * x.numel(), dtype=x.dtype, device=x.device)
         with self._answered():
             _all_gather(out, x.contiguous().detach(), self._group)
-        self._count((self.size - 1) * x.nbytes)
+        self.sent += (self.size - 1) * x.nbytes
         return out.view(self.size, *x.shape)
 
     def sum_of_integers(self, q: Tensor) -> None:
         """Of int64 tensors [n], in place: the same whatever the order, and on all ranks."""
         with self._answered():
             dist.all_reduce(q, group=self._group)
-        self._count(2 * (self.size - 1) * q.nbytes // self.size)
+        self.sent += 2 * (self.size - 1) * q.nbytes // self.size
 
     def sum_in_order(self, x: Tensor) -> Tensor:
         """The sum over ranks, from the first to the last: the same bits on all of them. x: floats of any shape."""
@@ -170,7 +169,7 @@ class Ranks:
         out = torch.empty_like(x)
         with self._answered():
             dist.all_to_all_single(out, x.contiguous(), group=self._group)
-        self._count((self.size - 1) * x.nbytes // self.size)
+        self.sent += (self.size - 1) * x.nbytes // self.size
         return out
 
     def first(self, x: Tensor) -> Tensor:
@@ -178,7 +177,7 @@ class Ranks:
         out = x.contiguous().clone()
         with self._answered():
             dist.broadcast(out, group=self._group, group_src=0)
-        self._count(x.nbytes if self.rank == 0 else 0)
+        self.sent += x.nbytes if self.rank == 0 else 0
         return out
 
     def for_all(self, error: Exception) -> Exception:
@@ -256,8 +255,10 @@ class Ranks:
             )
             raise self.for_all(lost) from error  # there is nobody to be told
 
-    def _count(self, nbytes: int) -> None:
-        self.sent += nbytes
+
+def together(ranks: Ranks | None) -> AbstractContextManager[None]:
+    """What `Ranks.together` is; nothing where there is one process."""
+    return nullcontext() if ranks is None else ranks.together()
 
 
 def _all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:

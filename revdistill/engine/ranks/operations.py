@@ -26,6 +26,7 @@ from revdistill.engine.integers.fingerprint import fingerprint_of
 from revdistill.engine.loss.evaluation import Modules, evaluating
 from revdistill.engine.loss.originals import NO_GROUP
 from revdistill.engine.ranks.group import Ranks
+from revdistill.engine.ranks.paths import Paired, check_paths
 from revdistill.engine.ranks.same import ROUNDING, difference, halves, others
 
 POINT = "an exchange inside the loss"
@@ -78,7 +79,7 @@ def place_of(x: Any, group: dist.ProcessGroup | None, name: str) -> Place:
             )
         group = dist.group.WORLD
     if unroll is not None:
-        unroll.exchanges = True
+        unroll.check_exchanges = check_paths
     return Place(Ranks.of(group, x.device), unroll)
 
 
@@ -127,16 +128,10 @@ def _compare(ranks: Ranks, x: Tensor) -> None:
         )
 
 
-class _Linear(torch.autograd.Function):
-    """What these have in common: linear, so that nothing is kept but the place, and that vmap's rows go along."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.place = inputs[0]
-
-
-class Copy(_Linear):
+class Copy(Paired):
     """place, x [...] -> x [...]"""
+
+    more = -1
 
     @staticmethod
     def forward(place: Place, x: Tensor) -> Tensor:
@@ -153,8 +148,10 @@ class Copy(_Linear):
         return Copy.apply(place, x), in_dims[1]  # type: ignore[no-untyped-call]
 
 
-class Total(_Linear):
+class Total(Paired):
     """place, x [...] -> the sum over ranks [...]"""
+
+    more = 1
 
     @staticmethod
     def forward(place: Place, x: Tensor) -> Tensor:

@@ -17,14 +17,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.graph import LEAF
-from revdistill.engine.ranks.operations import Copy, Total
 
 _PAIR = "rd.distributed.copy(rd.distributed.sum(x))"
 _State = tuple[frozenset[tuple[int, int]], bool]  # by group how many sums more than copies; whether ever more
+
+
+class Paired(torch.autograd.Function):
+    """A sum, or a copy: linear, so that nothing is kept but the place. more: sums than copies, 1 or -1."""
+
+    more: int
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.place = inputs[0]
 
 
 def check_paths(value: Tensor, theta: Tensor, batches: Sequence[Tensor], hypers: Sequence[Tensor]) -> None:
@@ -59,18 +69,13 @@ def check_paths(value: Tensor, theta: Tensor, batches: Sequence[Tensor], hypers:
 
 def _beyond(node: Any, state: _State) -> _State:
     """What is known of a path behind a node."""
-    move = _move(node)
-    if not move:
+    cls = getattr(node, "_forward_cls", None)
+    if cls is None or not issubclass(cls, Paired):
         return state
     counts = dict(state[0])
     key = id(node.place.ranks)
-    count = counts.pop(key, 0) + move
+    count = counts.pop(key, 0) + cls.more
     return frozenset({**counts, key: count}.items() if count else counts.items()), state[1] or count > 0
-
-
-def _move(node: Any) -> int:
-    cls = getattr(node, "_forward_cls", None)
-    return 1 if cls is Total else -1 if cls is Copy else 0
 
 
 def _check_end(state: _State, what: str, *, alone: bool) -> None:

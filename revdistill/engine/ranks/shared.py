@@ -18,7 +18,6 @@ from torch import Tensor
 
 from revdistill.engine.cotangents import Batching
 from revdistill.engine.errors import UnsupportedError
-from revdistill.engine.integers.backend import Backend
 from revdistill.engine.loss.gradient import Gradient
 from revdistill.engine.loss.linearization import Linearization, Products
 from revdistill.engine.loss.usage import UnusedParametersError, Usage
@@ -39,7 +38,6 @@ class SharedGradient:
         local: of this rank's loss.
         ranks: of the group.
         shards: where each rank keeps a part of the parameters: `linearize` takes and gives parts then.
-        backend: finds the largest entry.
         not_finite: makes the error of a loss (a float) or a gradient [numel] that is not finite at a step.
     """
 
@@ -48,16 +46,9 @@ class SharedGradient:
         local: Gradient,
         ranks: Ranks,
         shards: Shards | None,
-        backend: Backend,
         not_finite: Callable[[int, float, Tensor], Exception],
     ) -> None:
-        self._local, self.ranks, self.shards, self._backend, self._not_finite = (
-            local,
-            ranks,
-            shards,
-            backend,
-            not_finite,
-        )
+        self._local, self.ranks, self.shards, self._not_finite = local, ranks, shards, not_finite
 
     @property
     def usage(self) -> Usage:
@@ -73,11 +64,10 @@ class SharedGradient:
         except UnusedParametersError as error:
             unused, linear = error, error.evaluation
         own = linear.gradient
-        entry, loss = float(self._backend.largest(own)), float(linear.loss)
-        if not (math.isfinite(entry) and math.isfinite(loss)):
+        each, loss = self._largest_of_each(own), float(linear.loss)
+        if not all(map(math.isfinite, (*each, loss))):
             raise self._not_finite(k, loss, own)
-        each = self._largest_of_each(own)
-        least = min((n for n in each if n), default=math.inf)
+        entry, least = max(each), min((n for n in each if n), default=math.inf)
         rows = self.ranks.meet("a gradient", k, entry, loss, least, *self._missing())
         if self.usage.matters and others(rows[:, 3:]):
             self._refuse_to_miss_some(k)
@@ -109,12 +99,10 @@ class SharedGradient:
 
     def _largest_of_each(self, own: Tensor) -> list[float]:
         """The largest entry of each parameter, 0 where there is none."""
-        found = iter(torch.stack(torch._foreach_norm(self._parts(own), math.inf)).tolist())
-        return [next(found) if size else 0.0 for size in self._local.layout.sizes]
-
-    def _parts(self, own: Tensor) -> list[Tensor]:
-        """Of parameters that are not empty, as views."""
-        return [part for part in torch.split(own, self._local.layout.sizes) if part.numel()]
+        sizes = self._local.layout.sizes
+        parts = [part for part in torch.split(own, sizes) if part.numel()]
+        found = iter(torch.stack(torch._foreach_norm(parts, math.inf)).tolist())
+        return [next(found) if size else 0.0 for size in sizes]
 
     def _mean_of_lifted(self, own: Tensor, largest: float, each: list[float]) -> Tensor:
         """The same where parameters' gradients are of very different sizes: each is multiplied by a power of two that

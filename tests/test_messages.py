@@ -23,6 +23,7 @@ from revdistill.distill.distiller import Distiller
 from revdistill.outer.data import load
 from revdistill.outer.directory import DirectoryInUseError, DirectoryLock
 from revdistill.outer.job import InterruptedRunError, NotSavedError
+from tests.torchrun import group_of_one
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -95,15 +96,11 @@ def lost(folder: Path) -> None:
     def closed(*_: Any, **__: Any) -> None:
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
 
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("all_gather_into_tensor", "all_gather_single"):
-                patch.setattr(dist, name, closed, raising=False)
-            params = {"w": torch.ones(2)}
-            rd.unroll(lambda p, b: p["w"].sum(), params, lambda k: (), rd.SGD(0.1), steps=1, group=dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    with group_of_one(folder) as group, pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather_into_tensor", "all_gather_single"):
+            patch.setattr(dist, name, closed, raising=False)
+        params = {"w": torch.ones(2)}
+        rd.unroll(lambda p, b: p["w"].sum(), params, lambda k: (), rd.SGD(0.1), steps=1, group=group)
 
 
 def in_use(folder: Path) -> None:

@@ -9,10 +9,8 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ import pytest
 from revdistill.cli import main as command
 
 from revdistill.outer.directory import read_metrics
+from tests.torchrun import launched, ranks_of
 
-ROOT = Path(__file__).parents[2]
 MOONS = ["--dataset", "moons", "--device", "cpu"]
 TRAIN = ["train", *MOONS, "--arch", "nonlinearnet", "--arch", "linearnet", "--inits", "3", "--steps", "3", "--epochs"]
 TRAIN += ["2", "--outer-steps", "5", "--batch-size", "32"]
@@ -47,47 +45,6 @@ def commands(directory: Path, *options: str) -> list[list[str]]:
     ]
 
 
-@contextmanager
-def torchrun(processes: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Ended in any case, with all that it has started."""
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    process = subprocess.Popen(
-        [*start, *arguments],
-        env=os.environ | variables,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        for pid in [*ranks_of(process).values(), process.pid]:  # torchrun gives each rank a session of its own
-            with_group(pid)
-        process.communicate()
-
-
-def with_group(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
-    """rank -> pid"""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-                variables = (folder / "environ").read_bytes().split(b"\0") if parent == str(process.pid) else []
-            except OSError:
-                continue
-            found |= {int(v[5:]): int(folder.name) for v in variables if v.startswith(b"RANK=")}
-    return found
-
-
 def free_ports(count: int) -> list[int]:
     """Below those that systems give to whoever asks for any, as the processes do meanwhile."""
     found: list[int] = []
@@ -106,7 +63,7 @@ def driven(processes: int, directory: Path, jobs: list[dict[str, Any]]) -> list[
         json.dumps([job | {"port": port} for job, port in zip(jobs, ports, strict=True)])
     )
     script = str(Path(__file__).with_name("driven.py"))
-    with torchrun(processes, script, str(directory / "jobs.json"), str(directory)) as process:
+    with launched(processes, script, str(directory / "jobs.json"), str(directory)) as process:
         _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     each = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(processes)]
@@ -276,7 +233,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(directory: Path, processes: int, victim: int, after: int) -> None:
     """Start LONG, kill -9 a rank once a step is logged, and check how the others end."""
     arguments = [*LONG, "--out", str(directory), "--save-every", "0.3"]
-    with torchrun(processes, "-m", "revdistill", *arguments) as process:
+    with launched(processes, "-m", "revdistill", *arguments) as process:
         wait_for(process, directory / "metrics.jsonl", after)
         os.kill(ranks_of(process)[victim], signal.SIGKILL)
         started = time.monotonic()
@@ -297,7 +254,7 @@ def wait_for(process: subprocess.Popen[str], log: Path, step: int) -> None:
 
 
 def resumed_is(directory: Path, processes: int, uninterrupted: Path) -> None:
-    with torchrun(processes, "-m", "revdistill", "train", "--resume", "--out", str(directory)) as process:
+    with launched(processes, "-m", "revdistill", "train", "--resume", "--out", str(directory)) as process:
         _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     same(directory, uninterrupted)
@@ -340,7 +297,7 @@ def test_any_number_of_processes_makes_the_files_of_one(tmp_path: Path, one_proc
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_torchrun_is_told_to_stop(tmp_path: Path, uninterrupted: Path, name: str) -> None:
     directory = tmp_path / "run"
-    with torchrun(2, "-m", "revdistill", *LONG, "--out", str(directory)) as process:
+    with launched(2, "-m", "revdistill", *LONG, "--out", str(directory)) as process:
         wait_for(process, directory / "metrics.jsonl", 2)
         process.send_signal(getattr(signal, name))
         _, err = process.communicate(timeout=60)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import revdistill as rd
+from tests.torchrun import group_of_one
 
 D = rd.distributed
 Loss = Callable[..., Tensor]
@@ -22,10 +23,8 @@ Loss = Callable[..., Tensor]
 
 @pytest.fixture(autouse=True)
 def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    with group_of_one(tmp_path) as found:
+        yield found
 
 
 def part(p: Any, b: Any, h: Any) -> Tensor:

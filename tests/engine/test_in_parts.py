@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import revdistill as rd
+from tests.torchrun import group_of_one
 
 WAY = r"group= and shard=True to rd\.unroll"
 CE = nn.functional.cross_entropy
@@ -19,10 +20,8 @@ CE = nn.functional.cross_entropy
 
 @pytest.fixture(autouse=True)
 def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    with group_of_one(tmp_path) as found:
+        yield found
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")

@@ -21,7 +21,7 @@ import revdistill as rd
 from revdistill.distill.starts import real
 from revdistill.distill.strategies import plan
 from revdistill.outer.data import Dataset
-from revdistill.outer.descent import Descent, clip_to, cosine, total_norm
+from revdistill.outer.descent import ClipTo, Descent, cosine, total_norm
 from revdistill.outer.networks import predictions
 
 Params = dict[str, Tensor]
@@ -180,7 +180,7 @@ def distil(
         lr=rate,
         betas=protocol.betas,
         decay=lambda k: cosine(k, loop.total) if protocol.cosine else 1.0,
-        clip=loop.clip if protocol.clip else clip_to(0.0),
+        clip=loop.clip if protocol.clip else ClipTo(0.0),
         after_step=loop.after_step,
     )
     for step in range(loop.total):

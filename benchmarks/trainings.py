@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revdistill.outer.data import Dataset
-from revdistill.outer.descent import Descent, clip_to, cosine
+from revdistill.outer.descent import ClipTo, Descent, cosine
 
 BATCH = 128
 HELD_OUT = 2_000  # held-out samples of each outer loss
@@ -95,7 +95,7 @@ def descend(
     leaves: dict[str, Tensor], outer_loss: Callable[[int], Tensor], *, rate: float, steps: int
 ) -> dict[str, Any]:
     """Adam steps on the leaves; the curve of outer losses, and the seconds."""
-    descent = Descent(leaves, lr=rate, betas=(0.9, 0.99), decay=lambda k: cosine(k, steps), clip=clip_to(1.0))
+    descent = Descent(leaves, lr=rate, betas=(0.9, 0.99), decay=lambda k: cosine(k, steps), clip=ClipTo(1.0))
     curve, started = [], time.perf_counter()
     for k in range(steps):
         outcome = descent.step(outer_loss)

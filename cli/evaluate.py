@@ -94,7 +94,7 @@ def _own(names: list[str]) -> list[str]:
     """The artifact's architectures. A file does not get to say which code is imported: that must be asked for
     by name.
     """
-    own = [name for name in names if ":" in name]
+    own = [name for name in names if models.is_own(name)]
     if own:
         raise ValueError(f"the data were distilled for {own[0]}; give --arch {own[0]} to import it from your own code")
     return [models.canonical(name) for name in names]

@@ -100,8 +100,8 @@ arch = click.option(
     type=ARCHITECTURE,
     multiple=True,
     metavar="NAME",
-    help=f"Network: {', '.join(models.ARCHITECTURES)}, or your own factory package.module:function, which is called "
-    "with (input_shape, classes). Repeat the option for several.",
+    help=f"Network, with its options or without: {models.shown()}; or your own factory "
+    "package.module:function, which is called with (input_shape, classes). Repeat the option for several.",
 )
 data_dir = click.option(
     "--data-dir",

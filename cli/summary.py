@@ -29,7 +29,9 @@ def run_summary(a: Artifact) -> str:
         ("dataset", a.dataset),
         ("distilled for", ", ".join(a.architectures)),
         ("synthetic data", f"{a.batches} batches of {a.x.shape[1]}, each {' x '.join(map(str, a.x.shape[2:]))}"),
+        *([("stored", _stored(a))] if a.form else []),
         ("labels", "soft" if a.has_soft_labels else "hard"),
+        *([("whitened", f"ZCA, {len(a.whitening.scales)} components")] if a.whitening else []),
         *([("classes", named(a.classes))] if a.classes else []),
         ("inner steps", f"{a.inner_steps} ({a.epochs} epochs)"),
         ("step sizes", _span(a.lr)),
@@ -40,6 +42,11 @@ def run_summary(a: Artifact) -> str:
         ("written by", f"revdistill {a.revdistill_version}, torch {a.torch_version}"),
     ]
     return table(("what", "value"), rows) + _measured("evaluation", a.evaluation, evaluation_table)
+
+
+def _stored(a: Artifact) -> str:
+    how = f"each image {a.pack} x {a.pack} smaller ones" if a.pack > 1 else f"{len(a.stored['bases'])} bases"
+    return f"{a.numbers['inputs']:,} numbers: {how}"
 
 
 def tuning_summary(s: Schedule) -> str:

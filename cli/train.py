@@ -16,13 +16,16 @@ from revdistill.distill.checkpoint import read_config
 from revdistill.distill.config import ADJOINTS, INITS, OUTER_DECAYS, Config
 from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
+from revdistill.distill.parametrization import MOST_PACKED
 from revdistill.distill.presets import PRESETS, USUAL
 from revdistill.distill.starts import STARTS
 from revdistill.outer.checkpoint import written_by
+from revdistill.outer.configuration import MANY
 from revdistill.outer.data import NAMES, load, short_name
 from revdistill.outer.directory import METRICS, read_metrics
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.own_files import ACCEPTED
+from revdistill.outer.smoothing import BETA
 
 from . import options
 from .described import remarks
@@ -71,6 +74,25 @@ _option = options.Fields(_DEFAULT)
     "Start the synthetic data from noise, from real samples, or from centroids of each class's real samples.",
     type=click.Choice(list(STARTS)),
 )
+@_option(
+    "--pack",
+    "Let a stored image hold PACK x PACK smaller ones, which are enlarged for training.",
+    type=click.IntRange(1, MOST_PACKED),
+)
+@_option(
+    "--bases",
+    "Store images as combinations of this many of half the height and width: for each image one number per basis.",
+    type=COUNT,
+)
+@_option(
+    "--smooth",
+    f"Distil with softplus of this beta instead of ReLU; --smooth alone takes {BETA:g}. Networks are evaluated with "
+    "ReLU. 0: ReLU.",
+    type=click.FloatRange(0, 1e4),
+    is_flag=False,
+    flag_value=BETA,
+)
+@_option("--zca", "Whiten the images (ZCA). The result says how.", is_flag=True)
 @_option("--outer-steps", "How many Adam steps to make on the synthetic data and step sizes.", type=COUNT)
 @_option("--outer-lr", "Learning rate of these Adam steps.", type=RATE)
 @_option(
@@ -93,6 +115,13 @@ _option = options.Fields(_DEFAULT)
     "[default: train for all of them, and differentiate through all]",
     type=COUNT,
 )
+@_option("--window-every", "Draw that random number anew every so many outer steps.", type=COUNT)
+@_option(
+    "--pool",
+    "Keep this many networks of different ages; at each outer step one of them makes its next --window steps. 0: train "
+    "new networks at each outer step.",
+    type=click.IntRange(0, MANY),
+)
 @_option(
     "--grow",
     "Let the number of inner steps grow to its full length over this share of the outer steps.",
@@ -112,6 +141,11 @@ _option = options.Fields(_DEFAULT)
     type=click.FloatRange(min=0),
 )
 @_option("--clip", "Clip each hypergradient to this norm; 0: do not clip.", type=click.FloatRange(min=0))
+@_option(
+    "--clip-mean",
+    "Clip each hypergradient to this many times the running mean of their norms; 0: do not.",
+    type=click.FloatRange(min=0),
+)
 @click.option(
     "--adjoint",
     type=click.Choice(list(ADJOINTS)),
@@ -210,10 +244,12 @@ def _architectures(preset: str | None, dataset: str) -> tuple[str, ...]:
 
 def _headline(distiller: Distiller) -> str:
     c, data = distiller.config, distiller.data
-    synthetic = distiller.synthetic.x.shape[:2].numel()
+    s = distiller.synthetic
+    synthetic, numbers = s.labels().shape[:2].numel(), sum(t.numel() for t in s.stored().values())
+    form = f", stored as {numbers:,} numbers" if c.bases or c.pack > 1 else ""
     return (
         f"{Path(data.name).name}: {len(data.x)} training samples into {synthetic} ({c.steps} batches of "
-        f"{synthetic // c.steps}), "
+        f"{synthetic // c.steps}{form}), "
         f"{c.inner_steps} inner steps, {', '.join(c.architectures)}, {c.outer_steps} outer steps on {c.device}"
         + stacks(distiller.processes, distiller.stacks[0].size, c.side_by_side)
     )

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
 
 import revdistill
+from revdistill.distill.parametrization import MOST_PACKED, form_of
 from revdistill.outer.hdf5 import Reader, reading, writing
 from revdistill.outer.labels import Label
 from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
+from revdistill.outer.whitening import Whitening
 
 FORMAT_VERSION = 1
 WITH_OPTIMIZER = 2  # for another optimizer than SGD: readers that know of none must not take it for SGD's
 WITH_DECAY = 3  # likewise for a weight decay; has an optimizer too
 WITH_CLASSES = 4  # likewise for names of classes: class 0 must not be taken for the data's label 0; has all of these
+WITH_FORM = 5  # likewise for inputs that are stored in another form, or are whitened; has all of these
 FILE_NAME = "distilled.h5"
+MOST_INPUTS = 2**29  # numbers that a small file may stand for: 2 GiB
+_WHITENING = ("mean", "components", "scales")
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class Artifact:
 
     To use it without this project: for k in range(T), make one step of torch.optim.SGD on (x[k % s], y[k % s]) with
     lr[k], momentum[k] and weight_decay. Where optimizer is "adam" or "adamw": of torch.optim.Adam or AdamW with
-    lr[k], betas (momentum[k], 0.999), eps 1e-8 and weight_decay.
+    lr[k], betas (momentum[k], 0.999), eps 1e-8 and weight_decay. What x is made of where it is not stored itself, and
+    how real inputs are whitened, says docs/distillation.md.
 
     Args:
         x: float32 [s, B, ...], the synthetic batches.
@@ -44,6 +52,10 @@ class Artifact:
         evaluation: architecture -> what `Evaluation.to_dict` gives.
         optimizer: a name of OPTIMIZERS.
         weight_decay: as torch.optim has it.
+        form: what x is made of, by name, where it is not stored itself: x of Packed, or bases and coefficients of
+            Bases.
+        pack: see Packed; 1 for none.
+        whitening: of real inputs, after they were normalized; None for none.
         classes: the labels that the real data have for classes 0, 1, ...: integers or strings. Empty where they are 0
             to n - 1, and in files of releases that did not keep them.
         revdistill_version: that wrote the file.
@@ -64,6 +76,9 @@ class Artifact:
     optimizer: str = DEFAULT
     weight_decay: float = 0.0
     classes: list[Label] = field(default_factory=list)
+    form: dict[str, np.ndarray] = field(default_factory=dict)
+    pack: int = 1
+    whitening: Whitening | None = None
     revdistill_version: str = ""
     torch_version: str = ""
 
@@ -78,6 +93,19 @@ class Artifact:
         return len(self.lr)
 
     @property
+    def stored(self) -> dict[str, np.ndarray]:
+        """What the file has of the inputs, by name."""
+        return self.form or {"x": self.x}
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """How many numbers are stored, as budgets of images count them: of inputs, and of labels where these are soft.
+        (A step size for each of T steps comes on top.)
+        """
+        inputs = sum(values.size for values in self.stored.values())
+        return {"inputs": inputs, "labels": self.y.size if self.has_soft_labels else 0}
+
+    @property
     def has_soft_labels(self) -> bool:
         """Whether y holds probabilities."""
         return self.y.ndim == 3
@@ -86,8 +114,10 @@ class Artifact:
 def write(path: Path, artifact: Artifact) -> None:
     """Write the file whole, or leave what was there. Raises OSError."""
     with writing(path) as file:
-        for name in ("x", "y", "lr", "momentum"):
+        for name in ("y", "lr", "momentum"):
             file.create_dataset(name, data=getattr(artifact, name))
+        for name, values in artifact.stored.items():
+            file.create_dataset(name, data=values)
         version = _version(artifact)
         file.attrs["format_version"] = version
         if version >= WITH_OPTIMIZER:
@@ -96,6 +126,9 @@ def write(path: Path, artifact: Artifact) -> None:
             file.attrs["weight_decay"] = float(artifact.weight_decay)
         if version >= WITH_CLASSES:
             file.attrs["classes"] = json.dumps(artifact.classes)
+        if version >= WITH_FORM:
+            file.attrs["pack"] = artifact.pack
+            _write_whitening(file, artifact.whitening)
         file.attrs["revdistill_version"] = revdistill.__version__
         file.attrs["torch_version"] = str(torch.__version__)
         file.attrs["dataset"] = artifact.dataset
@@ -108,6 +141,8 @@ def write(path: Path, artifact: Artifact) -> None:
 
 def _version(artifact: Artifact) -> int:
     """The lowest version that can say everything, so that earlier releases read the file where they can."""
+    if artifact.form or artifact.whitening:
+        return WITH_FORM
     if artifact.classes:
         return WITH_CLASSES
     if artifact.weight_decay:
@@ -122,9 +157,13 @@ def read(path: str | Path) -> Artifact:
         ArtifactError: names the file and what is wrong with it.
     """
     with reading(path) as file:
-        version = file.check_version(FORMAT_VERSION, WITH_OPTIMIZER, WITH_DECAY, WITH_CLASSES)
+        version = file.check_version(FORMAT_VERSION, WITH_OPTIMIZER, WITH_DECAY, WITH_CLASSES, WITH_FORM)
+        stored, pack = _stored(file, version)
         artifact = Artifact(
-            x=file.array("x", "float32"),
+            x=_inputs(file, stored, pack),
+            form={} if pack == 1 and "x" in stored else stored,
+            pack=pack,
+            whitening=_whitening(file) if version >= WITH_FORM else None,
             y=file.array("y", "int64", "float32"),
             lr=file.array("lr", "float32", ndim=1),
             momentum=file.array("momentum", "float32", ndim=1),
@@ -142,9 +181,64 @@ def read(path: str | Path) -> Artifact:
             torch_version=file.text("torch_version"),
         )
         _check(file, artifact)
-        if version >= WITH_CLASSES:
+        if version == WITH_CLASSES or artifact.classes:
             _check_classes(file, artifact)
         return artifact
+
+
+def _stored(file: Reader, version: int) -> tuple[dict[str, np.ndarray], int]:
+    """What the file has of the inputs, and how images are packed, checked: other sizes would not go together."""
+    if version < WITH_FORM:
+        return {"x": file.array("x", "float32")}, 1
+    pack = file.integer("pack")
+    if "bases" in file.names():
+        stored = {name: file.array(name, "float32") for name in ("bases", "coefficients")}
+        bases, coefficients = (values.shape for values in stored.values())
+        if len(bases) != 4 or len(coefficients) != 3 or 0 in bases or coefficients[2] != bases[0] or pack != 1:
+            raise file.fail(
+                f"'coefficients' has shape {list(coefficients)}, which does not go with bases of shape {list(bases)}"
+            )
+        return stored, pack
+    x = file.array("x", "float32")
+    if not 1 <= pack <= MOST_PACKED or (pack > 1 and (x.ndim != 5 or x.shape[3] % pack or x.shape[4] % pack)):
+        raise file.fail(f"attribute 'pack' is {pack}, which does not go with 'x' of shape {list(x.shape)}")
+    return {"x": x}, pack
+
+
+def _inputs(file: Reader, stored: dict[str, np.ndarray], pack: int) -> np.ndarray:
+    """The inputs that it stands for."""
+    if "x" in stored and pack == 1:
+        return stored["x"]
+    form = form_of({name: values.shape for name, values in stored.items()}, pack)
+    numbers = form.numbers({name: values.shape for name, values in stored.items()})
+    if numbers > MOST_INPUTS:
+        raise file.fail(f"stands for inputs of {numbers:,} numbers; at most {MOST_INPUTS:,} are accepted")
+    inputs = form.inputs({name: torch.from_numpy(values) for name, values in stored.items()})
+    if not bool(torch.isfinite(inputs).all()):
+        raise file.fail("stands for inputs that are not finite")
+    return inputs.numpy()
+
+
+def _write_whitening(file: h5py.File, whitening: Whitening | None) -> None:
+    if whitening is None:
+        return
+    for name in _WHITENING:
+        file.create_dataset(f"whitening_{name}", data=getattr(whitening, name).numpy())
+    file.attrs["whitening_rest"] = whitening.rest
+
+
+def _whitening(file: Reader) -> Whitening | None:
+    if not file.has("whitening_rest"):
+        return None
+    mean, components, scales = (torch.from_numpy(file.array(f"whitening_{name}", "float32")) for name in _WHITENING)
+    rest = file.number("whitening_rest")
+    fine = mean.ndim == scales.ndim == 1 and components.shape == (scales.numel(), mean.numel())
+    if not fine or not 0 < rest < 1e30 or bool((scales <= 0).any()):
+        raise file.fail(
+            f"'whitening_components' has shape {list(components.shape)}; with mean {list(mean.shape)} and scales "
+            f"{list(scales.shape)} it must be [{scales.numel()}, {mean.numel()}], and scales above 0"
+        )
+    return Whitening(mean, components, scales, rest)
 
 
 def _check(file: Reader, a: Artifact) -> None:
@@ -170,6 +264,8 @@ def _check(file: Reader, a: Artifact) -> None:
         raise file.fail("'y' has classes below 0 or beyond 10^6")
     if not all(isinstance(name, str) for name in a.architectures):
         raise file.fail("attribute 'architectures' must list names")
+    if a.whitening is not None and a.whitening.mean.numel() != math.prod(a.x.shape[2:]):
+        raise file.fail(f"whitens inputs of {a.whitening.mean.numel()} features; 'x' has shape {list(a.x.shape)}")
     for key in ("mean", "std"):
         values = a.normalization.get(key)
         if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):

@@ -12,14 +12,14 @@ from revdistill.outer.labels import Label, are_numbers, shown
 
 
 def fitted(artifact: Artifact, data: Dataset) -> Dataset:
-    """Real data with their classes numbered as the artifact's, by the names of the classes.
+    """Real data with their classes numbered as the artifact's, by the names of the classes, and whitened as its data.
 
     Args:
         artifact: distilled data.
         data: real data, whose classes are the artifact's or some of them.
 
     Returns:
-        The same data where the numbers are the same already.
+        The same data where the numbers are the same already, and nothing is whitened.
 
     Raises:
         ValueError: inputs have other shapes, or the data have classes that the artifact does not have.
@@ -36,6 +36,8 @@ def fitted(artifact: Artifact, data: Dataset) -> Dataset:
             f"dataset {data.name!r} has classes {shown(unknown)} that the distilled data do not have; they have "
             f"{shown(names)}. Give data of these classes, or of some of them, with labels that say which"
         )
+    if artifact.whitening is not None:
+        data = artifact.whitening.of_data(data)
     if data.class_names == names:
         return data
     lookup = torch.tensor([names.index(name) for name in data.class_names], device=data.y.device)

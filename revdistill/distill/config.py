@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from revdistill.distill.augment import AUGMENTATIONS
+from revdistill.distill.parametrization import MOST_PACKED
 from revdistill.distill.starts import STARTS
 from revdistill.engine import Adjoint, Backprop, Checkpoint, Reversible, StoreAll
 from revdistill.outer import models
@@ -47,6 +48,12 @@ class Config(Configuration):
         outer_lr: the rate of the Adam steps.
         init: "random" draws new networks at every outer step, "fixed" distils for one network.
         start: a name of STARTS, what the synthetic data are at first.
+        pack: a stored image holds pack x pack smaller ones, which are enlarged for training (Kim et al. 2022); 1 for
+            none.
+        bases: store images as combinations of this many of half the height and width (Deng & Russakovsky 2022); None
+            for images as they are.
+        smooth: distil with networks whose ReLUs are softplus of this beta; they are evaluated with ReLU. 0 for ReLU.
+        zca: whiten the inputs; the result says how.
         learn_labels: whether to learn soft labels.
         noise: standard deviation of Gaussian noise on the real samples, which keeps a small training set from being
             learned by heart; None for 0.5 on images and 0 otherwise.
@@ -56,8 +63,13 @@ class Config(Configuration):
             them.
         outer_beta1: of the Adam steps.
         average: the share of the outer steps, the last ones, whose iterates are averaged for the result.
+        clip_mean: also clip to this many times the running mean of the hypergradients' norms (Feng et al. 2023), 0 for
+            no such clipping.
         window: each outer step makes a random number of inner steps, from `window` to T, and goes back over the last
             `window` only (Feng et al. 2023); None, or T and more, goes back over all T.
+        window_every: outer steps after which that number is drawn anew.
+        pool: this many networks of different ages are kept; at each outer step one of them makes its next `window`
+            steps (Zhou et al. 2022). 0 for new networks each time.
         grow: the share of the outer steps over which the number of inner steps grows, from a tenth of T.
         augment: names of AUGMENTATIONS; at each outer step one of them changes real and synthetic images alike (Zhao &
             Bilen 2021).
@@ -86,14 +98,21 @@ class Config(Configuration):
     outer_lr: float = 0.05
     init: str = "random"
     start: str = "real"
+    pack: int = 1
+    bases: int | None = None
+    smooth: float = 0.0
+    zca: bool = False
     learn_labels: bool = False
     noise: float | None = None
     clip: float = 1.0
+    clip_mean: float = 0.0
     outer_lr_rates: float | None = None
     outer_decay: str = "cosine"
     outer_beta1: float = 0.5
     average: float = 0.0
     window: int | None = None
+    window_every: int = 1
+    pool: int = 0
     grow: float = 0.0
     augment: tuple[str, ...] = ()
     adjoint: str | None = None
@@ -103,7 +122,14 @@ class Config(Configuration):
 
     def __post_init__(self) -> None:
         self.need_counts(MANY, "steps", "epochs", "per_class", "inits")
-        self.need_counts(LARGEST, "outer_steps", "batch_size")
+        self.need_counts(LARGEST, "outer_steps", "batch_size", "window_every")
+        self.need_counts(MOST_PACKED, "pack")
+        self.need("bases", self.bases is None or 1 <= self.bases <= MANY, f"an integer from 1 to {MANY:,}")
+        self.need("bases", self.bases is None or self.pack == 1, "none with pack: images are stored in one of the ways")
+        self.need("smooth", self.smooth == 0 or 1 <= self.smooth <= 1e4, "0 (ReLU) or a number from 1 to 10,000")
+        self.need("pool", 0 <= self.pool <= MANY, f"an integer from 0 to {MANY:,}")
+        self.need("pool", not self.pool or self.window is not None, "0 without a window: give window as well")
+        self.need("pool", not self.pool or not self.grow, "0 with grow: networks of a pool have ages of their own")
         self.need("seed", 0 <= self.seed < 2**31, "an integer from 0 to 2^31 - 1")
         self.need("momentum", 0 <= self.momentum <= 1, "a number from 0 to 1")
         self.need("optimizer", self.optimizer in OPTIMIZERS, accepted())
@@ -123,6 +149,7 @@ class Config(Configuration):
         self.need("augment", set(self.augment) <= set(AUGMENTATIONS), f"names out of {', '.join(AUGMENTATIONS)}")
         self.need("noise", self.noise is None or 0 <= self.noise < 1e4, "a number of at least 0")
         self.need("clip", 0 <= self.clip < 1e9, "0 (none) or a number above it")
+        self.need("clip_mean", 0 <= self.clip_mean < 1e9, "0 (none) or a number above it")
         self.need("init", self.init in INITS, " or ".join(INITS))
         self.need("start", self.start in STARTS, ", ".join(STARTS))
         self.need_side_by_side()

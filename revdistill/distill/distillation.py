@@ -67,7 +67,7 @@ class Distillation(Job[artifacts.Artifact]):
         result, config = self.distiller.artifact(), self.distiller.config
         evaluations = evaluate_all(
             result,
-            self.distiller.data,
+            self.distiller.given,
             result.architectures,
             restarts=RESTARTS,
             device=config.device,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from revdistill.distill import augment
 from revdistill.distill.artifact import Artifact
+from revdistill.distill.augment import Transform
 from revdistill.distill.config import Config
+from revdistill.distill.parametrization import Pixels
+from revdistill.distill.pool import Member, Pool
 from revdistill.distill.synthetic import Synthetic
-from revdistill.engine import NonFiniteError, RangeError, unroll
+from revdistill.engine import NonFiniteError, OptimizerState, RangeError, unroll
 from revdistill.engine.loss.determinism import repeatable
 from revdistill.outer.data import Dataset
-from revdistill.outer.descent import Descent, clip_to, cosine
+from revdistill.outer.descent import ClipTo, Descent, Outcome, cosine
 from revdistill.outer.device import check_device, compiled_on
 from revdistill.outer.labels import are_numbers
 from revdistill.outer.networks import NetworkStack, Params, Part
@@ -34,10 +38,12 @@ from revdistill.outer.random_streams import (
     part_seed,
 )
 from revdistill.outer.ranks import ALONE, Processes
+from revdistill.outer.whitening import Whitening
 
 BETA2 = 0.999
 HALVINGS = 10  # Wang et al. halve every 40 of 400 epochs
 SHORTEST = 0.1  # of T, where the unroll grows
+Units = list[tuple[int, Part]]  # the units of work, each with the number of its architecture
 _RATES = ("raw_lr", "raw_momentum")
 IMAGE_NOISE = 0.5  # in units of the standard deviation of the normalised images
 
@@ -74,27 +80,28 @@ class Distiller:
     def __init__(self, config: Config, data: Dataset, processes: Processes = ALONE) -> None:
         self.config, self.processes = config, processes
         self.device = check_device(config.device)
-        self.data = data.to(self.device)
+        self.given = data
+        self.whitening = Whitening.of(data.x) if config.zca else None
+        self.data = (data if self.whitening is None else self.whitening.of_data(data)).to(self.device)
         if config.augment and not data.is_image:
             raise ValueError(f"augment is {config.augment!r}, but {data.name} has no images; accepted is none")
         self.synthetic = Synthetic(config, self.data)
         self._batches = Minibatches(self.data, config.batch_size, config.seed, MINIBATCHES)
         size = 1 if config.init == "fixed" else config.inits
-        self.stacks = [
-            NetworkStack(name, size, data.input_shape, data.classes, self.device) for name in config.architectures
-        ]
-        # The units of work, each with the number of its architecture.
-        self.units = [(i, part) for i, stack in enumerate(self.stacks) for part in stack.parts(config.side_by_side)]
+        self.stacks = [self._stack(name, size, config.smooth) for name in config.architectures]
+        self._plain = [self._stack(name, size, 0.0) for name in config.architectures] if config.smooth else self.stacks
+        self.units, self._plain_units = self._units(self.stacks), self._units(self._plain)
         self.descent = Descent(
             self.synthetic.leaves,
             lr={name: self._outer_lr(name) for name in self.synthetic.leaves},
             betas=(config.outer_beta1, BETA2),
             decay=self._outer_decay,
-            clip=clip_to(config.clip),
+            clip=ClipTo(config.clip, config.clip_mean),
             average_from=config.outer_steps * (1 - config.average) if config.average else None,
             advice="a smaller lr, momentum or outer_lr",
             processes=processes,
         )
+        self.pool = self._pool() if config.pool else None
         default_noise = IMAGE_NOISE if data.is_image else 0.0
         self._noise = default_noise if config.noise is None else config.noise
 
@@ -111,15 +118,84 @@ class Distiller:
         """
         k = self.outer_step
         x, y = self._real_batch(k)
-        steps, transform, networks = self._horizon(k), self._augmentation(k), _Networks(self)
+        transform = self._augmentation(k)
+        take = self._new_networks if self.pool is None else self._pooled_networks
+        outcome = take(k, transform, transform(x), y)
+        return OuterStep(k, outcome.loss, outcome.norm, outcome.diverged)
+
+    def _new_networks(self, k: int, transform: Transform, x: Tensor, y: Tensor) -> Outcome:
+        """The step with networks that are drawn for it."""
+        steps, networks = self._horizon(k), _Networks(self, self.units)
 
         def outer_loss(k: int, unit: int) -> Tensor:
             part, params = networks.of(unit)
             theta = self._train(self.synthetic, part, params, seed=k, steps=steps, transform=transform)
-            return part.stack.mean_loss(theta, transform(x), y) * (part.share / len(self.stacks))
+            return part.stack.mean_loss(theta, x, y) * (part.share / len(self.stacks))
 
-        outcome = self.descent.step_over(len(self.units), outer_loss)
-        return OuterStep(k, outcome.loss, outcome.norm, outcome.diverged)
+        return self.descent.step_over(len(self.units), outer_loss)
+
+    def _pooled_networks(self, k: int, transform: Transform, x: Tensor, y: Tensor) -> Outcome:
+        """The step with the next steps of networks in the pool."""
+        assert self.pool is not None
+        try:
+            number, member = self.pool.draw(k)
+        except (RangeError, NonFiniteError) as error:
+            return self.descent.failed(error)
+        ends: list[tuple[Params, dict[str, Params]]] = []
+
+        def outer_loss(k: int, i: int) -> Tensor:
+            theta, end = self._train_on(member, i, seed=k, steps=self.window, transform=transform)
+            ends.append(end)
+            return self.stacks[i].mean_loss(theta, x, y) / len(self.stacks)
+
+        outcome = self.descent.step_over(len(self.stacks), outer_loss)
+        self.pool.members[number] = None
+        if outcome.diverged is None:
+            params, slots = zip(*ends, strict=True)
+            self.pool.members[number] = Member(member.age + self.window, params, slots)
+        return outcome
+
+    def fresh(self, k: int, age: int) -> Member:
+        """Networks for the pool, trained for `age` steps."""
+        drawn = tuple(stack.sample(self.network_seed(k, i)) for i, stack in enumerate(self.stacks))
+        member = Member(0, drawn, ({},) * len(drawn))
+        if not age:
+            return member
+        with torch.no_grad(), repeatable(self.device):
+            ends = [
+                self._train_on(member, i, seed=k, steps=age, transform=self._augmentation(k))[1]
+                for i in range(len(drawn))
+            ]
+        params, slots = zip(*ends, strict=True)
+        return Member(age, params, slots)
+
+    def _train_on(
+        self, member: Member, i: int, seed: int, steps: int, transform: Transform
+    ) -> tuple[Params, tuple[Params, dict[str, Params]]]:
+        """Go on with stack i of a member; the parameters at the end, and with the optimizer's slots without a graph."""
+        part = self.stacks[i].parts()[0]
+        theta, state = self._train(
+            self.synthetic, part, member.params[i], seed, steps, transform, state=member.state(i), return_state=True
+        )
+        kept = state.detach()
+        slots = {slot: dict(of) for slot, of in kept.slots.items()}
+        return theta, ({name: p.detach() for name, p in theta.items()}, slots)
+
+    def _stack(self, name: str, size: int, smooth: float) -> NetworkStack:
+        return NetworkStack(name, size, self.data.input_shape, self.data.classes, self.device, smooth)
+
+    def _units(self, stacks: list[NetworkStack]) -> Units:
+        return [(i, part) for i, stack in enumerate(stacks) for part in stack.parts(self.config.side_by_side)]
+
+    def _pool(self) -> Pool:
+        if self.processes.started:
+            raise ValueError("pool keeps networks in one process; leave it out under torchrun, or start one process")
+        return Pool(self.config.pool, self.window, self.config.inner_steps, self.config.seed, self.fresh)
+
+    @property
+    def window(self) -> int:
+        """The inner steps that an outer step goes back over."""
+        return min(self.config.window or self.config.inner_steps, self.config.inner_steps)
 
     def _outer_lr(self, leaf: str) -> float:
         rates = self.config.outer_lr_rates
@@ -139,10 +215,11 @@ class Distiller:
             steps = max(1, min(steps, round(steps * share)))
         if config.window is not None:
             least = min(config.window, steps)
-            steps = int(torch.randint(least, steps + 1, (), generator=generator(config.seed, HORIZON, k)))
+            drawn = generator(config.seed, HORIZON, k // config.window_every)
+            steps = int(torch.randint(least, steps + 1, (), generator=drawn))
         return steps
 
-    def _augmentation(self, k: int) -> Callable[[Tensor], Tensor]:
+    def _augmentation(self, k: int) -> Transform:
         if not self.config.augment:
             return lambda images: images
         return augment.draw(self.config.augment, generator(self.config.seed, AUGMENTATION, k))
@@ -154,20 +231,26 @@ class Distiller:
         params: Params,
         seed: int,
         steps: int,
-        transform: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
-        momentum = synthetic.momentum()
-        lr, momentum = synthetic.lr()[:steps], momentum[:steps] if isinstance(momentum, Tensor) else momentum
+        transform: Transform,
+        state: OptimizerState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        momentum, first = synthetic.momentum(), state.step if state else 0
+        these = slice(first, first + steps)
+        lr, momentum = synthetic.lr()[these], momentum[these] if isinstance(momentum, Tensor) else momentum
+        x = synthetic.x
         return unroll(
             part.stack.loss,
             params,
-            (transform(synthetic.x.flatten(0, 1)).reshape(synthetic.x.shape), synthetic.labels()),
+            (transform(x.flatten(0, 1)).reshape(x.shape), synthetic.labels()),
             OPTIMIZERS[self.config.optimizer].engine(lr, momentum, self.config.weight_decay),
             steps=steps,
             adjoint=self.config.make_adjoint(),
             compile=compiled_on(self.device),
             seed=part_seed(seed, part.first),
             window=self.config.window,
+            state=state,
+            return_state=return_state,
         )
 
     @property
@@ -196,7 +279,8 @@ class Distiller:
             return self._validation_accuracy()
 
     def _validation_accuracy(self) -> float:
-        networks, result = _Networks(self), self.result
+        units = self._plain_units
+        networks, result = _Networks(self, units), self.result
 
         def accuracies(unit: int) -> Tensor:
             part, params = networks.of(unit)
@@ -211,12 +295,12 @@ class Distiller:
             return part.stack.accuracies(theta, self.data.x_validation, self.data.y_validation)
 
         try:
-            sizes = [part.stack.size for _, part in self.units]
+            sizes = [part.stack.size for _, part in units]
             found = self.processes.share(sizes, accuracies, device=self.device)
         except (RangeError, NonFiniteError):
             return math.nan
         means = [
-            torch.cat([each for each, (j, _) in zip(found, self.units, strict=True) if i == j]).mean()
+            torch.cat([each for each, (j, _) in zip(found, units, strict=True) if i == j]).mean()
             for i in range(len(self.stacks))
         ]
         return float(torch.stack(means).mean())
@@ -229,6 +313,9 @@ class Distiller:
             momenta = momentum.cpu() if isinstance(momentum, Tensor) else torch.full((config.inner_steps,), momentum)
             return Artifact(
                 x=s.x.detach().cpu().numpy(),
+                form={} if isinstance(s.parametrization, Pixels) else _arrays(s.stored()),
+                pack=config.pack,
+                whitening=self.whitening,
                 y=s.labels().detach().cpu().numpy(),
                 lr=s.lr().detach().cpu().numpy(),
                 momentum=momenta.detach().numpy(),
@@ -249,17 +336,21 @@ class _Networks:
     first unit of it is asked for, so that they are the same whatever the units are.
     """
 
-    def __init__(self, distiller: Distiller) -> None:
-        self._distiller, self._k = distiller, distiller.outer_step
+    def __init__(self, distiller: Distiller, units: Units) -> None:
+        self._distiller, self._units, self._k = distiller, units, distiller.outer_step
         self._drawn: tuple[int, Params] | None = None
 
     def of(self, unit: int) -> tuple[Part, Params]:
         """The unit's part of its stack, and the parameters of that."""
-        architecture, part = self._distiller.units[unit]
+        architecture, part = self._units[unit]
         if self._drawn is None or self._drawn[0] != architecture:
             seed = self._distiller.network_seed(self._k, architecture)
             self._drawn = architecture, self._distiller.stacks[architecture].sample(seed)
         return part, part.take(self._drawn[1])
+
+
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: t.detach().cpu().numpy() for name, t in tensors.items()}
 
 
 def fixed_network_seed(seed: int, architecture: int) -> int:

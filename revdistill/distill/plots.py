@@ -11,6 +11,7 @@ import torch
 
 from revdistill.distill.artifact import Artifact
 from revdistill.distill.evaluation import train_plainly
+from revdistill.outer import models
 from revdistill.outer.data import Dataset
 from revdistill.outer.drawing import figure_files, plain
 from revdistill.outer.networks import NetworkStack, predictions
@@ -45,7 +46,7 @@ def draw_all(directory: Path, artifact: Artifact, data: Dataset | None, metrics:
         figures["images"] = images(artifact)
     elif data is not None and data.input_shape == (2,):
         figures["points"] = points(artifact, data)
-        names = [name for name in artifact.architectures if ":" not in name]
+        names = [name for name in artifact.architectures if not models.is_own(name)]
         if names:
             figures["decisions"] = decisions(artifact, data, names)
     return figure_files(directory / "plots", figures)
@@ -73,12 +74,15 @@ def images(artifact: Artifact) -> Figure:
         wspace=0.06,
         hspace=0.06,
     )
-    low, high = np.quantile(artifact.x, [0.005, 0.995])
+    x = artifact.x
+    if artifact.whitening is not None:  # as they are seen
+        x = artifact.whitening.undo(torch.from_numpy(x).flatten(0, 1)).reshape(x.shape).numpy()
+    low, high = np.quantile(x, [0.005, 0.995])
     for i, (batch, index) in enumerate(rows):
         for j, column in enumerate(columns):
             position = column * per_class + index
             ax = figure.add_subplot(grid[i, j], xticks=[], yticks=[])
-            image = np.clip((artifact.x[batch, position] - low) / max(high - low, 1e-12), 0, 1)
+            image = np.clip((x[batch, position] - low) / max(high - low, 1e-12), 0, 1)
             ax.imshow(image.transpose(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
             if i == 0:
                 ax.set_title(_column_class(artifact, column, per_class), fontsize=9)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from revdistill.distill.config import Config
+from revdistill.distill.parametrization import chosen
 from revdistill.distill.starts import STARTS
 from revdistill.outer.data import Dataset
 
+RAW = "raw_"  # begins the names of leaves that are no part of inputs
 LABEL_SMOOTHING = 0.1  # of the start of learned labels: a softmax at exactly one-hot could not learn
 
 
@@ -24,26 +26,29 @@ class Synthetic:
         data: what is distilled.
 
     Attributes:
-        leaves: what Adam changes: x, raw_lr, and where they are learned raw_labels and raw_momentum.
+        leaves: what Adam changes: those of the parametrization (x, or others that inputs are made of), raw_lr, and
+            where they are learned raw_labels and raw_momentum.
+        parametrization: what the inputs are made of.
     """
 
     def __init__(self, config: Config, data: Dataset) -> None:
         device = data.x.device
         generator = torch.Generator().manual_seed(config.seed)
         self._config = config
-        self.hard_labels = (
-            torch.arange(data.classes).repeat_interleave(config.per_class).expand(config.steps, -1).to(device)
-        )
+        self.parametrization = chosen(data.input_shape, config.pack, config.bases)
+        copies = config.per_class * self.parametrization.copies
+        self.hard_labels = torch.arange(data.classes).repeat_interleave(copies).expand(config.steps, -1).to(device)
         t = config.inner_steps
+        start = STARTS[config.start](data, config.steps, copies, generator)
         self.leaves: dict[str, Tensor] = {
-            "x": STARTS[config.start](data, config.steps, config.per_class, generator),
+            **self.parametrization.start(start),
             # softplus(raw_lr) = lr, in the form that does not overflow for a large lr
             "raw_lr": torch.full((t,), config.lr + math.log(-math.expm1(-config.lr)), device=device),
         }
         if config.learn_labels:
             hot = F.one_hot(self.hard_labels, data.classes).float()
-            start = hot * (1 - LABEL_SMOOTHING) + LABEL_SMOOTHING / data.classes
-            self.leaves["raw_labels"] = start.log()
+            smoothed = hot * (1 - LABEL_SMOOTHING) + LABEL_SMOOTHING / data.classes
+            self.leaves["raw_labels"] = smoothed.log()
         if config.learn_momentum:
             self.leaves["raw_momentum"] = torch.full(
                 (t,), math.log(config.momentum / (1 - config.momentum)), device=device
@@ -57,10 +62,14 @@ class Synthetic:
         other.leaves = leaves
         return other
 
+    def stored(self) -> dict[str, Tensor]:
+        """The leaves that inputs are made of."""
+        return {name: leaf for name, leaf in self.leaves.items() if not name.startswith(RAW)}
+
     @property
     def x(self) -> Tensor:
-        """Inputs, float32 [s, B, ...], B = classes x per_class, ordered by class."""
-        return self.leaves["x"]
+        """Inputs, float32 [s, B, ...], B = classes x per_class x the parametrization's copies, ordered by class."""
+        return self.parametrization.inputs(self.leaves)
 
     def lr(self) -> Tensor:
         """Step sizes softplus(raw_lr) [T]."""

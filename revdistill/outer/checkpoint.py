@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 import revdistill
 from revdistill.outer.data import Dataset
-from revdistill.outer.descent import Descent
+from revdistill.outer.descent import ClipTo, Descent
 from revdistill.outer.hdf5 import Reader, reading, writing
 
-_DATA = "data"
+_DATA, _NORM = "data", "norm_mean"
 _MOMENTS, _AVERAGE = ("exp_avg", "exp_avg_sq"), "average"
 C = TypeVar("C")
 
@@ -30,6 +30,7 @@ def save(
     config: dict[str, Any],
     averages: bool = False,
     data: Dataset | None = None,
+    more: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the file whole, or leave what was there.
 
@@ -40,6 +41,7 @@ def save(
         config: what makes the same job again, in the types of JSON.
         averages: whether the format has means of iterates.
         data: what `check_same_data` will know again.
+        more: what else is kept, by names that are no leaf's.
 
     Raises:
         OSError: it cannot be written.
@@ -49,6 +51,8 @@ def save(
         file.attrs["outer_step"] = descent.outer_step
         if averages:
             file.attrs["averaged"] = descent.averaged
+        if isinstance(descent.clip, ClipTo) and descent.clip.times_mean:
+            file.attrs[_NORM] = descent.clip.mean
         states = list(descent.optimizer.state.values())
         file.attrs["adam_step"] = int(states[0]["step"]) if states else 0
         for name, leaf in descent.leaves.items():
@@ -59,6 +63,8 @@ def save(
                 file.create_dataset(f"{name}.{moment}", data=value.cpu().numpy())
         for name, average in descent.averages.items():
             file.create_dataset(f"{name}.{_AVERAGE}", data=average.cpu().numpy())
+        for name, t in (more or {}).items():
+            file.create_dataset(name, data=t.cpu().numpy())
 
 
 def write_head(file: h5py.File, *, version: int, config: dict[str, Any], data: Dataset | None) -> None:
@@ -70,7 +76,14 @@ def write_head(file: h5py.File, *, version: int, config: dict[str, Any], data: D
         file.attrs[_DATA] = json.dumps(data.summary())
 
 
-def restore(path: Path, descent: Descent, *, steps: int, averages: bool = False) -> None:
+def restore(
+    path: Path,
+    descent: Descent,
+    *,
+    steps: int,
+    averages: bool = False,
+    more: Callable[[Reader], Callable[[], None]] | None = None,
+) -> None:
     """Put a descent on the same leaves where `save` was called; it stays as it was where the file is damaged.
 
     Args:
@@ -78,6 +91,7 @@ def restore(path: Path, descent: Descent, *, steps: int, averages: bool = False)
         descent: of the configuration that the file has.
         steps: outer steps in all, as that configuration says.
         averages: whether the format has means of iterates.
+        more: reads what else `save` kept, and returns what puts it in its place.
 
     Raises:
         ArtifactError: names the file and what is wrong with it.
@@ -90,6 +104,8 @@ def restore(path: Path, descent: Descent, *, steps: int, averages: bool = False)
             found = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise file.fail(f"attributes {found} do not go with its configuration")
         tensors = _tensors(file, descent)
+        norm = file.number(_NORM) if isinstance(descent.clip, ClipTo) and descent.clip.times_mean else 0.0
+        place = more(file) if more is not None else None
     for name, leaf in descent.leaves.items():
         with torch.no_grad():
             leaf.copy_(tensors[name])
@@ -99,6 +115,10 @@ def restore(path: Path, descent: Descent, *, steps: int, averages: bool = False)
     for name, average in descent.averages.items():
         average.copy_(tensors[f"{name}.{_AVERAGE}"])
     descent.outer_step, descent.averaged = outer_step, averaged
+    if isinstance(descent.clip, ClipTo):
+        descent.clip.mean = norm
+    if place is not None:
+        place()
 
 
 def _tensors(file: Reader, descent: Descent) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ from revdistill.engine.loss.determinism import repeatable
 from revdistill.outer.ranks import ALONE, Processes
 
 MAX_FAILURES = 10
+MEMORY = 0.95  # of the running mean of norms: some twenty steps
 Leaves = dict[str, Tensor]
-Clip = Callable[[Leaves], float]
+Clip = Callable[[Leaves], float]  # clips gradients in place, and returns the norm that they had
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,33 @@ def total_norm(leaves: Leaves) -> float:
     return float(torch.nn.utils.get_total_norm([leaf.grad for leaf in leaves.values() if leaf.grad is not None]))
 
 
-def clip_to(max_norm: float) -> Clip:
-    """Clips all gradients together, as torch.nn.utils.clip_grad_norm_ does; max_norm 0: not at all."""
+class ClipTo:
+    """Clips the gradients of all leaves together, as torch.nn.utils.clip_grad_norm_ does.
 
-    def clip(leaves: Leaves) -> float:
+    Args:
+        max_norm: to this norm; 0: not at all.
+        times_mean: also to this many times the running mean of the norms of the steps so far; 0: not at all (Feng et
+            al. 2023 clip at twice it).
+
+    Attributes:
+        mean: the running mean, of norms as they were clipped; 0 before the first step.
+    """
+
+    def __init__(self, max_norm: float = 0.0, times_mean: float = 0.0) -> None:
+        self._max_norm, self.times_mean = max_norm, times_mean
+        self.mean = 0.0
+
+    def __call__(self, leaves: Leaves) -> float:
+        """Clip; return the norm that the gradients had."""
         norm = total_norm(leaves)
-        if max_norm and math.isfinite(norm):
-            torch.nn.utils.clip_grad_norm_(leaves.values(), max_norm)
+        if not math.isfinite(norm):
+            return norm
+        most = min(self._max_norm or math.inf, self.times_mean * self.mean or math.inf)
+        if most < math.inf:
+            torch.nn.utils.clip_grad_norm_(leaves.values(), most)
+        clipped = min(norm, most)
+        self.mean = MEMORY * self.mean + (1 - MEMORY) * clipped if self.mean else clipped
         return norm
-
-    return clip
 
 
 class Descent:
@@ -66,7 +84,7 @@ class Descent:
         lr: Adam's rate, of all leaves or by leaf.
         betas: Adam's.
         decay: step k -> the factor on the rates.
-        clip: clips the leaves' gradients in place and returns the norm that they had; `clip_to` makes the usual one.
+        clip: clips the leaves' gradients in place and returns the norm that they had; `ClipTo` is the usual one.
         average_from: the first step whose iterate goes into the mean of the last iterates; None for no mean.
         after_step: called with k once step k has changed the leaves, before they go into the mean.
         advice: what avoids steps that fail, for the message of the error.
@@ -94,7 +112,7 @@ class Descent:
         self.leaves, self._processes = leaves, processes
         self._lr = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(leaves, lr)
         self.optimizer = torch.optim.Adam([{"params": [leaf]} for leaf in leaves.values()], betas=betas)
-        self._decay, self._clip, self._after_step, self._advice = decay, clip, after_step, advice
+        self._decay, self.clip, self._after_step, self._advice = decay, clip, after_step, advice
         self._average_from = math.inf if average_from is None else average_from
         self.averages = {} if average_from is None else {n: torch.zeros_like(leaf) for n, leaf in leaves.items()}
         self.outer_step, self.averaged = 0, 0
@@ -148,23 +166,32 @@ class Descent:
                 device=parts.device,
             )
             loss = parts.add_up(found)
-            norm = self._clip(self.leaves)
+            norm = self.clip(self.leaves)
             if not math.isfinite(norm):
                 raise NonFiniteError("the hypergradient's norm is not finite", parameter=None, step=0)
         except (RangeError, NonFiniteError) as error:
-            self._failures += 1
-            if self._failures >= MAX_FAILURES:
-                raise type(error)(
-                    f"{MAX_FAILURES} outer steps in a row diverged; {self._advice} avoids it. The last: {error}",
-                    **error.__dict__,
-                ) from error
-            return Outcome(math.nan, math.nan, str(error))
+            return self._failed(error)
         self.optimizer.step()
         self._failures = 0
         if self._after_step is not None:
             self._after_step(k)
         self._average(k)
         return Outcome(loss, norm)
+
+    def failed(self, error: RangeError | NonFiniteError) -> Outcome:
+        """A step that failed before it had a loss. Raises: the tenth in a row."""
+        outcome = self._failed(error)
+        self.outer_step += 1
+        return outcome
+
+    def _failed(self, error: RangeError | NonFiniteError) -> Outcome:
+        self._failures += 1
+        if self._failures >= MAX_FAILURES:
+            raise type(error)(
+                f"{MAX_FAILURES} outer steps in a row diverged; {self._advice} avoids it. The last: {error}",
+                **error.__dict__,
+            ) from error
+        return Outcome(math.nan, math.nan, str(error))
 
     def _average(self, k: int) -> None:
         if not self.averages or k < self._average_from:

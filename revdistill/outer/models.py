@@ -1,162 +1,46 @@
-"""The architectures by name, and a user's own."""
+"""The architectures by name, with their options, and a user's own."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
-from functools import partial
-from math import prod
+from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from revdistill.engine import RevdistillError
+from revdistill.outer import architectures
 
-Factory = Callable[[tuple[int, ...], int], nn.Module]
-
-
-def _outputs(classes: int) -> int:
-    return 1 if classes == 2 else classes  # the study's networks: one logit for two classes
-
-
-def _mlp(inputs: int, hidden: list[int], outputs: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Flatten()]
-    for width in hidden:
-        layers += [nn.Linear(inputs, width), activation()]
-        inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
-
-
-def linear_net(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The study's LinearNet: one linear layer."""
-    return _mlp(prod(input_shape), [], _outputs(classes))
-
-
-def non_linear_net(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The study's NonLinearNet: one hidden layer of 10, ReLU."""
-    return _mlp(prod(input_shape), [10], _outputs(classes))
-
-
-def more_non_linear_net(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The study's MoreNonLinearNet: three hidden layers of 10, ReLU."""
-    return _mlp(prod(input_shape), [10, 10, 10], _outputs(classes))
-
-
-def mlp(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Two hidden layers of 100, ReLU."""
-    return _mlp(prod(input_shape), [100, 100], classes)
-
-
-def mlp_gelu(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The same with GELU, which is smooth: what leaving out an example does is nearer to what its derivative says."""
-    return _mlp(prod(input_shape), [100, 100], classes, nn.GELU)
-
-
-class LeNet(nn.Module):
-    """LeNet as in Wang et al. 2018: two 5 x 5 convolutions with max pooling, fully connected 120, 84, classes."""
-
-    def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
-        super().__init__()
-        channels, height, width = _image("LeNet", input_shape, 12)
-        self.conv1 = nn.Conv2d(channels, 6, 5, padding=2)
-        self.conv2 = nn.Conv2d(6, 16, 5)
-        features = 16 * ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2)
-        self.fc1 = nn.Linear(features, 120)
-        self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        x = F.relu(self.fc1(x.flatten(1)))
-        return self.fc3(F.relu(self.fc2(x)))  # type: ignore[no-any-return]
-
-
-class AlexCifarNet(nn.Module):
-    """The AlexNet-like network of Wang et al. 2018 for 32 x 32 images: two 5 x 5 convolutions of 64, then 384, 192,
-    classes.
-    """
-
-    def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
-        super().__init__()
-        channels, height, width = _image("AlexCifarNet", input_shape, 4)
-        normalise = partial(nn.LocalResponseNorm, 4, alpha=0.001 / 9.0, beta=0.75, k=1.0)
-        pool = partial(nn.MaxPool2d, kernel_size=3, stride=2, padding=1)
-        first, second = nn.Conv2d(channels, 64, 5, padding=2), nn.Conv2d(64, 64, 5, padding=2)
-        self.features = nn.Sequential(first, nn.ReLU(), pool(), normalise(), second, nn.ReLU(), normalise(), pool())
-        features = 64 * _halved(height, 2) * _halved(width, 2)
-        self.classifier = nn.Sequential(
-            nn.Linear(features, 384), nn.ReLU(), nn.Linear(384, 192), nn.ReLU(), nn.Linear(192, classes)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))  # type: ignore[no-any-return]
-
-
-class ConvNet3(nn.Module):
-    """The field's standard ConvNet: three blocks of 3 x 3 convolution (128), instance norm, ReLU and 2 x 2 average
-    pooling.
-    """
-
-    WIDTH = 128
-
-    def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
-        super().__init__()
-        channels, height, width = _image("ConvNet-3", input_shape, 8)
-        padding = 3 if (height, width) == (28, 28) else 1  # as in the field: images of 28 x 28 are padded to 32 x 32
-        height, width = height + 2 * (padding - 1), width + 2 * (padding - 1)
-        layers: list[nn.Module] = []
-        for _ in range(3):
-            layers += [
-                nn.Conv2d(channels, self.WIDTH, 3, padding=padding),
-                nn.GroupNorm(
-                    self.WIDTH, self.WIDTH
-                ),  # a group for each channel: instance norm, with learned scale and shift
-                nn.ReLU(),
-                nn.AvgPool2d(2),
-            ]
-            channels, padding = self.WIDTH, 1
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(self.WIDTH * (height // 8) * (width // 8), classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))  # type: ignore[no-any-return]
-
-
-def _image(name: str, input_shape: tuple[int, ...], least: int) -> tuple[int, ...]:
-    if len(input_shape) != 3 or min(input_shape[1:]) < least:
-        raise ValueError(f"{name} needs images of at least {least} x {least}, got inputs of shape {list(input_shape)}")
-    return input_shape
-
-
-def _halved(side: int, times: int) -> int:
-    """After poolings of stride 2 that round up."""
-    for _ in range(times):
-        side = (side + 1) // 2
-    return side
-
+Factory = Callable[..., nn.Module]
+MOST = 2**16  # of an option that is a number: nobody has memory for more channels
 
 ARCHITECTURES: dict[str, Factory] = {
-    "LinearNet": linear_net,
-    "NonLinearNet": non_linear_net,
-    "MoreNonLinearNet": more_non_linear_net,
-    "MLP": mlp,
-    "MLP-GELU": mlp_gelu,
-    "LeNet": LeNet,
-    "AlexCifarNet": AlexCifarNet,
-    "ConvNet-3": ConvNet3,
+    "LinearNet": architectures.linear_net,
+    "NonLinearNet": architectures.non_linear_net,
+    "MoreNonLinearNet": architectures.more_non_linear_net,
+    "MLP": architectures.mlp,
+    "MLP-GELU": architectures.mlp_gelu,
+    "LeNet": architectures.LeNet,
+    "AlexCifarNet": architectures.AlexCifarNet,
+    "ConvNet-3": architectures.ConvNet3,
+    "ResNet-8": architectures.ResNet8,
 }
 
 
 def canonical(name: str) -> str:
-    """The name as it is registered, whatever the case of its letters; a `package.module:function` stays as it is.
+    """The name as it is registered, whatever the case of its letters, with the options that are not the default in
+    their order ("ConvNet-3:width=64,norm=group"); a `package.module:function` stays as it is.
 
     Raises:
-        ValueError: there is no such architecture, or it cannot be imported.
+        ValueError: there is no such architecture or option, or it cannot be imported.
     """
-    for known in ARCHITECTURES:
-        if known.lower() == name.lower():
-            return known
+    known, options = _registered(name)
+    if known is not None:
+        defaults = _defaults(known)
+        given = _options(name, known, options)
+        text = ",".join(f"{key}={given[key]}" for key in defaults if given.get(key, defaults[key]) != defaults[key])
+        return f"{known}:{text}" if text else known
     if ":" in name:
         _factory(name)
         return name
@@ -165,20 +49,33 @@ def canonical(name: str) -> str:
     )
 
 
+def is_own(name: str) -> bool:
+    """Whether the name is a user's own `package.module:function`, which would be imported."""
+    return ":" in name and _registered(name)[0] is None
+
+
+def shown() -> str:
+    """The names with their options, for help: "MLP, ConvNet-3:width=128,norm=instance"."""
+    options = {name: ",".join(f"{k}={v}" for k, v in _defaults(name).items()) for name in ARCHITECTURES}
+    return ", ".join(f"{name} ({text})" if text else name for name, text in options.items())
+
+
 def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """A new network of the named architecture.
 
     Args:
-        name: a key of ARCHITECTURES, or `package.module:function`.
+        name: a key of ARCHITECTURES, with options or without, or `package.module:function`.
         input_shape: of one sample.
         classes: how many there are.
 
     Raises:
         ValueError: the architecture does not fit these, or is no torch.nn.Module.
     """
-    factory = ARCHITECTURES.get(name) or _factory(name)
+    known, options = _registered(name)
+    factory = ARCHITECTURES[known] if known is not None else _factory(name)
+    given = _options(name, known, options) if known is not None else {}
     try:
-        net = factory(input_shape, classes)
+        net = factory(input_shape, classes, **given)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"architecture {name!r} does not fit inputs {list(input_shape)} and {classes} classes: {error}"
@@ -211,3 +108,38 @@ def _factory(name: str) -> Factory:
     if not callable(factory):
         raise ValueError(f"architecture {name!r} is not callable as factory(input_shape, classes)")
     return factory  # type: ignore[no-any-return]
+
+
+def _registered(name: str) -> tuple[str | None, str]:
+    """The registered name that comes before the options, None where there is no such, and the options."""
+    first, colon, options = name.partition(":")
+    if colon and first.isidentifier() and "=" not in options:
+        return None, options  # a module of the user's may have an architecture's name
+    return next((known for known in ARCHITECTURES if known.lower() == first.lower()), None), options
+
+
+def _defaults(known: str) -> dict[str, Any]:
+    """The options of a registered architecture: its factory's keywords."""
+    keywords = inspect.signature(ARCHITECTURES[known]).parameters.values()
+    return {p.name: p.default for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _options(name: str, known: str, text: str) -> dict[str, Any]:
+    """The options that a name has, "width=64,norm=group", each of its default's type."""
+    defaults, found = _defaults(known), dict[str, Any]()
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        if key not in defaults or key in found:
+            accepted = ", ".join(f"{k}={v}" for k, v in defaults.items()) or "none"
+            raise ValueError(f"architecture {name!r}: option {part!r} is unknown or given twice; accepted: {accepted}")
+        if isinstance(defaults[key], str):
+            found[key] = value
+            if key == "norm" and value not in architectures.NORMS:
+                raise ValueError(
+                    f"architecture {name!r}: norm is {value!r}; accepted is {', '.join(architectures.NORMS)}"
+                )
+        elif value.isdecimal() and value.isascii() and 1 <= int(value[:9]) <= MOST:
+            found[key] = int(value)
+        else:
+            raise ValueError(f"architecture {name!r}: {key} is {value!r}; accepted is an integer from 1 to {MOST:,}")
+    return found

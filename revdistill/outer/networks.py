@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from revdistill.engine import stack_modules
 from revdistill.engine.layout import stacked
 from revdistill.engine.loss.randomness import seeded
 from revdistill.outer import models
+from revdistill.outer.smoothing import NotSmoothError, smoothed, without_relu
 
 Params = dict[str, Tensor]
 # Samples evaluated at once, over all networks; and by convolutions on a CPU, few enough that activations stay in its
@@ -54,17 +55,29 @@ class NetworkStack:
         input_shape: of one sample.
         classes: how many there are.
         device: where the networks are.
+        smooth: each ReLU is a softplus of this beta; 0 leaves them.
 
     Raises:
-        ValueError: there is no such architecture, or it does not go with the inputs or the classes.
+        ValueError: there is no such architecture, or it does not go with the inputs or the classes, or it has a ReLU
+            that cannot be made smooth.
     """
 
-    def __init__(self, name: str, size: int, input_shape: tuple[int, ...], classes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        input_shape: tuple[int, ...],
+        classes: int,
+        device: torch.device,
+        smooth: float = 0.0,
+    ) -> None:
         self.name, self.size = name, size
-        self._input_shape, self._classes, self._device = input_shape, classes, device
+        self._input_shape, self._classes, self._device, self._smooth = input_shape, classes, device, smooth
         self._others: dict[int, NetworkStack] = {}
         with seeded(0, device):
             self._net = models.build(name, input_shape, classes).to(device)
+        if smooth:
+            self._net = smoothed(self._net, smooth)
         self.loss, _ = stack_modules([self._net] * size, classification_loss)
         kinds = tuple(type(module) for module in self._net.modules())
         self._convolves = device.type == "cpu" and any(issubclass(kind, nn.modules.conv._ConvNd) for kind in kinds)
@@ -79,8 +92,13 @@ class NetworkStack:
         accepted = {(2, self._classes)} | ({(2, 1)} if self._classes == 2 else set())
         x = torch.zeros(2, *self._input_shape, device=self._device)
         try:
-            with torch.no_grad(), seeded(0, self._device), _evaluating(self._net):
+            watch = without_relu() if self._smooth else nullcontext()
+            with torch.no_grad(), seeded(0, self._device), _evaluating(self._net), watch:
                 shape = tuple(copy.deepcopy(self._net)(x).shape)
+        except NotSmoothError:
+            raise ValueError(
+                f"architecture {self.name!r} calls relu as a function, which smooth cannot replace; use nn.ReLU modules"
+            ) from None
         except Exception as error:  # a user's own forward raises what it likes
             reason = (str(error).strip().splitlines() or [""])[0]
             if not isinstance(error, RuntimeError | TypeError | ValueError):
@@ -96,7 +114,7 @@ class NetworkStack:
 
     def sample(self, seed: int) -> Params:
         """Fresh parameters [E, ...], the same for the same seed, on every device."""
-        if self.name not in models.ARCHITECTURES:
+        if models.is_own(self.name):
             return self._sample_own(seed)
         generator = torch.Generator().manual_seed(seed)
         drawn = {name: _xavier(name, self.size, shape, generator) for name, shape in self._shapes.items()}
@@ -122,7 +140,9 @@ class NetworkStack:
         if size == self.size:
             return self
         if size not in self._others:
-            self._others[size] = NetworkStack(self.name, size, self._input_shape, self._classes, self._device)
+            self._others[size] = NetworkStack(
+                self.name, size, self._input_shape, self._classes, self._device, self._smooth
+            )
         return self._others[size]
 
     def _sample_own(self, seed: int) -> Params:

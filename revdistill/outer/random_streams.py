@@ -13,6 +13,7 @@ MINIBATCHES, NETWORKS = 1, 2
 FIXED_NETWORK, NOISE, HORIZON, AUGMENTATION = 3, 4, 5, 6  # of distillation
 HELD_OUT = 3  # of tuning
 EXAMPLES, QUERIES, FLIPS = 7, 8, 9  # of attribution
+POOL, POOL_AGE = 11, 12  # of distillation
 _PARTS = 10  # of networks that are trained side by side
 _EVALUATION = 2**40
 

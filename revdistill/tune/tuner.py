@@ -10,7 +10,7 @@ from torch import Tensor
 
 from revdistill.engine import BackwardNorms, Optimizer, unroll
 from revdistill.outer.data import Dataset
-from revdistill.outer.descent import Descent, clip_to, cosine
+from revdistill.outer.descent import ClipTo, Descent, cosine
 from revdistill.outer.device import check_device, compiled_on
 from revdistill.outer.networks import NetworkStack, Params, Part
 from revdistill.outer.optimizers import OPTIMIZERS
@@ -71,7 +71,7 @@ class Tuner:
             lr=config.outer_lr,
             betas=BETAS,
             decay=lambda k: cosine(k, config.outer_steps),
-            clip=clip_to(config.clip),
+            clip=ClipTo(config.clip),
             advice="a smaller lr or outer_lr, or a clip_back",
             processes=processes,
         )

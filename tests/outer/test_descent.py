@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import revdistill as rd
-from revdistill.outer.descent import MAX_FAILURES, Descent, clip_to, cosine, total_norm
+from revdistill.outer.descent import MAX_FAILURES, ClipTo, Descent, cosine, total_norm
 
 
 def leaves() -> dict[str, Tensor]:
@@ -18,7 +18,7 @@ def leaves() -> dict[str, Tensor]:
 
 
 def descent(found: dict[str, Tensor], **changes: Any) -> Descent:
-    usual: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), "decay": lambda k: 1.0, "clip": clip_to(0.0)}
+    usual: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), "decay": lambda k: 1.0, "clip": ClipTo(0.0)}
     return Descent(found, **(usual | changes))
 
 
@@ -29,7 +29,7 @@ def loss_of(found: dict[str, Tensor]) -> Tensor:
 def test_the_steps_are_torchs_adams() -> None:
     """A rate for each leaf, that decays, and a clipped gradient: by hand, bit for bit."""
     mine, theirs = leaves(), leaves()
-    made = descent(mine, lr={"x": 0.2, "raw": 0.01}, decay=lambda k: cosine(k, 5), clip=clip_to(0.5))
+    made = descent(mine, lr={"x": 0.2, "raw": 0.01}, decay=lambda k: cosine(k, 5), clip=ClipTo(0.5))
     adam = torch.optim.Adam([{"params": [leaf]} for leaf in theirs.values()], betas=(0.9, 0.99))
     for k in range(5):
         outcome = made.step(lambda _: loss_of(mine))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from revdistill.outer import checkpoint as checkpoints
-from revdistill.outer.descent import Descent, clip_to, cosine
+from revdistill.outer.descent import ClipTo, Descent, cosine
 from revdistill.outer.directory import LOCK, DirectoryInUseError, DirectoryLock, read_metrics
 from revdistill.outer.hdf5 import reading, writing
 from revdistill.outer.job import InterruptedRunError, Job, NotSavedError
@@ -37,7 +37,7 @@ class Fit(Job[np.ndarray]):
             lr=0.1,
             betas=(0.9, 0.99),
             decay=lambda k: cosine(k, TOTAL),
-            clip=clip_to(1.0),
+            clip=ClipTo(1.0),
             average_from=4,
         )
         super().__init__(directory, **kwargs)

@@ -21,7 +21,7 @@ from revdistill.distill.distiller import Distiller
 from revdistill.engine.ranks.group import KINDS, Ranks
 from revdistill.outer import ranks as ours
 from revdistill.outer.data import load
-from revdistill.outer.descent import Descent, clip_to
+from revdistill.outer.descent import ClipTo, Descent
 from revdistill.outer.device import check_device
 from revdistill.outer.networks import NetworkStack
 from revdistill.outer.random_streams import part_seed
@@ -167,7 +167,7 @@ def descended(processes: Processes, bad: int | None = None) -> tuple[list[float]
     leaves = {"x": torch.linspace(-1, 1, 40).requires_grad_(), "y": torch.ones(1).requires_grad_()}
     leaves["unused"] = torch.ones(2).requires_grad_()
     made = Descent(
-        leaves, lr=0.1, betas=(0.9, 0.99), decay=lambda k: 1.0, clip=clip_to(1.0), average_from=1, processes=processes
+        leaves, lr=0.1, betas=(0.9, 0.99), decay=lambda k: 1.0, clip=ClipTo(1.0), average_from=1, processes=processes
     )
 
     def part(k: int, unit: int) -> Tensor:

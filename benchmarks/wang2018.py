@@ -31,7 +31,7 @@ from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.evaluation import evaluate
 from revdistill.distill.plots import images
-from revdistill.distill.presets import PRESETS
+from revdistill.distill.presets import settings
 from revdistill.outer.data import DATA_DIR, Dataset, load
 from revdistill.outer.directory import METRICS, read_metrics
 
@@ -61,8 +61,8 @@ class Row:
 def _row(
     title: str, reference: str, target: str, tests: tuple[str, ...] = (), schedule: str = "raw", **changes: Any
 ) -> Row:
-    settings = {"dataset": "mnist", "architectures": ("LeNet",)} | PRESETS["best"] | changes
-    return Row(title, Config(**settings), reference, target, tests, schedule)
+    fields = {"dataset": "mnist", "architectures": ("LeNet",)} | settings("best", "", ()) | changes
+    return Row(title, Config(**fields), reference, target, tests, schedule)
 
 
 # Short trainings: a weight decay does little in them, and the way back over all of their steps takes little.

@@ -17,7 +17,7 @@ from revdistill.distill.config import ADJOINTS, INITS, OUTER_DECAYS, Config
 from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.parametrization import MOST_PACKED
-from revdistill.distill.presets import PRESETS, USUAL
+from revdistill.distill.presets import BUDGETS, PRESETS, USUAL, settings
 from revdistill.distill.starts import STARTS
 from revdistill.outer.checkpoint import written_by
 from revdistill.outer.configuration import MANY
@@ -42,8 +42,13 @@ _option = options.Fields(_DEFAULT)
 @click.command(short_help="Distil a dataset.")
 @click.option(
     "--preset",
-    type=click.Choice(list(PRESETS)),
+    type=click.Choice(PRESETS),
     help="Take these settings together. An option that is given as well overrides its part of them.",
+)
+@click.option(
+    "--budget",
+    type=click.Choice([str(n) for n in BUDGETS]),
+    help="With --preset best: as many numbers as this many images per class have.  [default: 10]",
 )
 @_option("--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.")
 @options.data_dir
@@ -63,7 +68,7 @@ _option = options.Fields(_DEFAULT)
     "The inner training's weight decay. It is part of the result, and not learned.",
     type=click.FloatRange(min=0),
 )
-@_option("--learn-labels", "Learn soft labels as well.", is_flag=True)
+@click.option("--learn-labels/--no-learn-labels", default=_DEFAULT.learn_labels, help="Learn soft labels as well.")
 @_option("--lr", "Where the inner step sizes start; one is learned for each inner step.", type=RATE)
 @_option(
     "--init", "Distil for new random networks at every outer step, or for one fixed network.", type=click.Choice(INITS)
@@ -160,6 +165,7 @@ def train(
     ctx: click.Context,
     /,
     preset: str | None,
+    budget: str | None,
     data_dir: Path,
     out: Path | None,
     resume: bool,
@@ -171,11 +177,14 @@ def train(
 
     The result is OUT/distilled.h5. Beside it are metrics.jsonl, pictures in plots/, and checkpoint.h5 for --resume.
     """
+    values["architectures"] = values["architectures"] or _architectures(preset, values["dataset"])
+    if budget and preset != "best":
+        raise UserError(f"--budget is {budget}, which is for --preset best; leave it out")
     if preset:
         if resume:
             raise UserError("--preset and --resume: a run that is resumed has its settings already")
-        values |= {name: value for name, value in PRESETS[preset].items() if not given(ctx, name)}
-    values["architectures"] = values["architectures"] or _architectures(preset, values["dataset"])
+        found = settings(preset, values["dataset"], values["architectures"], int(budget or 10))
+        values |= {name: value for name, value in found.items() if not given(ctx, name)}
     if values["init"] == "fixed" and values["inits"] != 1 and given(ctx, "inits") and not resume:
         raise UserError(f"--inits is {values['inits']}, but --init fixed has one network; leave one of them out")
     processes = processes_of(ctx)

@@ -4,7 +4,7 @@ step (Zhou, Nezhadarya & Ba, NeurIPS 2022, who call it a model pool; here with m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +104,7 @@ class Pool:
 def _named(number: int, member: Member, slots: bool = True) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for i, (params, each) in enumerate(zip(member.params, member.slots, strict=True)):
-        parts: dict[str, Mapping[str, Tensor]] = {"params": params} | (dict(each) if slots else {})
+        parts: dict[str, Params] = {"params": params} | (each if slots else {})
         found |= {f"pool.{number}.{i}.{part}.{name}": t for part, of in parts.items() for name, t in of.items()}
     return found
 

@@ -1,7 +1,8 @@
-"""Settings that belong together. What they reach is in benchmarks/wang2018.py."""
+"""Settings that belong together. What they reach is in benchmarks/images.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 # Wang et al. 2018: ten batches of one image per class, three times, plain gradient descent, four networks an outer
@@ -45,6 +46,27 @@ _BEST: dict[str, Any] = {
     "noise": 0.0,
     "clip": 0.15,
 }
-PRESETS: dict[str, dict[str, Any]] = {"wang2018": _WANG2018, "best": _BEST}
+PRESETS = ("wang2018", "best")
+BUDGETS = (1, 10)  # images per class
 # The architecture that a preset uses for a dataset where none is given.
 USUAL = {"mnist": "LeNet", "fashion-mnist": "LeNet", "cifar10": "AlexCifarNet"}
+# What "best" changes for a dataset, the architectures and the budget.
+_TUNED: dict[tuple[str, tuple[str, ...], int], dict[str, Any]] = {}
+
+
+def settings(preset: str, dataset: str, architectures: Sequence[str], budget: int = 10) -> dict[str, Any]:
+    """What a preset sets of a configuration.
+
+    Args:
+        preset: a name of PRESETS.
+        dataset: that is distilled.
+        architectures: that it is distilled for.
+        budget: of "best", one of BUDGETS: the result has about as many numbers as this many images per class.
+
+    Returns:
+        Fields of Config, without these.
+    """
+    if preset == "wang2018":
+        return dict(_WANG2018)
+    one = {"steps": 1} if budget == 1 else {}
+    return _BEST | one | _TUNED.get((dataset, tuple(architectures), budget), {})

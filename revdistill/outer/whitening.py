@@ -40,7 +40,7 @@ class Whitening:
         rows = x.flatten(1)
         mean = rows.mean(0, dtype=torch.float64)
         covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-        for chunk in rows.split(CHUNK):
+        for chunk in torch.split(rows, CHUNK):
             centred = chunk.cpu() - mean.float().cpu()
             covariance += (centred.T @ centred).double()
         values, vectors = torch.linalg.eigh(covariance / len(rows))
@@ -61,7 +61,7 @@ class Whitening:
         """Inputs [N, ...] whitened."""
         found = torch.empty_like(x)
         mean, weights = self.mean.to(x.device), self.scales - self.rest
-        for rows, chunk in zip(found.flatten(1).split(CHUNK), x.flatten(1).split(CHUNK), strict=True):
+        for rows, chunk in zip(torch.split(found.flatten(1), CHUNK), torch.split(x.flatten(1), CHUNK), strict=True):
             rows.copy_(self._scaled(chunk - mean, weights, self.rest))
         return found
 
@@ -76,5 +76,9 @@ class Whitening:
 
     def of_data(self, data: Dataset) -> Dataset:
         """All parts of the data whitened."""
-        parts = ("x", "x_validation", "x_test")
-        return replace(data, **{name: self.apply(getattr(data, name)) for name in parts})
+        return replace(
+            data,
+            x=self.apply(data.x),
+            x_validation=self.apply(data.x_validation),
+            x_test=self.apply(data.x_test),
+        )

@@ -24,7 +24,7 @@ from revdistill.cli.main import cli
 import revdistill
 from revdistill.distill.artifact import read
 from revdistill.distill.checkpoint import read_config
-from revdistill.distill.presets import PRESETS
+from revdistill.distill.presets import settings
 from revdistill.outer.directory import read_metrics
 from tests.outer.test_image_files import write_mnist
 
@@ -364,7 +364,7 @@ def test_a_preset_gives_way_to_what_is_asked_for(tmp_path: Path, capsys: pytest.
     assert invoke("train", *quick, "--out", str(directory), capsys=capsys)[0] == 0
     config = read(directory / "distilled.h5").config
     asked = {"outer_steps": 1, "epochs": 1, "inits": 1}
-    assert {name: config[name] for name in PRESETS["wang2018"]} == PRESETS["wang2018"] | asked
+    assert {name: config[name] for name in settings("wang2018", "digits", ())} == settings("wang2018", "digits", ()) | asked
     assert config["architectures"] == ["MLP"]
 
 

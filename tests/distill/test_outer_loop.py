@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from revdistill.distill import augment
 from revdistill.distill.config import Config
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.presets import PRESETS
+from revdistill.distill.presets import PRESETS, settings
 from revdistill.outer.data import load
 
 SMALL = Config(
@@ -203,7 +203,7 @@ def test_synthetic_and_real_images_are_augmented_alike(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_configurations(name: str) -> None:
-    config = replace(Config(**PRESETS[name]), outer_steps=2, batch_size=64, inits=1, epochs=1)
+    config = replace(Config(**settings(name, "", ())), outer_steps=2, batch_size=64, inits=1, epochs=1)
     distiller = Distiller(config, DIGITS)
     for _ in range(2):
         assert distiller.step().diverged is None

@@ -13,6 +13,7 @@ import revdistill
 from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.distill.checkpoint import read_config
+from revdistill.distill.classes import fitted
 from revdistill.distill.config import ADJOINTS, INITS, OUTER_DECAYS, Config
 from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
@@ -212,7 +213,8 @@ def train(
     from revdistill.distill.plots import draw_all
 
     try:
-        pictures = draw_all(out, result, data, read_metrics(out / METRICS))
+        points = fitted(result, data) if data.input_shape == (2,) else None
+        pictures = draw_all(out, result, points, read_metrics(out / METRICS))
     finally:  # printed last, as whoever reads along may have gone (| head), and in any case
         click.echo(f"distilled in {took:.0f} s; test accuracy of fresh networks trained on it:")
         click.echo(evaluation_table(result.evaluation))

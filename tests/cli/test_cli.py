@@ -364,7 +364,9 @@ def test_a_preset_gives_way_to_what_is_asked_for(tmp_path: Path, capsys: pytest.
     assert invoke("train", *quick, "--out", str(directory), capsys=capsys)[0] == 0
     config = read(directory / "distilled.h5").config
     asked = {"outer_steps": 1, "epochs": 1, "inits": 1}
-    assert {name: config[name] for name in settings("wang2018", "digits", ())} == settings("wang2018", "digits", ()) | asked
+    assert {name: config[name] for name in settings("wang2018", "digits", ())} == settings(
+        "wang2018", "digits", ()
+    ) | asked
     assert config["architectures"] == ["MLP"]
 
 

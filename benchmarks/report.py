@@ -15,13 +15,14 @@ import report_attribution
 import report_cuda
 import report_flipped
 import report_images
+import report_images_race
 import report_language_model
 import report_scale
 import report_study
 import report_tuning
 from measuring import HERE, MIB, RESULTS, load
 from methods import METHODS
-from tables import table
+from tables import table, threads_of
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -56,11 +57,6 @@ def where(results: dict[str, Any]) -> str:
     cores = f"{machine['cores']} cores ({machine['processor']})"
     place = f"{machine['gpu']}, host with {cores}" if "gpu" in machine else f"{cores}, {threads_of(machine)}"
     return f"{place}, Python {versions['python']}, torch {versions['torch']}"
-
-
-def threads_of(machine: dict[str, Any]) -> str:
-    """In words."""
-    return "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
 
 
 # Speed
@@ -316,11 +312,11 @@ def main() -> None:
     if study:
         report_study.draw(study, RESULTS)
         parts += ["## The data distillation study (Medvedev 2020)", report_study.section(study)]
-    distilled = load("wang2018")
+    distilled = load("images")
     if distilled:
         if "race" in distilled:
-            report_images.draw_race(distilled, RESULTS / "wang2018-race.png")
-        parts += ["## Images: MNIST and CIFAR-10 (Wang et al. 2018)", report_images.section(distilled)]
+            report_images_race.draw_race(distilled, RESULTS / "images-race.png")
+        parts += ["## Images: MNIST and CIFAR-10", report_images.section(distilled)]
     adam, schedules = load("adam"), load("maclaurin2015")
     if adam:
         parts += ["## Adam", report_tuning.adam_section(adam, where(adam))]

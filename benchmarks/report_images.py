@@ -1,155 +1,231 @@
-"""Tables and pictures of distilled MNIST and CIFAR-10, from results/wang2018.json and the artifacts beside it."""
+"""Tables and pictures of distilled MNIST and CIFAR-10, from results/images.json and the artifacts beside it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-from matplotlib import pyplot as plt
-from tables import table
+from image_cells import (
+    CHOICE_NETWORKS,
+    COLUMNS,
+    HELD_OUT_IMAGES,
+    MOMENTUM,
+    NETWORKS,
+    RATES,
+    STEPS,
+    TEST_IMAGES,
+)
+from image_rows import BASELINES, CUDA, HARD, ROWS, SCHEDULES, TITLES, Baseline, Row, row_of
+from report_images_race import in_words, race_in_words, starts_and_windows
+from tables import table, threads_of
 
-# Accuracy after so many seconds of the public reference code, one core of a machine like ours, 20 fresh networks.
-REFERENCE_CODE = {
-    "4 networks": [(141, 0.641), (417, 0.749), (825, 0.781), (1379, 0.797), (1815, 0.803)],
-    "1 network": [(69, 0.665), (204, 0.749), (337, 0.774), (809, 0.786), (900, 0.752)],
+CLASSES = 10
+BASELINE_TITLES = {"real": "random real images", "kmeans": "centroids (k-means)"}
+# Papers' figures for ConvNet-3 at 10 and 100 images in all, in per cent. Deng & Russakovsky: without bases.
+PUBLISHED: dict[str, dict[tuple[str, int], str]] = {
+    "DC (Zhao et al. 2021)": {
+        ("mnist", 10): "91.7",
+        ("mnist", 100): "97.4",
+        ("cifar10", 10): "28.3",
+        ("cifar10", 100): "44.9",
+    },
+    "DSA (Zhao & Bilen 2021)": {
+        ("mnist", 10): "88.7",
+        ("mnist", 100): "97.8",
+        ("cifar10", 10): "28.8",
+        ("cifar10", 100): "52.1",
+    },
+    "IDC (Kim et al. 2022)": {
+        ("mnist", 10): "94.2",
+        ("mnist", 100): "98.4",
+        ("cifar10", 10): "50.6",
+        ("cifar10", 100): "67.5",
+    },
+    "Deng & Russakovsky 2022, without bases": {("cifar10", 10): "about 49", ("cifar10", 100): "about 62"},
+    "RaT-BPTT (Feng et al. 2023)": {("cifar10", 10): "53", ("cifar10", 100): "69"},
+    "AT-BPTT++ (2026)": {("cifar10", 10): "55.7", ("cifar10", 100): "74.9"},
 }
-STARTS = {"real": "real images", "kmeans": "centroids of a class's images"}
-WANTED = 0.795  # what Wang et al. report
-_ABOUT_TIMES = "The times are on the wall, of a machine that did other work as well: no more than that is needed."
+ABOUT_TIMES = "The times are on the wall, of a machine that did other work as well: no more than that is needed."
 
 
-def in_words(found: dict[str, Any]) -> str:
-    """Per cent, with the spread where there is one."""
-    return f"{found['mean']:.1%}" + (f" +- {found['std']:.1%}" if found["restarts"] > 1 else "")
+def summary_table(results: dict[str, Any]) -> str:
+    """A line for each row: others, ours with hard and with soft labels, real images and centroids."""
+    lines = []
+    for name in _rows(results):
+        row, hard = row_of(name), name + HARD
+        versions = [each for each in (name, name + CUDA) if each in results["rows"]]
+        numbers = results["rows"].get(name) or results["rows"].get(name + CUDA) or results["rows"].get(hard)
+        cells = [_versions(results, hard), _versions(results, name)]
+        cells += [_worst(results, f"{row.config.dataset}_{row.budget}_{kind}", row) for kind in ("random", "kmeans")]
+        times = [_time(results["rows"][each]) for each in versions]
+        lines.append([row.title, row.published, *cells, _numbers(numbers), "; ".join(times) or "-"])
+    header = ["test accuracy", "published", "ours, hard labels", "ours, soft labels", "random images", "centroids"]
+    return table([*header, "numbers stored", "distilled in"], lines)
 
 
-def settings_table(results: dict[str, Any]) -> str:
-    """Each row beside its reference."""
-    rows = []
-    for row in results["rows"].values():
-        config = row["config"]
-        ours = ", ".join(
-            in_words(row["evaluation"][name]) + (f" ({name})" if len(config["architectures"]) > 1 else "")
-            for name in config["architectures"]
-        )
-        schedule = next(iter(row["evaluation"].values()))["schedule"]
-        ours += "" if schedule == "raw" else f", along {schedule.replace('strategy', 'strategy ')}"
-        cores = "a core" if row["machine"]["threads"] == 1 else f"{row['machine']['threads']} threads"
-        decay = config.get("weight_decay", 0.0)
-        title = row["title"] + (f", weight decay {decay:g}" if decay else "")
-        rows.append([title, row["reference"], row["target"], ours, f"{row['seconds'] / 60:.0f} min, {cores}"])
-    return table(["setting", "reference", "aimed at", "ours", "distilled in"], rows)
-
-
-def across_architectures(results: dict[str, Any]) -> str:
-    """What was distilled for one, trained on others."""
-    rows = {name: row for name, row in results["rows"].items() if len(row["evaluation"]) > 1}
-    tests = list(dict.fromkeys(test for row in rows.values() for test in row["evaluation"]))
-    cells = [
-        [
-            ", ".join(row["config"]["architectures"]),
-            *(in_words(row["evaluation"][t]) if t in row["evaluation"] else "-" for t in tests),
-        ]
-        for row in rows.values()
+def _rows(results: dict[str, Any]) -> list[str]:
+    """Names of rows of which any version was distilled."""
+    return [
+        name
+        for name in ROWS
+        if not name.endswith(HARD) and any(name + e in results["rows"] for e in ("", HARD, CUDA, HARD + CUDA))
     ]
-    return table(["100 MNIST images, distilled for", *tests], cells)
 
 
-def race_in_words(results: dict[str, Any]) -> str:
-    """When it got where Wang et al. 2018 are."""
-    curve = results["race"]["curve"]
-    reached = next((point for point in curve if point["mean"] >= WANTED), None)
-    end = curve[-1]
-    reference = next(seconds for seconds, accuracy in REFERENCE_CODE["4 networks"] if accuracy >= WANTED)
-    how = f"{WANTED:.1%} after {reached['seconds']:.0f} s" if reached else f"not yet {WANTED:.1%}"
-    config = results["race"]["config"]
+def _versions(results: dict[str, Any], name: str) -> str:
+    """What was distilled on a CPU, and on a GPU."""
+    found = [_worst(results, name, row_of(name))] if name in results["rows"] else []
+    if name + CUDA in results["rows"]:
+        found.append(_worst(results, name + CUDA, row_of(name)) + " (GPU)")
+    return "; ".join(found) or "-"
+
+
+def _worst(results: dict[str, Any], name: str, row: Row) -> str:
+    """On the network that the row is for; of several the worst."""
+    cells = results["cells"].get(name, {})
+    networks = row.config.architectures
+    if not all(network in cells for network in networks):
+        return "-"
+    worst = min(networks, key=lambda network: cells[network]["mean"])
+    return in_words(cells[worst]) + (f" ({worst}, the worst)" if len(networks) > 1 else "")
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    inputs, labels = row["numbers"]["inputs"], row["numbers"]["labels"]
+    return f"{inputs:,}" + (f" + {labels:,} of labels" if labels else "")
+
+
+def _time(row: dict[str, Any]) -> str:
+    """Minutes, and what they were on."""
+    on = row["machine"].get("gpu") or threads_of(row["machine"])
+    return f"{row['seconds'] / 60:.0f} min, {on}"
+
+
+def full_table(results: dict[str, Any]) -> str:
+    """A line for each row that was distilled, and how its networks were trained."""
+    lines = []
+    for name, row in results["rows"].items():
+        about, cells = row_of(name), results["cells"].get(name, {})
+        several = len(about.config.architectures) > 1
+        ours = [
+            in_words(cells[network]) + (f" ({network})" if several else "")
+            for network in about.config.architectures
+            if network in cells
+        ]
+        schedules = [cells[network]["schedule"] for network in about.config.architectures if network in cells]
+        how = ", ".join(dict.fromkeys(schedule.replace("strategy", "strategy ") for schedule in schedules))
+        title = about.title + (", on a GPU" if name.endswith(CUDA) else "")
+        lines.append([f"`{name}`", title, about.published, about.target, ", ".join(ours) or "-", how or "-"])
+        lines[-1] += [_numbers(row), f"{row['config']['outer_steps']:,} steps, {_time(row)}"]
+    header = ["row", "", "published, %", "aimed at, %", "ours", "schedule", "numbers stored", "distilled in"]
+    return table(header, lines)
+
+
+def across_networks(results: dict[str, Any]) -> list[str]:
+    """For each dataset and budget a table of sets of data by networks."""
+    budgets: dict[tuple[str, int], list[str]] = {}
+    for name in results["cells"]:
+        about = BASELINES[name] if name in BASELINES else row_of(name)
+        dataset = about.dataset if isinstance(about, Baseline) else about.config.dataset
+        budgets.setdefault((dataset, about.budget), []).append(name)
+    parts = []
+    for (dataset, budget), names in budgets.items():
+        lines = [[_set(name), *(_cell(results, name, network) for network in COLUMNS)] for name in names]
+        parts.append(table([f"{TITLES[dataset]}, {budget // CLASSES} per class", *COLUMNS], lines))
+    return parts
+
+
+def _set(name: str) -> str:
+    if name in BASELINES:
+        return BASELINE_TITLES[BASELINES[name].start]
+    labels = "hard" if HARD in name or row_of(name).config.learn_labels is False else "soft"
+    networks = ", ".join(row_of(name).config.architectures)
+    more = {"mnist_2018_100": ", 10 steps x 3 epochs", "mnist_fixed_10": ", one initialisation"}.get(name, "")
+    return f"for {networks}{more}, {labels} labels" + (", on a GPU" if name.endswith(CUDA) else "")
+
+
+def _cell(results: dict[str, Any], name: str, network: str) -> str:
+    found = results["cells"][name].get(network)
+    if found is None:
+        return "-"
+    own = name not in BASELINES and network in row_of(name).config.architectures
+    return f"**{in_words(found)}**" if own else in_words(found)
+
+
+def published_table(results: dict[str, Any]) -> str:
+    """What papers report for ConvNet-3, ours below."""
+    columns = [(dataset, budget) for dataset in TITLES for budget in (10, 100)]
+    lines = [[work, *(figures.get(column, "-") for column in columns)] for work, figures in PUBLISHED.items()]
+    for label, of in (
+        ("ours, hard labels", lambda d, b: _versions(results, f"{d}_convnet_{b}{HARD}")),
+        ("ours, soft labels", lambda d, b: _versions(results, f"{d}_convnet_{b}")),
+        *(
+            (
+                BASELINE_TITLES[start],
+                lambda d, b, kind=kind: _worst(results, f"{d}_{b}_{kind}", ROWS[f"{d}_convnet_{b}"]),
+            )
+            for kind, start in (("random", "real"), ("kmeans", "kmeans"))
+        ),
+    ):
+        lines.append([label, *(of(*column) for column in columns)])
+    titles = [f"{TITLES[dataset]}, {budget // CLASSES} per class" for dataset, budget in columns]
+    return table(["ConvNet-3", *titles], lines)
+
+
+def about_cells() -> str:
+    """How the tables were measured."""
     return (
-        f"100 images in 10 steps x 3 epochs on one core (momentum {config['momentum']}, soft labels, from "
-        f"{STARTS[config['start']]}): {how}, "
-        f"{end['mean']:.1%} +- {end['std']:.1%} after {end['seconds']:.0f} s, 20 fresh networks each time. The "
-        "public reference "
-        f"code (gradient descent, hard labels, from noise) took {reference:,} s to {WANTED:.1%} on a core of such a "
-        "machine; that "
-        "was measured outside this repository."
+        f"Each figure: {NETWORKS} fresh networks (one for a fixed initialisation), trained by torch.optim.SGD. Bold: "
+        "the networks that the data were distilled for, on all test images; the others, and those of real images and "
+        f"centroids, on {TEST_IMAGES:,} test images, always the same. How a network is trained is chosen on "
+        f"{HELD_OUT_IMAGES:,} held-out training images with {CHOICE_NETWORKS} other trainings: on distilled data out "
+        f"of {len(SCHEDULES)} (the learned steps; strategies 2 and 3, which go on to 50 epochs), on real images and "
+        f"centroids out of {len(RATES) * len(STEPS)} (rates {_listed(RATES)}, momentum {MOMENTUM:g}, "
+        f"{_listed(STEPS)} steps of one image per class). Random images are others for each network. Numbers stored: "
+        "those of the images, and of soft labels; step sizes come on top."
     )
 
 
-def starts_and_windows(results: dict[str, Any]) -> str:
-    """The same time with each start and window."""
-    compared = results["starts_and_windows"]
-    config, found = compared["config"], compared["found"]
-    steps = config["steps"] * config["epochs"]
-    cells: dict[str, dict[str, str]] = {}
-    for one in found:
-        back = "all steps" if one["window"] is None else f"the last {one['window']} of a random number"
-        cells.setdefault(f"from {STARTS[one['start']]}", {})[back] = (
-            f"{in_words(one)} ({one['outer_steps']} outer steps)"
-        )
-    backs = list(dict.fromkeys(back for row in cells.values() for back in row))
-    return (
-        f"LeNet, 100 MNIST images, T = {steps}, after {found[0]['seconds']:.0f} s of distilling on one core, Adam's "
-        "rate constant; "
-        "the way back is through\n\n"
-        + table(["", *backs], [[start, *(row[back] for back in backs)] for start, row in cells.items()])
-    )
-
-
-def draw_race(results: dict[str, Any], path: Path) -> None:
-    """Accuracy against the time that distilling took."""
-    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    curve = results["race"]["curve"]
-    ax.errorbar(
-        *zip(*((p["seconds"], p["mean"], p["std"]) for p in curve), strict=True),
-        label="revdistill",
-        marker=".",
-        capsize=2,
-    )
-    for name, points in REFERENCE_CODE.items():
-        ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"reference code, {name} an outer step")
-    ax.axhline(WANTED, color="grey", linewidth=0.8, linestyle=":")
-    ax.set_xscale("log")
-    ax.set_xlabel("seconds of distilling, one core")
-    ax.set_ylabel("test accuracy of fresh networks")
-    ax.set_title("MNIST, LeNet, 100 images, 10 steps x 3 epochs", fontsize=11)
-    ax.grid(alpha=0.25)
-    ax.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _listed(values: Iterable[float]) -> str:
+    *first, last = (f"{value:g}" for value in values)
+    return f"{', '.join(first)} and {last}"
 
 
 def section(results: dict[str, Any]) -> str:
     """The images in benchmarks/README.md."""
-    machine = next(iter(results["rows"].values()))["machine"] if results["rows"] else results["race"]["machine"]
+    machine = results["machine"]
     parts = [
-        f"`python benchmarks/wang2018.py --data-dir DIR`, on {machine['cores']} cores ({machine['processor']}). Test "
-        "accuracy of "
-        "ten fresh networks (one for a fixed initialisation) trained by torch.optim.SGD on the artifact of the same "
-        "name in "
-        "results/. Each row's settings are in results/wang2018.json and in its artifact.",
-        settings_table(results),
-        _ABOUT_TIMES,
-        *_about_cifar10(results),
+        f"`python benchmarks/images.py --data-dir DIR`, and again with `--measure`, on {machine['cores']} cores "
+        f"({machine['processor']}). Each row's settings are in results/images.json, and in the artifact of its name in "
+        "results/ where it has soft labels.",
+        full_table(results),
+        about_cells(),
+        ABOUT_TIMES,
+        *about_cifar10(results),
+        *across_networks(results),
+        "What papers report, in per cent, beside ours:\n\n" + published_table(results),
     ]
-    if any(len(row["evaluation"]) > 1 for row in results["rows"].values()):
-        parts.append(across_architectures(results))
     if "race" in results:
-        parts += [race_in_words(results), "![accuracy against time](results/wang2018-race.png)"]
+        parts += [race_in_words(results), "![accuracy against time](results/images-race.png)"]
     if "starts_and_windows" in results:
         parts.append(starts_and_windows(results))
-    for name, row in results["rows"].items():
-        parts.append(f"{row['title']}:\n\n![{row['title']}](results/{name}.png)")
+    for name in results["rows"]:
+        if HARD not in name:
+            title = row_of(name).title + (", on a GPU" if name.endswith(CUDA) else "")
+            parts.append(f"{title}:\n\n![{title}](results/{name}.png)")
     return "\n\n".join(parts)
 
 
 def summary(results: dict[str, Any]) -> str:
     """The images in the main README."""
-    parts = [settings_table(results), _ABOUT_TIMES, *_about_cifar10(results)]
+    parts = [summary_table(results), ABOUT_TIMES, *about_cifar10(results)]
     if "race" in results:
         parts.append(race_in_words(results))
     return "\n\n".join(parts)
 
 
-def _about_cifar10(results: dict[str, Any]) -> list[str]:
+def about_cifar10(results: dict[str, Any]) -> list[str]:
+    """Where there is a row of it."""
     if not any(row["config"]["dataset"] == "cifar10" for row in results["rows"].values()):
         return []
     return [

@@ -1,0 +1,224 @@
+"""What images.py distils, row by row, and where its rows are kept."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from measuring import machine, versions
+
+from revdistill.distill.config import Config
+from revdistill.distill.presets import settings
+from revdistill.distill.strategies import STRATEGIES
+
+HARD, CUDA = "_hard", "_cuda"  # end the names of what was distilled with hard labels, and of what was on a GPU
+# The learned steps, or as many as 50 epochs have. (Strategy 1 has rates of its own, which are for other data.)
+SCHEDULES = tuple(name for name in STRATEGIES if name != "strategy1")
+RAW = ("raw",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is distilled.
+
+    Attributes:
+        title: of its lines.
+        budget: images in all whose numbers the result may have.
+        config: of its distillation.
+        published: what others report, in per cent.
+        target: what was aimed at, in per cent.
+        schedules: how networks may be trained on it; the best on held-out training data is taken.
+        networks: that it is measured on; none for its own and all of the tables' columns.
+    """
+
+    title: str
+    budget: int
+    config: Config
+    published: str
+    target: str
+    schedules: tuple[str, ...] = SCHEDULES
+    networks: tuple[str, ...] = ()
+
+
+TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+
+
+def _row(dataset: str, network: str, per_class: int, published: str, target: str) -> Row:
+    """What `revdistill train --preset best --dataset DATASET --arch NETWORK --budget PER_CLASS` distils."""
+    config = Config(dataset=dataset, architectures=(network,), **settings("best", dataset, (network,), per_class))
+    return Row(f"{TITLES[dataset]}, {network}, {per_class} per class", per_class * 10, config, published, target)
+
+
+_PRESETS = {
+    "mnist_lenet_10": _row("mnist", "LeNet", 1, "-", "93"),
+    "mnist_lenet_100": _row("mnist", "LeNet", 10, "-", "97"),
+    "mnist_convnet_10": _row("mnist", "ConvNet-3", 1, "94.2 (IDC)", "94"),
+    "mnist_convnet_100": _row("mnist", "ConvNet-3", 10, "98.4 (IDC)", "98"),
+    "cifar10_alexcifarnet_100": _row("cifar10", "AlexCifarNet", 10, "36.79 +- 1.18 (Wang et al.)", "48"),
+    "cifar10_convnet_10": _row("cifar10", "ConvNet-3", 1, "55.7 (AT-BPTT++)", "40; 48 on a GPU"),
+    "cifar10_convnet_100": _row("cifar10", "ConvNet-3", 10, "74.9 (AT-BPTT++)", "48; 60 on a GPU"),
+}
+# The setting of Wang et al. 2018: 10 steps, three times. A weight decay does little in so few, and the way back over
+# all of them takes little.
+_STEPS_OF_2018: dict[str, Any] = settings("best", "", ()) | {
+    "epochs": 3,
+    "momentum": 0.6,
+    "weight_decay": 0.0,
+    "window": None,
+    "lr": 0.025,
+    "outer_lr": 0.03,
+    "outer_lr_rates": 0.001,
+    "outer_steps": 1600,
+}
+_FIXED: dict[str, Any] = {
+    "steps": 1,
+    "epochs": 10,
+    "momentum": 0.9,
+    "inits": 1,
+    "outer_steps": 10_000,
+    "batch_size": 256,
+    "lr": 0.05,
+    "outer_lr": 0.02,
+    "outer_lr_rates": 0.01,
+    "outer_beta1": 0.9,
+    "average": 0.2,
+    "learn_labels": True,
+    "noise": 0.0,
+}
+_ALL = ("LeNet", "MLP", "ConvNet-3")
+# Networks of many operations: few outer steps, so larger ones, of fewer real images.
+_FOR_ALL: dict[str, Any] = settings("best", "mnist", _ALL, 10) | {
+    "epochs": 10,
+    "window": 20,
+    "batch_size": 128,
+    "outer_lr": 0.03,
+    "outer_lr_rates": 0.001,
+    "outer_steps": 200,
+}
+_OTHERS = {
+    "mnist_all_100": Row(
+        "MNIST, LeNet, MLP and ConvNet-3 at once, 10 per class",
+        100,
+        Config(dataset="mnist", architectures=_ALL, **_FOR_ALL),
+        "-",
+        "94 (worst)",
+    ),
+    "mnist_2018_100": Row(
+        "MNIST, LeNet, 10 per class, 10 steps x 3 epochs",
+        100,
+        Config(dataset="mnist", architectures=("LeNet",), **_STEPS_OF_2018),
+        "79.50 +- 8.08 (Wang et al.)",
+        "92",
+        RAW,
+    ),
+    "mnist_fixed_10": Row(
+        "MNIST, LeNet, one fixed initialisation, 1 per class",
+        10,
+        Config(dataset="mnist", architectures=("LeNet",), init="fixed", **_FIXED),
+        "94 (Wang et al.)",
+        "96",
+        RAW,
+        ("LeNet",),
+    ),
+}
+
+
+def _with_hard_labels(row: Row) -> Row:
+    return replace(row, title=f"{row.title}, hard labels", config=replace(row.config, learn_labels=False))
+
+
+ROWS: dict[str, Row] = {
+    **{
+        each: found
+        for name, row in _PRESETS.items()
+        for each, found in ((name, row), (name + HARD, _with_hard_labels(row)))
+    },
+    **_OTHERS,
+}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Real images, or their centroids: start names a function of revdistill.distill.starts."""
+
+    dataset: str
+    budget: int
+    start: str
+
+
+BASELINES = {
+    f"{dataset}_{budget}_{name}": Baseline(dataset, budget, start)
+    for dataset in TITLES
+    for budget in (10, 100)
+    for name, start in (("random", "real"), ("kmeans", "kmeans"))
+}
+
+
+def row_of(name: str) -> Row:
+    """The row that was kept under this name."""
+    return ROWS[name.removesuffix(CUDA)]
+
+
+def agrees(found: Config, config: Config, any_length: bool) -> bool:
+    """Whether they are the same; any_length: but for the number of outer steps, which a time had set."""
+    return found == (replace(config, outer_steps=found.outer_steps) if any_length else config)
+
+
+class Kept:
+    """The results in a JSON file, which several of these commands may write at the same time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Any]:
+        """{"rows": {name: ...}, "cells": {set: {network: ...}}, ...}"""
+        found = json.loads(self.path.read_text()) if self.path.exists() else {}
+        return {"machine": machine("cpu"), "versions": versions(), "rows": {}, "cells": {}} | found
+
+    def row(self, name: str, found: dict[str, Any]) -> None:
+        """Keep a row that is new; cells of what was distilled before under its name are dropped."""
+
+        def change(results: dict[str, Any]) -> None:
+            before = results["rows"].get(name, {})
+            if any(before.get(key) != found[key] for key in ("config", "seconds")):
+                results["cells"].pop(name, None)
+                results["rows"] = _in_order(results["rows"] | {name: found})
+
+        self._change(change)
+
+    def cell(self, name: str, network: str, found: dict[str, Any]) -> None:
+        """Keep what a network reached on a set of data."""
+
+        def change(results: dict[str, Any]) -> None:
+            cells = results["cells"].get(name, {}) | {network: found}
+            results["cells"] = _in_order(results["cells"] | {name: cells})
+
+        self._change(change)
+
+    def beside(self, name: str, found: dict[str, Any]) -> None:
+        """Keep what is no row."""
+        self._change(lambda results: results.update({name: found}))
+
+    def _change(self, change: Callable[[dict[str, Any]], None]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        directory = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            results = self.read()
+            change(results)
+            new = self.path.with_suffix(".new")
+            new.write_text(json.dumps(results, indent=1) + "\n")
+            new.replace(self.path)
+        finally:
+            os.close(directory)
+
+
+def _in_order(found: dict[str, Any]) -> dict[str, Any]:
+    """Baselines first, then rows as they are in ROWS, what was on a GPU after its row."""
+    order = [*BASELINES, *(name + end for name in ROWS for end in ("", CUDA))]
+    return {name: found[name] for name in order if name in found}

@@ -50,8 +50,13 @@ TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 
 def _row(dataset: str, network: str, per_class: int, published: str, target: str) -> Row:
     """What `revdistill train --preset best --dataset DATASET --arch NETWORK --budget PER_CLASS` distils."""
-    config = Config(dataset=dataset, architectures=(network,), **settings("best", dataset, (network,), per_class))
+    config = _best(dataset, network, per_class)
     return Row(f"{TITLES[dataset]}, {network}, {per_class} per class", per_class * 10, config, published, target)
+
+
+def _best(dataset: str, network: str, per_class: int, soft: bool = True) -> Config:
+    fields = settings("best", dataset, (network,), per_class, soft)
+    return Config(dataset=dataset, architectures=(network,), **fields)
 
 
 _PRESETS = {
@@ -129,7 +134,9 @@ _OTHERS = {
 
 
 def _with_hard_labels(row: Row) -> Row:
-    return replace(row, title=f"{row.title}, hard labels", config=replace(row.config, learn_labels=False))
+    config = row.config
+    config = _best(config.dataset, config.architectures[0], row.budget // 10, soft=False)
+    return replace(row, title=f"{row.title}, hard labels", config=config)
 
 
 ROWS: dict[str, Row] = {

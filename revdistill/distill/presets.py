@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from revdistill.distill.parametrization import REDUCED
+
 # Wang et al. 2018: ten batches of one image per class, three times, plain gradient descent, four networks an outer
 # step. (Their 400 epochs are some 23,000 outer steps.)
 _WANG2018: dict[str, Any] = {
@@ -50,23 +52,53 @@ PRESETS = ("wang2018", "best")
 BUDGETS = (1, 10)  # images per class
 # The architecture that a preset uses for a dataset where none is given.
 USUAL = {"mnist": "LeNet", "fashion-mnist": "LeNet", "cifar10": "AlexCifarNet"}
+_SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}  # of the data that "best" was tuned on; each has ten classes
+_CLASSES = 10
+# Many images from few bases, in few batches: the larger a batch, the less does a network's way depend on its start.
+_MNIST: dict[str, Any] = {
+    "steps": 1,
+    "per_class": 10,
+    "epochs": 100,
+    "weight_decay": 0.04,
+    "window": 40,
+    "lr": 0.017,
+    "outer_steps": 250,
+}
 # What "best" changes for a dataset, the architectures and the budget.
-_TUNED: dict[tuple[str, tuple[str, ...], int], dict[str, Any]] = {}
+_TUNED: dict[tuple[str, tuple[str, ...], int], dict[str, Any]] = {
+    ("mnist", ("LeNet",), 1): _MNIST,
+    ("mnist", ("LeNet",), 10): _MNIST | {"steps": 4, "epochs": 25, "weight_decay": 0.02},
+}
 
 
-def settings(preset: str, dataset: str, architectures: Sequence[str], budget: int = 10) -> dict[str, Any]:
+def settings(
+    preset: str, dataset: str, architectures: Sequence[str], budget: int = 10, soft: bool = True
+) -> dict[str, Any]:
     """What a preset sets of a configuration.
 
     Args:
         preset: a name of PRESETS.
         dataset: that is distilled.
         architectures: that it is distilled for.
-        budget: of "best", one of BUDGETS: the result has about as many numbers as this many images per class.
+        budget: of "best", one of BUDGETS: the result has no more numbers than this many images per class.
+        soft: of "best", whether labels are learned, which are a part of these numbers.
 
     Returns:
         Fields of Config, without these.
     """
     if preset == "wang2018":
         return dict(_WANG2018)
-    one = {"steps": 1} if budget == 1 else {}
-    return _BEST | one | _TUNED.get((dataset, tuple(architectures), budget), {})
+    found = _BEST | {"steps": budget, "learn_labels": soft}
+    tuned = _TUNED.get((dataset, tuple(architectures), budget))
+    if tuned is None:
+        return found
+    found |= tuned
+    return found | {"bases": _bases(_SHAPES[dataset], found["steps"] * found["per_class"], budget, soft)}
+
+
+def _bases(shape: tuple[int, int, int], per_class: int, budget: int, soft: bool) -> int:
+    """As many as fit the budget, with a coefficient of each for every image, and its label."""
+    channels, height, width = shape
+    images = _CLASSES * per_class
+    numbers = _CLASSES * budget * channels * height * width - (images * _CLASSES if soft else 0)
+    return numbers // (channels * (height // REDUCED) * (width // REDUCED) + images)

@@ -62,8 +62,8 @@ def _best(dataset: str, network: str, per_class: int, soft: bool = True) -> Conf
 _PRESETS = {
     "mnist_lenet_10": _row("mnist", "LeNet", 1, "-", "93"),
     "mnist_lenet_100": _row("mnist", "LeNet", 10, "-", "97"),
-    "mnist_convnet_10": _row("mnist", "ConvNet-3", 1, "94.2 (IDC)", "94"),
-    "mnist_convnet_100": _row("mnist", "ConvNet-3", 10, "98.4 (IDC)", "98"),
+    "mnist_convnet_10": _row("mnist", "ConvNet-3:width=16", 1, "94.2 (IDC)", "94"),
+    "mnist_convnet_100": _row("mnist", "ConvNet-3:width=16", 10, "98.4 (IDC)", "98"),
     "cifar10_alexcifarnet_100": _row("cifar10", "AlexCifarNet", 10, "36.79 +- 1.18 (Wang et al.)", "48"),
     "cifar10_convnet_10": _row("cifar10", "ConvNet-3", 1, "55.7 (AT-BPTT++)", "40; 48 on a GPU"),
     "cifar10_convnet_100": _row("cifar10", "ConvNet-3", 10, "74.9 (AT-BPTT++)", "48; 60 on a GPU"),

@@ -65,7 +65,7 @@ _MNIST: dict[str, Any] = {
     "outer_steps": 250,
 }
 # What is distilled for a narrow ConvNet-3 suits the usual one of width 128, whose every step takes ten times as long.
-_NARROW = "ConvNet-3:width=16"
+_NARROW, _NARROW_ALEX = "ConvNet-3:width=16", "AlexCifarNet:width=16"
 _CONVNET: dict[str, Any] = {
     "epochs": 40,
     "weight_decay": 0.01,
@@ -81,6 +81,13 @@ _TUNED: dict[tuple[str, tuple[str, ...], int], dict[str, Any]] = {
     ("mnist", ("LeNet",), 10): _MNIST | {"steps": 4, "epochs": 25, "weight_decay": 0.02},
     ("mnist", (_NARROW,), 1): _MNIST | _CONVNET,
     ("mnist", (_NARROW,), 10): _MNIST | _CONVNET | {"steps": 4, "epochs": 12},
+    ("mnist", ("LeNet", "MLP", _NARROW), 10): _MNIST
+    | {"steps": 8, "per_class": 5, "epochs": 8, "weight_decay": 0.02, "window": 16, "batch_size": 256},
+    ("cifar10", (_NARROW,), 1): _MNIST | _CONVNET | {"start": "real"},
+    ("cifar10", (_NARROW,), 10): _MNIST | _CONVNET | {"start": "real", "steps": 4, "epochs": 10},
+    ("cifar10", (_NARROW_ALEX,), 10): _MNIST
+    | {"steps": 8, "per_class": 5, "epochs": 8, "weight_decay": 0.01, "window": 15, "lr": 0.012, "batch_size": 256}
+    | {"start": "real"},
 }
 
 

@@ -83,7 +83,7 @@ def _versions(results: dict[str, Any], name: str) -> str:
 def _worst(results: dict[str, Any], name: str, row: Row) -> str:
     """On the network that the row is for; of several the worst."""
     cells = results["cells"].get(name, {})
-    networks = row.config.architectures
+    networks = row.made_for
     if not all(network in cells for network in networks):
         return "-"
     worst = min(networks, key=lambda network: cells[network]["mean"])
@@ -106,13 +106,13 @@ def full_table(results: dict[str, Any]) -> str:
     lines = []
     for name, row in results["rows"].items():
         about, cells = row_of(name), results["cells"].get(name, {})
-        several = len(about.config.architectures) > 1
+        several = len(about.made_for) > 1
         ours = [
             in_words(cells[network]) + (f" ({network})" if several else "")
-            for network in about.config.architectures
+            for network in about.made_for
             if network in cells
         ]
-        schedules = [cells[network]["schedule"] for network in about.config.architectures if network in cells]
+        schedules = [cells[network]["schedule"] for network in about.made_for if network in cells]
         how = ", ".join(dict.fromkeys(schedule.replace("strategy", "strategy ") for schedule in schedules))
         title = about.title + (", on a GPU" if name.endswith(CUDA) else "")
         lines.append([f"`{name}`", title, about.published, about.target, ", ".join(ours) or "-", how or "-"])
@@ -148,7 +148,7 @@ def _cell(results: dict[str, Any], name: str, network: str) -> str:
     found = results["cells"][name].get(network)
     if found is None:
         return "-"
-    own = name not in BASELINES and network in row_of(name).config.architectures
+    own = name not in BASELINES and network in row_of(name).made_for
     return f"**{in_words(found)}**" if own else in_words(found)
 
 

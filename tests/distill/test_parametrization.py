@@ -1,4 +1,4 @@
-"""Inputs that are stored in another form: what each form stands for, by loops over single images, and what is refused."""
+"""Inputs that are stored in another form: what they stand for, by loops over single images, and what is refused."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_bases_start_as_what_is_nearest() -> None:
     enlarged = Bases(4, (1, 4, 4)).inputs(Bases(4, (1, 4, 4)).start(x))
     assert torch.allclose(enlarged[1, 2], bilinear(reduced[1, 2], 4, 4), atol=1e-5)
     with pytest.raises(
-        ValueError, match="bases is 5, but 6 synthetic images, of 4 .* need no more than 4; accepted is"
+        ValueError, match=r"bases is 5, but 6 synthetic images, of 4 .* need no more than 4; accepted is"
     ):
         Bases(5, (1, 4, 4)).start(x)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from revdistill.cli import main as command
 
 from revdistill.distill import distillation, plots
@@ -93,7 +92,7 @@ def test_features_that_do_not_vary() -> None:
 
 
 def test_too_many_features_are_refused() -> None:
-    with pytest.raises(ValueError, match="zca is True, but inputs have 16,385 features.* at most 16,384: use smaller"):
+    with pytest.raises(ValueError, match=r"zca is True, but inputs have 16,385 features.* at most 16,384: use smaller"):
         Whitening.of(torch.zeros(1, 16385))
 
 

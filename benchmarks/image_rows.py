@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
-
-from measuring import machine, versions
 
 from revdistill.distill.config import Config
 from revdistill.distill.presets import settings
@@ -179,58 +173,3 @@ def row_of(name: str) -> Row:
 def agrees(found: Config, config: Config, any_length: bool) -> bool:
     """Whether they are the same; any_length: but for the number of outer steps, which a time had set."""
     return found == (replace(config, outer_steps=found.outer_steps) if any_length else config)
-
-
-class Kept:
-    """The results in a JSON file, which several of these commands may write at the same time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> dict[str, Any]:
-        """{"rows": {name: ...}, "cells": {set: {network: ...}}, ...}"""
-        found = json.loads(self.path.read_text()) if self.path.exists() else {}
-        return {"machine": machine("cpu"), "versions": versions(), "rows": {}, "cells": {}} | found
-
-    def row(self, name: str, found: dict[str, Any]) -> None:
-        """Keep a row that is new; cells of what was distilled before under its name are dropped."""
-
-        def change(results: dict[str, Any]) -> None:
-            before = results["rows"].get(name, {})
-            if any(before.get(key) != found[key] for key in ("config", "seconds")):
-                results["cells"].pop(name, None)
-                results["rows"] = _in_order(results["rows"] | {name: found})
-
-        self._change(change)
-
-    def cell(self, name: str, network: str, found: dict[str, Any]) -> None:
-        """Keep what a network reached on a set of data."""
-
-        def change(results: dict[str, Any]) -> None:
-            cells = results["cells"].get(name, {}) | {network: found}
-            results["cells"] = _in_order(results["cells"] | {name: cells})
-
-        self._change(change)
-
-    def beside(self, name: str, found: dict[str, Any]) -> None:
-        """Keep what is no row."""
-        self._change(lambda results: results.update({name: found}))
-
-    def _change(self, change: Callable[[dict[str, Any]], None]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
-            results = self.read()
-            change(results)
-            new = self.path.with_suffix(".new")
-            new.write_text(json.dumps(results, indent=1) + "\n")
-            new.replace(self.path)
-        finally:
-            os.close(directory)
-
-
-def _in_order(found: dict[str, Any]) -> dict[str, Any]:
-    """Baselines first, then rows as they are in ROWS, what was on a GPU after its row."""
-    order = [*BASELINES, *(name + end for name in ROWS for end in ("", CUDA))]
-    return {name: found[name] for name in order if name in found}

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from image_cells import COLUMNS, NETWORKS, baseline_cell, distilled_cell, some
+from image_place import RUNS, Place, take
 from image_race import BESIDES
-from image_rows import BASELINES, CUDA, HARD, ROWS, Kept, agrees, row_of
-from matplotlib import pyplot as plt
-from measuring import HERE, RESULTS, arguments_of, machine, versions
+from image_rows import BASELINES, CUDA, RAW, ROWS, agrees, row_of
+from measuring import arguments_of, machine, versions
 
 from revdistill.distill.artifact import FILE_NAME, Artifact, read
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
@@ -36,13 +36,10 @@ from revdistill.distill.checkpoint import read_config
 from revdistill.distill.config import Config
 from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
-from revdistill.distill.plots import images
 from revdistill.outer.data import DATA_DIR, Dataset, load
 from revdistill.outer.directory import METRICS, read_metrics
 from revdistill.outer.job import InterruptedRunError
 
-RUNS = HERE.parent / "runs" / "images"
-JSON = "images.json"
 LOOKS = 10  # of a distillation, at its held-out accuracy
 # The first steps, which say how many there will be, take this share of the time, and not more seconds than these.
 FIRST_SHARE, FIRST_SECONDS, FIRST_STEPS = 0.04, 60.0, 4
@@ -63,10 +60,11 @@ class Shown(Distillation):
 def steps_for(config: Config, data: Dataset, seconds: float) -> int:
     """How many outer steps fill these seconds, by what the first ones take: decay and averages must know the end.
 
-    These first steps are made again, by the distillation itself; their time counts, and that of its looks.
+    These first steps are made again, by the distillation itself; their time counts, and that of its looks. Where it
+    starts from comes on top: centroids take some seconds.
     """
     began = time.perf_counter()
-    distiller = Distiller(replace(config, grow=0.0), data)
+    distiller = Distiller(replace(config, grow=0.0, start="real"), data)
     start = time.perf_counter() - began
     taken: list[float] = []
     while len(taken) < FIRST_STEPS or sum(taken) < min(FIRST_SHARE * seconds, FIRST_SECONDS):
@@ -118,68 +116,22 @@ def distilled(
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where runs, results and their pictures are kept.
+class Command:
+    """What is done with rows and sets.
 
     Attributes:
-        runs: the directory of the runs.
-        kept: the results.
-        pictures: the directory of artifacts and pictures; None keeps none besides the runs.
+        place: where they are kept.
+        device: that computes.
+        threads: of a CPU.
+        networks: fresh ones that a set is measured with.
+        quick: everything in little.
     """
-
-    runs: Path
-    kept: Kept
-    pictures: Path | None
-
-    @staticmethod
-    def at(out: Path | None) -> Place:
-        """In this checkout, or all in one directory."""
-        return Place(out, Kept(out / JSON), None) if out else Place(RUNS, Kept(RESULTS / JSON), RESULTS)
-
-    def directory(self, name: str, minutes: float | None) -> Path:
-        """Of a run."""
-        return self.runs / (name if minutes is None else f"{name}-{minutes:g}min")
-
-    def artifact(self, name: str) -> Artifact:
-        """That of a row which is kept.
-
-        Raises:
-            SystemExit: there is no such row, or its artifact is not here.
-        """
-        row = self.kept.read()["rows"].get(name)
-        if row is None:
-            raise SystemExit(f"{name} is not distilled yet; leave out --measure")
-        paths = [self.directory(name, row["minutes"]) / FILE_NAME]
-        paths += [self.pictures / f"{name}.h5"] if self.pictures else []
-        for path in (path for path in paths if path.exists()):
-            artifact = read(path)
-            if artifact.config == row["config"]:
-                return artifact
-        raise SystemExit(f"{name}: its artifact is not in {' or '.join(map(str, paths))}; distil it here")
-
-    def keep(self, name: str, found: dict[str, Any], artifact: Artifact, directory: Path) -> None:
-        """A row, and where there are pictures its artifact; what has hard labels is told by its figures."""
-        self.kept.row(name, found)
-        if self.pictures and HARD not in name:
-            shutil.copy(directory / FILE_NAME, self.pictures / f"{name}.h5")
-            figure = images(artifact)
-            figure.savefig(self.pictures / f"{name}.png", dpi=100)
-            plt.close(figure)
-
-
-@dataclass(frozen=True)
-class Command:
-    """What is done with rows and sets: where, on which device, by how many threads, how many networks measure."""
 
     place: Place
     device: str = "cpu"
     threads: int = 1
+    networks: int = NETWORKS
     quick: bool = False
-
-    @property
-    def networks(self) -> int:
-        """That a set is measured with."""
-        return QUICK_NETWORKS if self.quick else NETWORKS
 
     def config(self, name: str) -> Config:
         """Of a row."""
@@ -216,40 +168,37 @@ class Command:
 
     def measure(self, name: str, data: Dataset, networks: tuple[str, ...] = (), again: bool = False) -> None:
         """A set on these networks, or on all that it is for; those that it was measured on are left out."""
-        baseline = BASELINES.get(name)
-        artifact = None if baseline else self.place.artifact(name)
-        row = None if baseline else row_of(name)
-        own = tuple(artifact.architectures) if artifact else ()
-        accepted = (row.networks if row else ()) or tuple(dict.fromkeys((*own, *COLUMNS)))
-        for network in (each for each in accepted if each in (networks or accepted)):
-            if network in self.place.kept.read()["cells"].get(name, {}) and not again:
-                continue
-            if baseline:
-                found = baseline_cell(baseline, data, network, self.device, self.networks)
-            else:
-                assert artifact is not None
-                assert row is not None
-                found = distilled_cell(artifact, row, data, network, self.device, self.networks)
+        accepted = COLUMNS
+        if name not in BASELINES:
+            row = row_of(name)
+            accepted = row.networks or tuple(dict.fromkeys((*row.config.architectures, *COLUMNS)))
+        known = () if again else tuple(self.place.kept.read()["cells"].get(name, {}))
+        for network in (each for each in accepted if each in (networks or accepted) and each not in known):
+            found = self.cell(name, network, data)
             self.place.kept.cell(name, network, found)
             print(f"{name}: {network} {found['mean']:.2%} +- {found['std']:.2%}", flush=True)
 
+    def cell(self, name: str, network: str, data: Dataset) -> dict[str, Any]:
+        """What a network reaches on a set."""
+        if name in BASELINES:
+            return baseline_cell(BASELINES[name], data, network, self.device, self.networks)
+        schedules = RAW if self.quick else row_of(name).schedules
+        return distilled_cell(self.place.artifact(name), schedules, data, network, self.device, self.networks)
 
-def take(directory: Path, place: Place) -> None:
-    """Keep the rows and cells that --out had written to the directory."""
-    there = Place.at(directory)
-    results = there.kept.read()
-    for name, row in results["rows"].items():
-        run, own = (each.directory(name, row["minutes"]) for each in (there, place))
-        own.mkdir(parents=True, exist_ok=True)
-        shutil.copy(run / FILE_NAME, own / FILE_NAME)
-        place.keep(name, row, read(own / FILE_NAME), own)
-    for name, cells in results["cells"].items():
-        for network, found in cells.items():
-            place.kept.cell(name, network, found)
+
+def dataset_of(name: str) -> str:
+    """Of a row, a baseline, or what is besides."""
+    if name in BASELINES:
+        return BASELINES[name].dataset
+    return "mnist" if name in BESIDES else row_of(name).config.dataset
 
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def _joined(lists: list[list[str]] | None) -> list[str]:
+    return list(dict.fromkeys(itertools.chain(*(lists or []))))
 
 
 def main() -> None:
@@ -262,11 +211,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--measure", action="store_true", help="distil nothing; measure what has not been measured")
     parser.add_argument("--networks", nargs="+", type=_names, help="with --measure: on these alone")
+    parser.add_argument("--count", type=int, help=f"fresh networks that a set is measured with; by default {NETWORKS}")
     parser.add_argument("--again", action="store_true", help="with --measure: what has been measured, too")
     parser.add_argument("--out", type=Path, help="keep everything in this directory")
     parser.add_argument("--take", type=Path, metavar="DIR", help="take in what --out DIR kept, and do nothing else")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     if options.quick and not options.out:
         options.out = RUNS / "quick"
         shutil.rmtree(options.out, ignore_errors=True)
@@ -277,26 +226,33 @@ def main() -> None:
     kept = place.kept.read()["rows"]
     accepted = [*BASELINES, *ROWS, *(n for n in kept if n not in ROWS)] if options.measure else [*ROWS, *BESIDES]
     usual = [*BASELINES, *kept] if options.measure else accepted
-    only = list(dict.fromkeys(itertools.chain(*options.only))) if options.only else usual
+    only = _joined(options.only) or usual
     unknown = [name for name in only if name not in accepted]
     if unknown:
         parser.error(f"--only has {', '.join(unknown)}; accepted are {', '.join(accepted)}")
     if options.minutes is not None and options.minutes <= 0:
         parser.error(f"--minutes is {options.minutes}; accepted is a number above 0")
-    command = Command(place, options.device, options.threads, options.quick)
+    if options.threads < 1:
+        parser.error(f"--threads is {options.threads}; accepted is a number of at least 1")
+    networks = _joined(options.networks)
+    unknown = [name for name in networks if name not in COLUMNS]
+    if unknown:
+        parser.error(f"--networks has {', '.join(unknown)}; accepted are {', '.join(COLUMNS)}")
+    if options.count is not None and options.count < 2:
+        parser.error(f"--count is {options.count}; accepted is a number of at least 2")
+    count = options.count or (QUICK_NETWORKS if options.quick else NETWORKS)
+    torch.set_num_threads(options.threads)
+    command = Command(place, options.device, options.threads, count, options.quick)
     rows = [name for name in only if name in ROWS]
     share = None if options.minutes is None else options.minutes / max(1, len(rows))
     loaded: dict[str, Dataset] = {}
     for name in only:
-        if name in BASELINES:
-            dataset = BASELINES[name].dataset
-        else:
-            dataset = "mnist" if name in BESIDES else row_of(name).config.dataset
+        dataset = dataset_of(name)
         if dataset not in loaded:
             loaded[dataset] = command.data(dataset, options.data_dir)
         data = loaded[dataset]
         if options.measure:
-            command.measure(name, data, tuple(itertools.chain(*(options.networks or []))), options.again)
+            command.measure(name, data, tuple(networks), options.again)
         elif name in BESIDES:
             place.kept.beside(name, BESIDES[name](data, options.quick))
         else:

@@ -87,7 +87,12 @@ def _worst(results: dict[str, Any], name: str, row: Row) -> str:
     if not all(network in cells for network in networks):
         return "-"
     worst = min(networks, key=lambda network: cells[network]["mean"])
-    return in_words(cells[worst]) + (f" ({worst}, the worst)" if len(networks) > 1 else "")
+    return _figure(cells[worst]) + (f" ({worst}, the worst)" if len(networks) > 1 else "")
+
+
+def _figure(cell: dict[str, Any]) -> str:
+    """In words, with the number of networks where it is not the usual one."""
+    return in_words(cell) + ("" if cell["restarts"] in (1, NETWORKS) else f" ({cell['restarts']} networks)")
 
 
 def _numbers(row: dict[str, Any]) -> str:
@@ -108,7 +113,7 @@ def full_table(results: dict[str, Any]) -> str:
         about, cells = row_of(name), results["cells"].get(name, {})
         several = len(about.made_for) > 1
         ours = [
-            in_words(cells[network]) + (f" ({network})" if several else "")
+            _figure(cells[network]) + (f" ({network})" if several else "")
             for network in about.made_for
             if network in cells
         ]
@@ -149,7 +154,7 @@ def _cell(results: dict[str, Any], name: str, network: str) -> str:
     if found is None:
         return "-"
     own = name not in BASELINES and network in row_of(name).made_for
-    return f"**{in_words(found)}**" if own else in_words(found)
+    return f"**{_figure(found)}**" if own else _figure(found)
 
 
 def published_table(results: dict[str, Any]) -> str:
@@ -174,11 +179,12 @@ def published_table(results: dict[str, Any]) -> str:
 
 def about_cells() -> str:
     """How the tables were measured."""
+    chosen_with = "another network" if CHOICE_NETWORKS == 1 else f"{CHOICE_NETWORKS} other networks"
     return (
-        f"Each figure: {NETWORKS} fresh networks (one for a fixed initialisation), trained by torch.optim.SGD. Bold: "
-        "the networks that the data were distilled for, on all test images; the others, and those of real images and "
-        f"centroids, on {TEST_IMAGES:,} test images, always the same. How a network is trained is chosen on "
-        f"{HELD_OUT_IMAGES:,} held-out training images with {CHOICE_NETWORKS} other trainings: on distilled data out "
+        f"Each figure: {NETWORKS} fresh networks (one for a fixed initialisation; or as many as brackets say), trained "
+        "by torch.optim.SGD. Bold: the networks that the data were distilled for, on all test images; the others, and "
+        f"those of real images and centroids, on {TEST_IMAGES:,} test images, always the same. How a network is "
+        f"trained is chosen on {HELD_OUT_IMAGES:,} held-out training images, with {chosen_with}: on distilled data out "
         f"of {len(SCHEDULES)} (the learned steps; strategies 2 and 3, which go on to 50 epochs), on real images and "
         f"centroids out of {len(RATES) * len(STEPS)} (rates {_listed(RATES)}, momentum {MOMENTUM:g}, "
         f"{_listed(STEPS)} steps of one image per class). Random images are others for each network. Numbers stored: "

@@ -7,22 +7,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import methods
 import pytest
-import report_images
 import report_study
 import stacked
 import tasks
 import torch
-import wang2018
 
-from revdistill.distill.artifact import Artifact, read
-from revdistill.distill.config import Config
-from revdistill.distill.evaluation import Evaluation
 from revdistill.outer.data import load
-from tests.outer.test_image_files import write_mnist
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = stacked.Protocol(batches=3, per_class=2, epochs=2, outer_epochs=1, outer_batch=512)
@@ -116,69 +109,3 @@ def test_the_studys_table_has_every_cell_of_the_talk() -> None:
     for cell in results["cells"]:
         first.setdefault((cell["data"], cell["schedule"], cell["test"]), cell["setting"])
     assert all(setting == "ours" for (data, *_), setting in first.items() if data != "original")
-
-
-def test_distilled_images_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wang2018, "RUNS", tmp_path)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    data = load("mnist", write_mnist(tmp_path / "files"))
-    rows = {}
-    for name in ("mnist_fixed_10", "mnist_random_100"):
-        row = wang2018.ROWS[name]
-        row = replace(row, config=replace(row.config, steps=2, epochs=2, per_class=1, window=None), tests=row.tests[:1])
-        rows[name] = wang2018.run_row(name, row, data, quick=True)
-    assert rows["mnist_fixed_10"]["evaluation"]["LeNet"]["restarts"] == 1  # there is but one such network
-    assert set(rows["mnist_random_100"]["evaluation"]) == {"LeNet", "MLP"}
-    results: dict[str, Any] = {"rows": rows, **{name: beside(data, True) for name, beside in wang2018.BESIDES.items()}}
-    text = report_images.section(json.loads(json.dumps(results)))
-    assert "79.50 +- 8.08" not in text  # of a row that was not run
-    for row in rows.values():
-        assert row["title"] in text
-        assert f"{row['evaluation']['LeNet']['mean']:.1%}" in text
-    compared = results["starts_and_windows"]["found"]
-    assert [(one["start"], one["window"]) for one in compared] == [
-        ("real", 40),
-        ("real", None),
-        ("kmeans", 40),
-        ("kmeans", None),
-    ]
-    assert all(report_images.in_words(one) in text for one in compared)
-    report_images.draw_race(results, tmp_path / "race.png")
-    assert (tmp_path / "race.png").exists()
-
-
-def test_measuring_again_distils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = json.loads((BENCHMARKS / "results/wang2018.json").read_text())["rows"]["mnist_fixed_10"]
-    looked: list[tuple[str, int, str]] = []
-
-    def evaluated(artifact: Artifact, data: Any, name: str, *, restarts: int, schedule: str) -> Evaluation:
-        looked.append((name, restarts, schedule))
-        return Evaluation(schedule, restarts, 0.5, 0.0, [0.5])
-
-    monkeypatch.setattr(wang2018, "evaluate", evaluated)
-    found = wang2018.measured_again("mnist_fixed_10", wang2018.ROWS["mnist_fixed_10"], data=None)
-    assert looked == [("LeNet", 1, "raw")]  # the one network that it was distilled for
-    assert found["evaluation"]["LeNet"]["mean"] == 0.5
-    assert {name: found[name] for name in ("config", "seconds", "title")} == {
-        n: before[n] for n in ("config", "seconds", "title")
-    }
-
-
-@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.h5")), ids=lambda p: p.name)
-def test_committed_artifacts_are_those_of_the_table(path: Path) -> None:
-    artifact = read(path)
-    row = json.loads((BENCHMARKS / "results/wang2018.json").read_text())["rows"][path.stem]
-    assert artifact.config == row["config"]
-    assert artifact.evaluation.keys() == set(artifact.architectures)
-    assert path.with_suffix(".png").exists()
-
-
-def test_every_row_of_the_table_is_a_configuration_to_be_run() -> None:
-    measured = json.loads((BENCHMARKS / "results/wang2018.json").read_text())["rows"]
-    for name, row in measured.items():
-        assert Config.from_dict(row["config"]) == wang2018.ROWS[name].config, f"{name} was measured with other settings"
-    assert {row.config.dataset for row in wang2018.ROWS.values()} == {"mnist", "cifar10"}
-    assert [name for name, row in wang2018.ROWS.items() if row.config.init == "fixed"] == ["mnist_fixed_10"]
-    for row in wang2018.ROWS.values():
-        images = row.config.steps * row.config.per_class * 10
-        assert f"{images} images" in row.title

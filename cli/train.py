@@ -49,7 +49,7 @@ _option = options.Fields(_DEFAULT)
 @click.option(
     "--budget",
     type=click.Choice([str(n) for n in BUDGETS]),
-    help="With --preset best: as many numbers as this many images per class have.  [default: 10]",
+    help="With --preset best: its images take the numbers of this many per class.  [default: 10]",
 )
 @_option("--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.")
 @options.data_dir

@@ -104,8 +104,8 @@ def settings(
         preset: a name of PRESETS.
         dataset: that is distilled.
         architectures: that it is distilled for.
-        budget: of "best", one of BUDGETS: the result has no more numbers than this many images per class.
-        soft: of "best", whether labels are learned, which are a part of these numbers.
+        budget: of "best", one of BUDGETS: what is stored of images has no more numbers than this many per class.
+        soft: of "best", whether labels are learned. With bases they are a part of these numbers, else they come on top.
 
     Returns:
         Fields of Config, without these.

@@ -250,9 +250,8 @@ def formed(kind: str, **changes: Any) -> Artifact:
         x = made.inputs({name: torch.from_numpy(v) for name, v in form.items()}).numpy()
     whitening = Whitening.of(torch.from_numpy(values(30, 1, 4, 4))) if kind == "whitened" else None
     rates: dict[str, Any] = {name: np.full(4, 0.5, np.float32) for name in ("lr", "momentum")}
-    return artifact(
-        x=x, y=np.arange(16).reshape(2, 8) % 2, form=form, pack=pack, whitening=whitening, **rates | changes
-    )
+    rest: dict[str, Any] = {"y": np.arange(16).reshape(2, 8) % 2, "form": form, "pack": pack, "whitening": whitening}
+    return artifact(x=x, **rest | rates | changes)
 
 
 FORMS: dict[str, set[str]] = {

@@ -24,14 +24,14 @@ from revdistill.outer.data import load
 from revdistill.outer.random_streams import NETWORKS, POOL, POOL_AGE, generator, mix
 from revdistill.outer.ranks import Processes
 
-WINDOW, STEPS, MEMBERS = 2, 6, 3
+WINDOW, STEPS, MEMBERS = 2, 6, 2
 CONFIG = Config(
     dataset="blobs",
     architectures=("LinearNet", "NonLinearNet"),
     steps=3,
     epochs=2,
     inits=1,
-    outer_steps=14,
+    outer_steps=9,
     batch_size=64,
     window=WINDOW,
     pool=MEMBERS,
@@ -111,7 +111,7 @@ def test_each_step_is_a_plain_loops(optimizer: str) -> None:
             for own, p in zip(net.parameters(), params.values(), strict=True):
                 torch.testing.assert_close(p[0], own.detach(), rtol=1e-3, atol=1e-4)
     assert renewed
-    assert {0, 1, 2, 3, 4} == ages
+    assert {0, 2} < ages
     assert [m and m.age for m in distiller.pool.members] == [m and m.age for m in members]
 
 
@@ -228,8 +228,8 @@ class Two(Processes):
 
 def test_what_a_pool_does_not_go_with() -> None:
     for changes, message in (
-        ({"window": None}, "pool is 3; accepted is 0 without a window: give window as well"),
-        ({"grow": 0.5}, "pool is 3; accepted is 0 with grow"),
+        ({"window": None}, "pool is 2; accepted is 0 without a window: give window as well"),
+        ({"grow": 0.5}, "pool is 2; accepted is 0 with grow"),
         ({"pool": -1}, "pool is -1; accepted is an integer from 0 to"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -259,9 +259,9 @@ def test_checkpoints(tmp_path: Path) -> None:
     with h5py.File(path) as file:
         kept = sorted(name for name in file if name.startswith("pool."))
     for name, values in (
-        ("pool.ages", np.array([1, 2])),
-        ("pool.ages", np.array([1, 2, STEPS + 1])),
-        ("pool.ages", np.array([0.5, 1, 2])),
+        ("pool.ages", np.array([1])),
+        ("pool.ages", np.array([1, STEPS + 1])),
+        ("pool.ages", np.array([0.5, 1])),
         (kept[0], np.zeros((1, 7), np.float32)),
         (kept[0], None),
         ("norm_mean", -1.0),

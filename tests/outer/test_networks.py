@@ -92,6 +92,7 @@ CANONICAL = {
     "ConvNet-3:norm=instance,width=128": "ConvNet-3",
     "ConvNet-3:width=128,norm=none": "ConvNet-3:norm=none",
     "resnet-8:width=8": "ResNet-8:width=8",
+    "AlexCifarNet:width=064": "AlexCifarNet",
     "ConvNet-3:width=1024": "ConvNet-3:width=1024",
 }
 

@@ -117,10 +117,10 @@ def distilled_cell(
         batches = Batches(torch.from_numpy(artifact.x), torch.from_numpy(artifact.y))
         batches = replace(batches, optimizer=artifact.optimizer, weight_decay=artifact.weight_decay)
         best = _chosen(plans, lambda seed: batches, fitted(artifact, held_out(data)), network, device, networks)
-    # a fixed initialisation has but one network
-    restarts = 1 if artifact.config.get("init") == "fixed" and own else networks
+    one = artifact.config.get("init") == "fixed" and own  # there is but one such network
+    restarts = 1 if one else networks
     test = tested(data, own)
-    known = artifact.evaluation.get(network, {}) if own else {}
+    known = artifact.evaluation.get(network, {}) if own and not one else {}
     if known.get("schedule") == best.name and known["restarts"] >= restarts:
         found = dict(known)
     else:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from image_cells import (
-    CHOICE_NETWORKS,
     COLUMNS,
     HELD_OUT_IMAGES,
     MOMENTUM,
@@ -177,24 +176,25 @@ def published_table(results: dict[str, Any]) -> str:
     return table(["ConvNet-3", *titles], lines)
 
 
-def about_cells() -> str:
+def about_cells(results: dict[str, Any]) -> str:
     """How the tables were measured."""
-    chosen_with = "another network" if CHOICE_NETWORKS == 1 else f"{CHOICE_NETWORKS} other networks"
+    cells = [cell for name, found in results["cells"].items() if name in BASELINES for cell in found.values()]
+    tried = _listed(sorted({cell["tried"] for cell in cells}) or [len(RATES) * len(STEPS)], "or")
     return (
         f"Each figure: {NETWORKS} fresh networks (one for a fixed initialisation; or as many as brackets say), trained "
         "by torch.optim.SGD. Bold: the networks that the data were distilled for, on all test images; the others, and "
         f"those of real images and centroids, on {TEST_IMAGES:,} test images, always the same. How a network is "
-        f"trained is chosen on {HELD_OUT_IMAGES:,} held-out training images, with {chosen_with}: on distilled data out "
-        f"of {len(SCHEDULES)} (the learned steps; strategies 2 and 3, which go on to 50 epochs), on real images and "
-        f"centroids out of {len(RATES) * len(STEPS)} (rates {_listed(RATES)}, momentum {MOMENTUM:g}, "
-        f"{_listed(STEPS)} steps of one image per class). Random images are others for each network. Numbers stored: "
+        f"trained is chosen on {HELD_OUT_IMAGES:,} held-out training images, with networks other than those that are "
+        f"measured: on distilled data out of {len(SCHEDULES)} ways (the learned steps; strategies 2 and 3, which go on "
+        f"to 50 epochs), on real images and centroids out of {tried} (rates and numbers of steps, momentum "
+        f"{MOMENTUM:g}, one image of each class a step). Random images are others for each network. Numbers stored: "
         "those of the images, and of soft labels; step sizes come on top."
     )
 
 
-def _listed(values: Iterable[float]) -> str:
-    *first, last = (f"{value:g}" for value in values)
-    return f"{', '.join(first)} and {last}"
+def _listed(values: Sequence[float], last: str) -> str:
+    *first, end = (f"{value:g}" for value in values)
+    return f"{', '.join(first)} {last} {end}" if first else end
 
 
 def section(results: dict[str, Any]) -> str:
@@ -205,7 +205,7 @@ def section(results: dict[str, Any]) -> str:
         f"({machine['processor']}). Each row's settings are in results/images.json, and in the artifact of its name in "
         "results/ where it has soft labels.",
         full_table(results),
-        about_cells(),
+        about_cells(results),
         ABOUT_TIMES,
         *about_cifar10(results),
         *across_networks(results),

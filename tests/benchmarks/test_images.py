@@ -23,6 +23,7 @@ from image_rows import BASELINES, ROWS, Baseline
 from revdistill.cli import train as train_command
 from revdistill.cli.main import cli
 
+from revdistill.distill import distillation
 from revdistill.distill.artifact import Artifact, read
 from revdistill.distill.config import Config
 from revdistill.distill.strategies import plan
@@ -57,8 +58,10 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     for name in ("mnist_lenet_10", "mnist_lenet_10_hard", "mnist_fixed_10"):
         labels = not name.endswith("hard")
-        config = replace(ROWS[name].config, **SMALL, learn_labels=labels)
+        config = replace(ROWS[name].config, **SMALL, architectures=("MLP",), learn_labels=labels)
         monkeypatch.setitem(ROWS, name, replace(ROWS[name], config=config))
+    monkeypatch.setitem(ROWS, "mnist_fixed_10", replace(ROWS["mnist_fixed_10"], networks=("MLP",)))
+    monkeypatch.setattr(distillation, "RESTARTS", 2)
     monkeypatch.setattr(image_cells, "TEST_IMAGES", 20)
     monkeypatch.setattr(image_cells, "RATES", (0.01, 0.02))
     monkeypatch.setattr(image_cells, "STEPS", (1, 3))
@@ -140,12 +143,12 @@ def test_a_schedule_is_chosen_on_held_out_data(mnist: Dataset) -> None:
     """Where the test labels are wrong, another would be the best on them."""
     upset = replace(mnist, y_test=(mnist.y_test + 1) % 10)
     artifact = _artifact(mnist, rate=0.02, epochs=20)
-    found = image_cells.distilled_cell(artifact, image_rows.SCHEDULES, upset, "LeNet", networks=2)
+    found = image_cells.distilled_cell(artifact, image_rows.SCHEDULES, upset, "MLP-GELU", networks=2)
     reached = {}
     for name in image_rows.SCHEDULES:
         plans = [image_cells.Plan("", *map(tuple, plan(name, artifact.lr.tolist(), artifact.momentum.tolist(), 1)))]
         batches = image_cells.Batches(torch.from_numpy(artifact.x), torch.from_numpy(artifact.y))
-        reached[name] = image_cells.accuracies(batches, plans, image_cells.held_out(upset), "LeNet", 2, "cpu")[0]
+        reached[name] = image_cells.accuracies(batches, plans, image_cells.held_out(upset), "MLP-GELU", 2, "cpu")[0]
     assert reached[found["schedule"]] == max(reached.values())
     assert found["tried"] == 3
 
@@ -157,7 +160,7 @@ def test_what_networks_are_measured_on(mnist: Dataset, monkeypatch: pytest.Monke
     monkeypatch.setattr(image_cells, "TEST_IMAGES", 30)
     artifact = _artifact(mnist, rate=0.001, epochs=50)
     own, other = (
-        image_cells.distilled_cell(artifact, image_rows.SCHEDULES, mnist, n, networks=2) for n in ("MLP", "LeNet")
+        image_cells.distilled_cell(artifact, image_rows.SCHEDULES, mnist, n, networks=2) for n in ("MLP", "MLP-GELU")
     )
     assert (own["test_images"], other["test_images"]) == (len(mnist.y_test), 30)
     assert own["tried"] == other["tried"] == 1
@@ -167,8 +170,8 @@ def test_what_networks_are_measured_on(mnist: Dataset, monkeypatch: pytest.Monke
     assert not torch.equal(chosen[0], mnist.x_test[:30])
 
     known = {"schedule": "raw", "restarts": 10, "mean": 0.5, "std": 0.0, "accuracies": [0.5] * 10}
-    artifact = replace(artifact, evaluation={"MLP": known, "LeNet": known})
-    found = [image_cells.distilled_cell(artifact, ("raw",), mnist, n, networks=10)["mean"] for n in ("MLP", "LeNet")]
+    artifact = replace(artifact, evaluation={"MLP": known, "MLP-GELU": known})
+    found = [image_cells.distilled_cell(artifact, ("raw",), mnist, n, networks=10)["mean"] for n in ("MLP", "MLP-GELU")]
     assert found[0] == 0.5  # the run's own evaluation, on all test images
     assert found[1] != 0.5
 
@@ -228,7 +231,7 @@ def test_rows_are_distilled_measured_and_reported(
     assert row["config"]["outer_steps"] == read(small / "mnist_lenet_10-0.01min/distilled.h5").config["outer_steps"]
     assert row["numbers"] == {"inputs": 2 * 7840, "labels": 200}
     assert results["rows"]["mnist_lenet_10_hard"]["numbers"]["labels"] == 0
-    assert results["cells"]["mnist_fixed_10"]["LeNet"]["restarts"] == 1  # there is but one such network
+    assert results["cells"]["mnist_fixed_10"]["MLP"]["restarts"] == 1  # there is but one such network
     assert "held-out accuracy" in capsys.readouterr().out
 
     run(monkeypatch, folder, *words)  # all of it is there
@@ -238,20 +241,20 @@ def test_rows_are_distilled_measured_and_reported(
     run(monkeypatch, folder, *sets, "--networks", "MLP,LeNet")
     run(monkeypatch, folder, "--out", str(small), "--measure", "--only", "mnist_fixed_10")
     cells = json.loads(path.read_text())["cells"]
-    assert [list(cells[name]) for name in ("mnist_10_random", "mnist_lenet_10")] == [["LeNet", "MLP"]] * 2
-    assert cells["mnist_lenet_10"]["LeNet"] == results["cells"]["mnist_lenet_10"]["LeNet"]
-    assert list(cells["mnist_fixed_10"]) == ["LeNet"]
+    assert [list(cells[name]) for name in ("mnist_10_random", "mnist_lenet_10")] == [["LeNet", "MLP"], ["MLP", "LeNet"]]
+    assert cells["mnist_lenet_10"]["MLP"] == results["cells"]["mnist_lenet_10"]["MLP"]
+    assert list(cells["mnist_fixed_10"]) == ["MLP"]
 
     results = json.loads(path.read_text())
     results["rows"]["mnist_lenet_10_cuda"] = row | {"machine": row["machine"] | {"gpu": "a GPU"}}
-    results["cells"]["mnist_lenet_10_cuda"] = {"LeNet": cells["mnist_lenet_10"]["LeNet"] | {"mean": 0.4321}}
+    results["cells"]["mnist_lenet_10_cuda"] = {"MLP": cells["mnist_lenet_10"]["MLP"] | {"mean": 0.4321}}
     main, full = report_images.summary(results), report_images.section(results)
     assert "79.50 +- 8.08" not in main  # of a row that was not run
     for text in (main, full):
         assert ROWS["mnist_lenet_10"].title in text
         for name in ("mnist_lenet_10", "mnist_lenet_10_hard"):
-            assert report_images._figure(results["cells"][name]["LeNet"]) in text
-        assert report_images._figure(cells["mnist_10_random"]["LeNet"]) in text
+            assert report_images._figure(results["cells"][name]["MLP"]) in text
+        assert report_images._figure(cells["mnist_10_random"]["MLP"]) in text
         assert "15,680 + 200 of labels" in text
         assert "43.2%" in text
         assert "a GPU" in text
@@ -361,7 +364,12 @@ def test_mistakes_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_what_is_besides_is_run_and_reported(mnist: Dataset, small: Path, tmp_path: Path) -> None:
+def test_what_is_besides_is_run_and_reported(
+    mnist: Dataset, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RACE", "CHOICE"):
+        short = replace(getattr(image_race, name), epochs=1, batch_size=64)
+        monkeypatch.setattr(image_race, name, short)
     results = {"rows": {}, "cells": {}, **{name: beside(mnist, True) for name, beside in image_race.BESIDES.items()}}
     results = MEASURED | json.loads(json.dumps(results))
     text = report_images.section(results)

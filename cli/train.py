@@ -87,7 +87,8 @@ _option = options.Fields(_DEFAULT)
 )
 @_option(
     "--bases",
-    "Store images as combinations of this many of half the height and width: for each image one number per basis.",
+    "Store this many bases, images of half the height and width, and for each synthetic image one number per basis: it "
+    "is the bases' combination, enlarged.",
     type=COUNT,
 )
 @_option(
@@ -95,6 +96,7 @@ _option = options.Fields(_DEFAULT)
     f"Distil with softplus of this beta instead of ReLU; --smooth alone takes {BETA:g}. Networks are evaluated with "
     "ReLU. 0: ReLU.",
     type=click.FloatRange(0, 1e4),
+    metavar="[BETA]",
     is_flag=False,
     flag_value=BETA,
 )
@@ -149,7 +151,7 @@ _option = options.Fields(_DEFAULT)
 @_option("--clip", "Clip each hypergradient to this norm; 0: do not clip.", type=click.FloatRange(min=0))
 @_option(
     "--clip-mean",
-    "Clip each hypergradient to this many times the running mean of their norms; 0: do not.",
+    "Clip each hypergradient to this many times the running mean of their norms, above 1; 0: do not.",
     type=click.FloatRange(min=0),
 )
 @click.option(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -313,11 +312,12 @@ class Distiller:
         """What has been learned so far."""
         s, config = self.result, self.config
         momentum = s.momentum()
+        stored = {name: leaf.detach().cpu() for name, leaf in s.stored().items()}  # inputs as a reader makes them
         with torch.no_grad():
             momenta = momentum.cpu() if isinstance(momentum, Tensor) else torch.full((config.inner_steps,), momentum)
             return Artifact(
-                x=s.x.detach().cpu().numpy(),
-                form={} if isinstance(s.parametrization, Pixels) else _arrays(s.stored()),
+                x=s.parametrization.inputs(stored).numpy(),
+                form={} if isinstance(s.parametrization, Pixels) else {name: t.numpy() for name, t in stored.items()},
                 pack=config.pack,
                 whitening=self.whitening,
                 y=s.labels().detach().cpu().numpy(),
@@ -333,10 +333,6 @@ class Distiller:
                 config=config.to_dict(),
                 classes=[] if are_numbers(self.data.class_names) else list(self.data.class_names),
             )
-
-
-def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: t.detach().cpu().numpy() for name, t in tensors.items()}
 
 
 def fixed_network_seed(seed: int, architecture: int) -> int:

@@ -95,7 +95,9 @@ _TUNED: dict[tuple[str, tuple[str, ...], int], dict[str, Any]] = {
     ("mnist", ("LeNet",), 10): _BASES | {"steps": 4, "epochs": 25, "weight_decay": 0.02},
     ("mnist", (_CONVNET,), 1): _BASES
     | {"epochs": 40, "weight_decay": 0.01, "window": 12, "lr": 0.03, "outer_lr": 0.02, "batch_size": 256},
-    ("mnist", (_CONVNET,), 10): _ADAM,
+    ("mnist", (_CONVNET,), 10): _BASES
+    | {"steps": 4, "epochs": 25, "weight_decay": 0.003, "window": 6, "pool": 8, "lr": 0.03, "start": "real"}
+    | {"batch_size": 256},
     ("mnist", ("LeNet", "MLP", _CONVNET), 10): _ADAM | {"window": 15},
     ("cifar10", (_WIDER,), 1): _COLOURS,
     ("cifar10", (_WIDER,), 10): _COLOURS | {"steps": 4, "epochs": 5},

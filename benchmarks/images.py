@@ -135,7 +135,8 @@ class Command:
 
     def config(self, name: str) -> Config:
         """Of a row."""
-        config = replace(row_of(name).config, device=self.device)
+        row = row_of(name)
+        config = replace(row.config, device=self.device, **(row.on_gpu if self.device != "cpu" else {}))
         return replace(config, **QUICK, epochs=min(config.epochs, QUICK_EPOCHS)) if self.quick else config
 
     def data(self, dataset: str, data_dir: Path) -> Dataset:

@@ -100,7 +100,7 @@ arch = click.option(
     type=ARCHITECTURE,
     multiple=True,
     metavar="NAME",
-    help=f"Network, with its options or without: {models.shown()}; or your own factory "
+    help=f"Network: {models.shown()}. Other options follow a colon: ConvNet-3:width=64,norm=group. Or your own factory "
     "package.module:function, which is called with (input_shape, classes). Repeat the option for several.",
 )
 data_dir = click.option(

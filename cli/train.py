@@ -13,6 +13,7 @@ import revdistill
 from revdistill.distill.augment import AUGMENTATIONS
 from revdistill.distill.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.distill.checkpoint import read_config
+from revdistill.distill.classes import fitted
 from revdistill.distill.config import ADJOINTS, INITS, OUTER_DECAYS, Config
 from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
@@ -48,7 +49,7 @@ _option = options.Fields(_DEFAULT)
 @click.option(
     "--budget",
     type=click.Choice([str(n) for n in BUDGETS]),
-    help="With --preset best: as many numbers as this many images per class have.  [default: 10]",
+    help="With --preset best: its images take the numbers of this many per class.  [default: 10]",
 )
 @_option("--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.")
 @options.data_dir
@@ -86,7 +87,8 @@ _option = options.Fields(_DEFAULT)
 )
 @_option(
     "--bases",
-    "Store images as combinations of this many of half the height and width: for each image one number per basis.",
+    "Store this many bases, images of half the height and width, and for each synthetic image one number per basis: it "
+    "is the bases' combination, enlarged.",
     type=COUNT,
 )
 @_option(
@@ -94,6 +96,7 @@ _option = options.Fields(_DEFAULT)
     f"Distil with softplus of this beta instead of ReLU; --smooth alone takes {BETA:g}. Networks are evaluated with "
     "ReLU. 0: ReLU.",
     type=click.FloatRange(0, 1e4),
+    metavar="[BETA]",
     is_flag=False,
     flag_value=BETA,
 )
@@ -148,7 +151,7 @@ _option = options.Fields(_DEFAULT)
 @_option("--clip", "Clip each hypergradient to this norm; 0: do not clip.", type=click.FloatRange(min=0))
 @_option(
     "--clip-mean",
-    "Clip each hypergradient to this many times the running mean of their norms; 0: do not.",
+    "Clip each hypergradient to this many times the running mean of their norms, above 1; 0: do not.",
     type=click.FloatRange(min=0),
 )
 @click.option(
@@ -183,7 +186,8 @@ def train(
     if preset:
         if resume:
             raise UserError("--preset and --resume: a run that is resumed has its settings already")
-        found = settings(preset, values["dataset"], values["architectures"], int(budget or 10))
+        soft = values["learn_labels"] or not given(ctx, "learn_labels")
+        found = settings(preset, values["dataset"], values["architectures"], int(budget or 10), soft)
         values |= {name: value for name, value in found.items() if not given(ctx, name)}
     if values["init"] == "fixed" and values["inits"] != 1 and given(ctx, "inits") and not resume:
         raise UserError(f"--inits is {values['inits']}, but --init fixed has one network; leave one of them out")
@@ -212,7 +216,8 @@ def train(
     from revdistill.distill.plots import draw_all
 
     try:
-        pictures = draw_all(out, result, data, read_metrics(out / METRICS))
+        points = fitted(result, data) if data.input_shape == (2,) else None
+        pictures = draw_all(out, result, points, read_metrics(out / METRICS))
     finally:  # printed last, as whoever reads along may have gone (| head), and in any case
         click.echo(f"distilled in {took:.0f} s; test accuracy of fresh networks trained on it:")
         click.echo(evaluation_table(result.evaluation))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import revdistill
-from revdistill.distill.parametrization import MOST_PACKED, form_of
+from revdistill.distill.parametrization import MOST_PACKED, REDUCED, form_of, too_large
 from revdistill.outer.hdf5 import Reader, reading, writing
 from revdistill.outer.labels import Label
 from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
@@ -25,8 +25,8 @@ WITH_DECAY = 3  # likewise for a weight decay; has an optimizer too
 WITH_CLASSES = 4  # likewise for names of classes: class 0 must not be taken for the data's label 0; has all of these
 WITH_FORM = 5  # likewise for inputs that are stored in another form, or are whitened; has all of these
 FILE_NAME = "distilled.h5"
-MOST_INPUTS = 2**29  # numbers that a small file may stand for: 2 GiB
 _WHITENING = ("mean", "components", "scales")
+_LARGEST = 1e30  # of a whitening's numbers: inputs and their images stay finite
 
 
 @dataclass(frozen=True)
@@ -209,10 +209,13 @@ def _inputs(file: Reader, stored: dict[str, np.ndarray], pack: int) -> np.ndarra
     """The inputs that it stands for."""
     if "x" in stored and pack == 1:
         return stored["x"]
-    form = form_of({name: values.shape for name, values in stored.items()}, pack)
-    numbers = form.numbers({name: values.shape for name, values in stored.items()})
-    if numbers > MOST_INPUTS:
-        raise file.fail(f"stands for inputs of {numbers:,} numbers; at most {MOST_INPUTS:,} are accepted")
+    shapes = {name: values.shape for name, values in stored.items()}
+    form = form_of(shapes, pack)
+    channels, *sides = shapes["x"][2:] if "x" in shapes else shapes["bases"][1:]
+    image = (channels, *(side if "x" in shapes else REDUCED * side for side in sides))
+    reason = too_large(form.numbers(shapes), image)
+    if reason:
+        raise file.fail(f"stands for {reason}")
     inputs = form.inputs({name: torch.from_numpy(values) for name, values in stored.items()})
     if not bool(torch.isfinite(inputs).all()):
         raise file.fail("stands for inputs that are not finite")
@@ -228,16 +231,22 @@ def _write_whitening(file: h5py.File, whitening: Whitening | None) -> None:
 
 
 def _whitening(file: Reader) -> Whitening | None:
-    if not file.has("whitening_rest"):
+    names = [f"whitening_{name}" for name in _WHITENING]
+    if not file.has("whitening_rest") and not set(names) & set(file.names()):
         return None
-    mean, components, scales = (torch.from_numpy(file.array(f"whitening_{name}", "float32")) for name in _WHITENING)
+    mean, components, scales = (torch.from_numpy(file.array(name, "float32")) for name in names)
     rest = file.number("whitening_rest")
     fine = mean.ndim == scales.ndim == 1 and components.shape == (scales.numel(), mean.numel())
-    if not fine or not 0 < rest < 1e30 or bool((scales <= 0).any()):
+    if not fine:
         raise file.fail(
             f"'whitening_components' has shape {list(components.shape)}; with mean {list(mean.shape)} and scales "
-            f"{list(scales.shape)} it must be [{scales.numel()}, {mean.numel()}], and scales above 0"
+            f"{list(scales.shape)} it must be [{scales.numel()}, {mean.numel()}]"
         )
+    if bool((components.abs() > 1.001).any()) or bool((mean.abs() > _LARGEST).any()):
+        raise file.fail("'whitening_components' must be between -1 and 1, and 'whitening_mean' below 1e30")
+    for scale in (rest, *scales.aminmax()) if scales.numel() else (rest,):
+        if not 1 / _LARGEST < scale < _LARGEST:
+            raise file.fail(f"'whitening_scales' and 'whitening_rest' must be from 1e-30 to 1e30, got {float(scale)}")
     return Whitening(mean, components, scales, rest)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from revdistill.distill import augment
 from revdistill.distill.artifact import Artifact
 from revdistill.distill.augment import Transform
 from revdistill.distill.config import Config
+from revdistill.distill.fresh import FreshNetworks, Units
 from revdistill.distill.parametrization import Pixels
 from revdistill.distill.pool import Member, Pool
 from revdistill.distill.synthetic import Synthetic
@@ -43,7 +44,6 @@ from revdistill.outer.whitening import Whitening
 BETA2 = 0.999
 HALVINGS = 10  # Wang et al. halve every 40 of 400 epochs
 SHORTEST = 0.1  # of T, where the unroll grows
-Units = list[tuple[int, Part]]  # the units of work, each with the number of its architecture
 _RATES = ("raw_lr", "raw_momentum")
 IMAGE_NOISE = 0.5  # in units of the standard deviation of the normalised images
 
@@ -125,7 +125,7 @@ class Distiller:
 
     def _new_networks(self, k: int, transform: Transform, x: Tensor, y: Tensor) -> Outcome:
         """The step with networks that are drawn for it."""
-        steps, networks = self._horizon(k), _Networks(self, self.units)
+        steps, networks = self._horizon(k), self._fresh_networks(self.units)
 
         def outer_loss(k: int, unit: int) -> Tensor:
             part, params = networks.of(unit)
@@ -266,6 +266,9 @@ class Distiller:
             x = x + self._noise * torch.randn(x.shape, generator=generator(self.config.seed, NOISE, k)).to(self.device)
         return x, y
 
+    def _fresh_networks(self, units: Units) -> FreshNetworks:
+        return FreshNetworks(self.stacks, units, partial(self.network_seed, self.outer_step))
+
     def network_seed(self, k: int, architecture: int) -> int:
         """Of the networks of an architecture, by its position, at outer step k."""
         if self.config.init == "fixed":
@@ -280,7 +283,7 @@ class Distiller:
 
     def _validation_accuracy(self) -> float:
         units = self._plain_units
-        networks, result = _Networks(self, units), self.result
+        networks, result = self._fresh_networks(units), self.result
 
         def accuracies(unit: int) -> Tensor:
             part, params = networks.of(unit)
@@ -309,11 +312,12 @@ class Distiller:
         """What has been learned so far."""
         s, config = self.result, self.config
         momentum = s.momentum()
+        stored = {name: leaf.detach().cpu() for name, leaf in s.stored().items()}  # inputs as a reader makes them
         with torch.no_grad():
             momenta = momentum.cpu() if isinstance(momentum, Tensor) else torch.full((config.inner_steps,), momentum)
             return Artifact(
-                x=s.x.detach().cpu().numpy(),
-                form={} if isinstance(s.parametrization, Pixels) else _arrays(s.stored()),
+                x=s.parametrization.inputs(stored).numpy(),
+                form={} if isinstance(s.parametrization, Pixels) else {name: t.numpy() for name, t in stored.items()},
                 pack=config.pack,
                 whitening=self.whitening,
                 y=s.labels().detach().cpu().numpy(),
@@ -329,28 +333,6 @@ class Distiller:
                 config=config.to_dict(),
                 classes=[] if are_numbers(self.data.class_names) else list(self.data.class_names),
             )
-
-
-class _Networks:
-    """The fresh networks of the outer step that a distiller is at; all of an architecture are drawn at once, when the
-    first unit of it is asked for, so that they are the same whatever the units are.
-    """
-
-    def __init__(self, distiller: Distiller, units: Units) -> None:
-        self._distiller, self._units, self._k = distiller, units, distiller.outer_step
-        self._drawn: tuple[int, Params] | None = None
-
-    def of(self, unit: int) -> tuple[Part, Params]:
-        """The unit's part of its stack, and the parameters of that."""
-        architecture, part = self._units[unit]
-        if self._drawn is None or self._drawn[0] != architecture:
-            seed = self._distiller.network_seed(self._k, architecture)
-            self._drawn = architecture, self._distiller.stacks[architecture].sample(seed)
-        return part, part.take(self._drawn[1])
-
-
-def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: t.detach().cpu().numpy() for name, t in tensors.items()}
 
 
 def fixed_network_seed(seed: int, architecture: int) -> int:

@@ -21,6 +21,8 @@ from torch import Tensor
 Leaves = dict[str, Tensor]
 MOST_PACKED = 64  # along a side of an image
 REDUCED = 2  # bases have half the height and width
+# Of the inputs that a few stored numbers may stand for: 2 GiB, and matrices of 16 MiB to enlarge images.
+MOST_INPUTS, MOST_SIDE = 2**29, 2**11
 
 
 class Parametrization(Protocol):
@@ -105,11 +107,20 @@ class Bases:
         return math.prod(shapes["coefficients"][:2]) * math.prod(self.shape)
 
     def start(self, x: Tensor) -> Leaves:
-        """The R principal components of the reduced inputs (not centred), of root mean square 1."""
+        """The R principal components of the reduced inputs (not centred), of root mean square 1.
+
+        Raises:
+            ValueError: there are more bases than inputs, or than numbers in a basis: fewer make the same images.
+        """
         batches, number, channels, height, width = x.shape
         small = (height // REDUCED, width // REDUCED)
         # float64 on the CPU: the same on every device
         rows = F.interpolate(x.flatten(0, 1).cpu().double(), size=small, mode="area").flatten(1)
+        if self.count > min(rows.shape):
+            raise ValueError(
+                f"bases is {self.count}, but {rows.shape[0]:,} synthetic images, of {rows.shape[1]:,} numbers at half "
+                f"their size, need no more than {min(rows.shape):,}; accepted is an integer from 1 to that"
+            )
         left, values, right = torch.linalg.svd(rows, full_matrices=False)
         scale, r = math.sqrt(rows.shape[1]), self.count
         bases = (right[:r] * scale).reshape(r, channels, *small)
@@ -139,11 +150,12 @@ def _interpolation(small: int, large: int) -> Tensor:
     return F.interpolate(eye[None], size=large, mode="linear", align_corners=False)[0].T.contiguous()
 
 
-def chosen(shape: tuple[int, ...], pack: int, bases: int | None) -> Parametrization:
+def chosen(shape: tuple[int, ...], stored: int, pack: int, bases: int | None) -> Parametrization:
     """The parametrization that a configuration asks for.
 
     Args:
         shape: of an input.
+        stored: how many there are, those that are packed into one counted once.
         pack: how many images along each side of a stored one; 1 for none.
         bases: R, or None.
 
@@ -160,7 +172,23 @@ def chosen(shape: tuple[int, ...], pack: int, bases: int | None) -> Parametrizat
             f"{name} is {value}, but images are {shape[1]} x {shape[2]}, which {divisor} does not divide"
             + (f"; accepted is {_divisors(shape)}" if bases is None else "")
         )
-    return Packed(pack) if bases is None else Bases(bases, shape)
+    form = Packed(pack) if bases is None else Bases(bases, shape)
+    reason = too_large(stored * form.copies * math.prod(shape), shape)
+    if reason:
+        raise ValueError(f"{name} is {value}, which stands for {reason}")
+    return form
+
+
+def too_large(numbers: int, shape: tuple[int, ...]) -> str | None:
+    """Why inputs are too large to be made of fewer numbers; None where they are not.
+
+    Args:
+        numbers: of all inputs.
+        shape: of one, (channels, H, W).
+    """
+    if max(shape[1:]) > MOST_SIDE:
+        return f"images of {shape[1]:,} x {shape[2]:,}; at most {MOST_SIDE:,} x {MOST_SIDE:,} are accepted"
+    return f"inputs of {numbers:,} numbers; at most {MOST_INPUTS:,} are accepted" if numbers > MOST_INPUTS else None
 
 
 def form_of(shapes: Mapping[str, tuple[int, ...]], pack: int) -> Parametrization:

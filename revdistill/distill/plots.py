@@ -33,7 +33,8 @@ def draw_all(directory: Path, artifact: Artifact, data: Dataset | None, metrics:
     Args:
         directory: of the run.
         artifact: its result.
-        data: the real data, which are drawn where they are points in the plane; None otherwise.
+        data: the real data, `fitted` to the artifact, which are drawn where they are points in the plane; None
+            otherwise.
         metrics: the entries of its log.
 
     Returns:
@@ -136,7 +137,7 @@ def points(artifact: Artifact, data: Dataset) -> Figure:
         ax.scatter(*data.x.T, c=_COLOURS(data.y.numpy()), s=5, alpha=0.15, linewidths=0)
         ax.scatter(*artifact.x[batch].T, c=_COLOURS(y[batch]), s=45, edgecolors="black", linewidths=0.8)
         ax.set_title(f"batch {batch + 1} of {s}", fontsize=10)
-    figure.suptitle("synthetic points over the real data", fontsize=11)
+    figure.suptitle(f"synthetic points over the real data{_whitened(artifact)}", fontsize=11)
     return figure
 
 
@@ -162,8 +163,15 @@ def decisions(artifact: Artifact, data: Dataset, architectures: list[str]) -> Fi
         )
         ax.scatter(*data.x_test.T, c=_COLOURS(data.y_test.numpy()), s=7, linewidths=0)
         ax.set_title(f"{name}: test accuracy {accuracy:.1%}", fontsize=10)
-    figure.suptitle("one fresh network trained on the distilled data,\nits decisions over the test data", fontsize=11)
+    figure.suptitle(
+        f"one fresh network trained on the distilled data,\nits decisions over the test data{_whitened(artifact)}",
+        fontsize=11,
+    )
     return figure
+
+
+def _whitened(artifact: Artifact) -> str:
+    return "" if artifact.whitening is None else ", whitened"
 
 
 def rates(artifact: Artifact) -> Figure:

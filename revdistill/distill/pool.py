@@ -88,9 +88,9 @@ class Pool:
                 members.append(None)
                 continue
             kept = {name: read(name, t) for name, t in _named(number, like, slots=age > 0).items()}
-            params = tuple(_part(kept, f"pool.{number}.{i}.params.", p) for i, p in enumerate(like.params))
+            params = tuple(_part(kept, number, i, "params", p) for i, p in enumerate(like.params))
             slots = tuple(
-                {slot: _part(kept, f"pool.{number}.{i}.{slot}.", of) for slot, of in each.items()} if age else {}
+                {slot: _part(kept, number, i, slot, of) for slot, of in each.items()} if age else {}
                 for i, each in enumerate(like.slots)
             )
             members.append(Member(age, params, slots))
@@ -105,9 +105,14 @@ def _named(number: int, member: Member, slots: bool = True) -> dict[str, Tensor]
     found: dict[str, Tensor] = {}
     for i, (params, each) in enumerate(zip(member.params, member.slots, strict=True)):
         parts: dict[str, Params] = {"params": params} | (each if slots else {})
-        found |= {f"pool.{number}.{i}.{part}.{name}": t for part, of in parts.items() for name, t in of.items()}
+        found |= {_name(number, i, part, j): t for part, of in parts.items() for j, t in enumerate(of.values())}
     return found
 
 
-def _part(kept: dict[str, Tensor], prefix: str, like: Params) -> Params:
-    return {name: kept[prefix + name] for name in like}
+def _name(number: int, i: int, part: str, j: int) -> str:
+    """Parameters go by their positions: what a module calls them may be no name for HDF5, such as "a/b"."""
+    return f"pool.{number}.{i}.{part}.{j}"
+
+
+def _part(kept: dict[str, Tensor], number: int, i: int, part: str, like: Params) -> Params:
+    return {name: kept[_name(number, i, part, j)] for j, name in enumerate(like)}

@@ -35,7 +35,8 @@ class Synthetic:
         device = data.x.device
         generator = torch.Generator().manual_seed(config.seed)
         self._config = config
-        self.parametrization = chosen(data.input_shape, config.pack, config.bases)
+        stored = config.steps * data.classes * config.per_class
+        self.parametrization = chosen(data.input_shape, stored, config.pack, config.bases)
         copies = config.per_class * self.parametrization.copies
         self.hard_labels = torch.arange(data.classes).repeat_interleave(copies).expand(config.steps, -1).to(device)
         t = config.inner_steps

@@ -75,16 +75,18 @@ class LeNet(nn.Module):
 class AlexCifarNet(nn.Module):
     """The AlexNet-like network of Wang et al. 2018 for 32 x 32 images: two 5 x 5 convolutions of 64, then 384, 192,
     classes.
+
+    width: channels of each convolution.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
+    def __init__(self, input_shape: tuple[int, ...], classes: int, *, width: int = 64) -> None:
         super().__init__()
-        channels, height, width = _image("AlexCifarNet", input_shape, 4)
+        channels, height, side = _image("AlexCifarNet", input_shape, 4)
         normalise = partial(nn.LocalResponseNorm, 4, alpha=0.001 / 9.0, beta=0.75, k=1.0)
         pool = partial(nn.MaxPool2d, kernel_size=3, stride=2, padding=1)
-        first, second = nn.Conv2d(channels, 64, 5, padding=2), nn.Conv2d(64, 64, 5, padding=2)
+        first, second = nn.Conv2d(channels, width, 5, padding=2), nn.Conv2d(width, width, 5, padding=2)
         self.features = nn.Sequential(first, nn.ReLU(), pool(), normalise(), second, nn.ReLU(), normalise(), pool())
-        features = 64 * _halved(height, 2) * _halved(width, 2)
+        features = width * _halved(height, 2) * _halved(side, 2)
         self.classifier = nn.Sequential(
             nn.Linear(features, 384), nn.ReLU(), nn.Linear(384, 192), nn.ReLU(), nn.Linear(192, classes)
         )

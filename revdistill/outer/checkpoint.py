@@ -105,6 +105,8 @@ def restore(
             raise file.fail(f"attributes {found} do not go with its configuration")
         tensors = _tensors(file, descent)
         norm = file.number(_NORM) if isinstance(descent.clip, ClipTo) and descent.clip.times_mean else 0.0
+        if norm < 0:
+            raise file.fail(f"attribute {_NORM!r} is {norm}; expected a number of at least 0")
         place = more(file) if more is not None else None
     for name, leaf in descent.leaves.items():
         with torch.no_grad():

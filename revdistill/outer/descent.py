@@ -50,14 +50,22 @@ class ClipTo:
 
     Args:
         max_norm: to this norm; 0: not at all.
-        times_mean: also to this many times the running mean of the norms of the steps so far; 0: not at all (Feng et
-            al. 2023 clip at twice it).
+        times_mean: also to this many times the running mean of the norms of the steps so far, above 1; 0: not at all
+            (Feng et al. 2023 clip at twice it).
+
+    Raises:
+        ValueError: times_mean is above 0, but not above 1.
 
     Attributes:
         mean: the running mean, of norms as they were clipped; 0 before the first step.
     """
 
     def __init__(self, max_norm: float = 0.0, times_mean: float = 0.0) -> None:
+        if 0 < times_mean <= 1:
+            raise ValueError(
+                f"clip_mean is {times_mean}; accepted is 0 (none) or a number above 1, as the mean is of norms as they "
+                "were clipped, and would never rise again"
+            )
         self._max_norm, self.times_mean = max_norm, times_mean
         self.mean = 0.0
 

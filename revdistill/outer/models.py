@@ -13,7 +13,7 @@ from revdistill.engine import RevdistillError
 from revdistill.outer import architectures
 
 Factory = Callable[..., nn.Module]
-MOST = 2**16  # of an option that is a number: nobody has memory for more channels
+MOST = 2**10  # of an option that is a number: a file may name an architecture, and must not fill the memory by that
 
 ARCHITECTURES: dict[str, Factory] = {
     "LinearNet": architectures.linear_net,
@@ -44,9 +44,7 @@ def canonical(name: str) -> str:
     if ":" in name:
         _factory(name)
         return name
-    raise ValueError(
-        f"unknown architecture {name!r}; accepted are {', '.join(ARCHITECTURES)} and package.module:function"
-    )
+    raise _unknown(name)
 
 
 def is_own(name: str) -> bool:
@@ -72,6 +70,8 @@ def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         ValueError: the architecture does not fit these, or is no torch.nn.Module.
     """
     known, options = _registered(name)
+    if known is None and not is_own(name):
+        raise _unknown(name)  # and no module of this name is imported: a file may have named it
     factory = ARCHITECTURES[known] if known is not None else _factory(name)
     given = _options(name, known, options) if known is not None else {}
     try:
@@ -92,6 +92,12 @@ def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     return net
 
 
+def _unknown(name: str) -> ValueError:
+    return ValueError(
+        f"unknown architecture {name!r}; accepted are {', '.join(ARCHITECTURES)} and package.module:function"
+    )
+
+
 def _factory(name: str) -> Factory:
     module_name, _, attribute = name.partition(":")
     try:
@@ -110,12 +116,13 @@ def _factory(name: str) -> Factory:
     return factory  # type: ignore[no-any-return]
 
 
-def _registered(name: str) -> tuple[str | None, str]:
+def _registered(name: str) -> tuple[str | None, list[str]]:
     """The registered name that comes before the options, None where there is no such, and the options."""
     first, colon, options = name.partition(":")
-    if colon and first.isidentifier() and "=" not in options:
-        return None, options  # a module of the user's may have an architecture's name
-    return next((known for known in ARCHITECTURES if known.lower() == first.lower()), None), options
+    if first.isidentifier() and options.isidentifier():
+        return None, []  # a module of the user's may have an architecture's name
+    known = next((known for known in ARCHITECTURES if known.lower() == first.lower()), None)
+    return known, options.split(",") if colon else []
 
 
 def _defaults(known: str) -> dict[str, Any]:
@@ -124,10 +131,10 @@ def _defaults(known: str) -> dict[str, Any]:
     return {p.name: p.default for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def _options(name: str, known: str, text: str) -> dict[str, Any]:
-    """The options that a name has, "width=64,norm=group", each of its default's type."""
+def _options(name: str, known: str, options: list[str]) -> dict[str, Any]:
+    """The options that a name has, such as "width=64" and "norm=group", each of its default's type."""
     defaults, found = _defaults(known), dict[str, Any]()
-    for part in filter(None, text.split(",")):
+    for part in options:
         key, _, value = part.partition("=")
         if key not in defaults or key in found:
             accepted = ", ".join(f"{k}={v}" for k, v in defaults.items()) or "none"
@@ -138,7 +145,7 @@ def _options(name: str, known: str, text: str) -> dict[str, Any]:
                 raise ValueError(
                     f"architecture {name!r}: norm is {value!r}; accepted is {', '.join(architectures.NORMS)}"
                 )
-        elif value.isdecimal() and value.isascii() and 1 <= int(value[:9]) <= MOST:
+        elif value.isdecimal() and value.isascii() and len(value) <= 9 and 1 <= int(value) <= MOST:
             found[key] = int(value)
         else:
             raise ValueError(f"architecture {name!r}: {key} is {value!r}; accepted is an integer from 1 to {MOST:,}")

@@ -93,11 +93,12 @@ class NetworkStack:
         x = torch.zeros(2, *self._input_shape, device=self._device)
         try:
             watch = without_relu() if self._smooth else nullcontext()
-            with torch.no_grad(), seeded(0, self._device), _evaluating(self._net), watch:
+            with torch.no_grad(), watch, seeded(0, self._device), _evaluating(self._net):
                 shape = tuple(copy.deepcopy(self._net)(x).shape)
         except NotSmoothError:
             raise ValueError(
-                f"architecture {self.name!r} calls relu as a function, which smooth cannot replace; use nn.ReLU modules"
+                f"architecture {self.name!r} has a ReLU that smooth cannot replace, such as torch.relu called as a "
+                "function; make it a module, torch.nn.ReLU(), or leave out smooth"
             ) from None
         except Exception as error:  # a user's own forward raises what it likes
             reason = (str(error).strip().splitlines() or [""])[0]

@@ -13,6 +13,7 @@ from revdistill.outer.data import Dataset
 EPS = 0.1  # added to each variance, in units of the mean variance, as Nguyen et al. 2021 and those after them do
 VARIANCE = 0.99  # the share of it that the components kept have; what is left is scaled by one number
 CHUNK = 4096  # samples at once
+MOST_FEATURES = 2**14  # their covariances are 2 GiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +37,17 @@ class Whitening:
 
     @classmethod
     def of(cls, x: Tensor) -> Whitening:
-        """The whitening of samples x [N, ...]."""
+        """The whitening of samples x [N, ...].
+
+        Raises:
+            ValueError: they have too many features.
+        """
         rows = x.flatten(1)
+        if rows.shape[1] > MOST_FEATURES:
+            raise ValueError(
+                f"zca is True, but inputs have {rows.shape[1]:,} features, of which it takes the covariances of all "
+                f"pairs; accepted are at most {MOST_FEATURES:,}: use smaller images, or leave out zca"
+            )
         mean = rows.mean(0, dtype=torch.float64)
         covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         for chunk in torch.split(rows, CHUNK):
@@ -59,7 +69,7 @@ class Whitening:
 
     def apply(self, x: Tensor) -> Tensor:
         """Inputs [N, ...] whitened."""
-        found = torch.empty_like(x)
+        found = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # whatever x's strides: its rows are views
         mean, weights = self.mean.to(x.device), self.scales - self.rest
         for rows, chunk in zip(torch.split(found.flatten(1), CHUNK), torch.split(x.flatten(1), CHUNK), strict=True):
             rows.copy_(self._scaled(chunk - mean, weights, self.rest))

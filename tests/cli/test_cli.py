@@ -159,6 +159,28 @@ BAD = {
         "augment is ('flip',), but moons has no images",
     ),
     "learn momentum": (["train", "--momentum", "0", "--learn-momentum"], "momentum is 0.0"),
+    "budget": (["train", "--budget", "1"], "--budget is 1, which is for --preset best; leave it out"),
+    "budget of another": (["train", "--preset", "wang2018", "--budget", "10"], "--budget is 10, which is for --preset"),
+    "another budget": (["train", "--preset", "best", "--budget", "5"], "'5' is not one of '1', '10'"),
+    "smooth": (["train", "--smooth", "0.5"], "smooth is 0.5; accepted is 0 (ReLU) or a number from 1 to 10,000"),
+    "smooth text": (["train", "--smooth", "very"], "'--smooth': 'very' is not a valid float"),
+    "smooth negative": (["train", "--smooth=-1"], "No such option"),
+    "smooth nan": (["train", "--smooth", "nan"], "smooth is nan; accepted is 0 (ReLU) or"),
+    "pack": (["train", "--pack", "0"], "'--pack': 0 is not in the range 1<=x<=64"),
+    "packed points": (["train", "--dataset", "moons", "--pack", "2"], "pack is 2, but the inputs have shape [2]"),
+    "no tiles": (
+        ["train", "--pack", "3"],
+        "pack is 3, but images are 8 x 8, which 3 does not divide; accepted is 1, 2",
+    ),
+    "two forms": (["train", "--pack", "2", "--bases", "4"], "bases is 4; accepted is none with pack"),
+    "bases": (
+        ["train", "--bases", "17", "--steps", "2"],
+        "bases is 17, but 20 synthetic images, of 16 numbers at half",
+    ),
+    "pool": (["train", "--pool", "4"], "pool is 4; accepted is 0 without a window: give window as well"),
+    "window every": (["train", "--window-every", "0"], "--window-every"),
+    "clip mean": (["train", "--clip-mean", "1"], "clip_mean is 1.0; accepted is 0 (none) or a number above 1"),
+    "width": (["train", "--arch", "ConvNet-3:width=0"], "width is '0'; accepted is an integer from 1 to 1,024"),
     "evaluate nothing": (["evaluate"], "Missing argument 'RUN'"),
     "evaluate none": (["evaluate", "nowhere"], "RUN is 'nowhere'"),
     "evaluate empty": (["evaluate", "."], "holds no distilled.h5"),
@@ -355,6 +377,12 @@ def test_a_file_does_not_choose_what_is_imported(
     assert "--arch antigravity:fly" in err
     assert "antigravity" not in sys.modules
     assert invoke("show", str(tmp_path), capsys=capsys)[0] == 0
+    with h5py.File(tmp_path / "distilled.h5", "a") as f:
+        f.attrs["architectures"] = json.dumps(["antigravity"])
+    for name in ("show", "evaluate"):  # regression: without a colon it was imported
+        code, _, err = invoke(name, str(tmp_path), capsys=capsys)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "unknown architecture 'antigravity'" in err
     assert "antigravity" not in sys.modules
 
 
@@ -364,7 +392,9 @@ def test_a_preset_gives_way_to_what_is_asked_for(tmp_path: Path, capsys: pytest.
     assert invoke("train", *quick, "--out", str(directory), capsys=capsys)[0] == 0
     config = read(directory / "distilled.h5").config
     asked = {"outer_steps": 1, "epochs": 1, "inits": 1}
-    assert {name: config[name] for name in settings("wang2018", "digits", ())} == settings("wang2018", "digits", ()) | asked
+    assert {name: config[name] for name in settings("wang2018", "digits", ())} == settings(
+        "wang2018", "digits", ()
+    ) | asked
     assert config["architectures"] == ["MLP"]
 
 
@@ -533,6 +563,69 @@ def test_verify_fails_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert code == 1
     assert "gradients" in out
     assert "FAILED" in out
+
+
+@pytest.fixture
+def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("distill", "attribute"):
+        monkeypatch.setattr(f"revdistill.{module}.plots.draw_all", lambda *_: [])
+
+
+@pytest.mark.usefixtures("_without_pictures")
+def test_a_width_goes_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through every command that trains, in its canonical form."""
+    x = np.random.default_rng(0).normal(size=(60, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(60) % 2)
+    data = ["--dataset", str(tmp_path / "a.npz")]
+    given, named = ["--arch", "convnet-3:norm=group,width=2"], "ConvNet-3:width=2,norm=group"
+    once, out = ["--outer-steps", "1", "--batch-size", "20"], tmp_path / "run"
+    made = ["--steps", "1", "--epochs", "1", "--pack", "2", "--zca", "--smooth"]
+    code, said, err = invoke("train", *data, *given, *once, *made, "--out", str(out), capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "8 (1 batches of 8, stored as 128 numbers), 1 inner steps, ConvNet-3:width=2,norm=group, 1" in said
+    found = read(out / "distilled.h5")
+    assert (found.architectures, list(found.evaluation)) == ([named], [named])
+    shown = " ".join(invoke("show", str(out), capsys=capsys)[1].split())
+    assert "stored 128 numbers: each image 2 x 2 smaller ones" in shown
+    assert re.search(r"whitened ZCA, \d+ components", shown)
+    code, said, _ = invoke("evaluate", str(out), *data, "--restarts", "1", "--json", capsys=capsys)
+    assert (code, list(json.loads(said))) == (0, [named])
+    few = ["--examples", "20", "--epochs", "1", "--batch-size", "10", "--queries", "2"]
+    for name, more in (("tune", ["--steps", "2", *once]), ("attribute", few)):
+        code, _, err = invoke(name, *data, *given, *more, "--out", str(tmp_path / name), capsys=capsys)
+        assert (code, err) == (0, ""), name
+
+
+@pytest.mark.parametrize(("given", "beta"), [(["--smooth"], 60.0), (["--smooth", "20"], 20.0), ([], 0.0)])
+def test_smooth_has_a_value_or_none(
+    given: list[str], beta: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it stands."""
+    seen = []
+
+    def stop(config: object, *_: object) -> None:
+        seen.append(config.smooth)  # type: ignore[attr-defined]
+        raise ValueError("seen")
+
+    monkeypatch.setattr(train_command, "Distiller", stop)
+    for arguments in (["--dataset", "moons", *given], [*given, "--dataset", "moons"]):
+        assert command.run(["train", *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert seen == [beta, beta]
+
+
+@pytest.mark.usefixtures("_without_pictures")
+def test_bases_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In what is printed at the start and by `show`; learned labels can be turned off."""
+    out = tmp_path / "run"
+    made = ["--steps", "1", "--epochs", "1", "--outer-steps", "1", "--arch", "LinearNet", "--bases", "3"]
+    code, said, err = invoke(
+        "train", "--preset", "best", "--no-learn-labels", *made, "--window", "1", "--pool", "2", "--clip-mean", "2",
+        "--per-class", "1", "--grow", "0", "--inits", "1", "--out", str(out), capsys=capsys,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "10 (1 batches of 10, stored as 78 numbers)" in said
+    shown = " ".join(invoke("show", str(out), capsys=capsys)[1].split())
+    assert "stored 78 numbers: 3 bases labels hard" in shown
 
 
 def test_training_with_weight_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

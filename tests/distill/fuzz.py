@@ -22,6 +22,7 @@ import struct
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from hypothesis import strategies as st
 from revdistill.cli import main as command
 
 from revdistill.distill.artifact import Artifact, write
+from revdistill.outer.whitening import Whitening
 
 HERE = Path(__file__).resolve().parents[2]
 EXAMPLES = 50  # of one round of hypothesis
@@ -42,7 +44,8 @@ CODES = {0, 2}
 NOTE = "normalised by their own training part"  # evaluate's, beside a result that says otherwise
 LARGE = 10**6  # values: of what is declared, not there
 
-NAMES = ("x", "y", "lr", "momentum")
+NAMES = ("x", "y", "lr", "momentum", "bases", "coefficients")
+NAMES += ("whitening_mean", "whitening_components", "whitening_scales")
 ATTRIBUTES = (
     "format_version",
     "revdistill_version",
@@ -53,7 +56,16 @@ ATTRIBUTES = (
     "epochs",
     "seed",
 )
-ATTRIBUTES += ("optimizer", "weight_decay", "classes", "normalization", "config", "evaluation")
+ATTRIBUTES += (
+    "pack",
+    "whitening_rest",
+    "optimizer",
+    "weight_decay",
+    "classes",
+    "normalization",
+    "config",
+    "evaluation",
+)
 DATASETS = (
     "moons",
     "digits",
@@ -70,6 +82,9 @@ NETWORKS = (
     "MLP",
     "LeNet",
     "ConvNet-3",
+    "ConvNet-3:width=65536",
+    "ResNet-8:width=3",
+    "antigravity",
     "os:system",
     "antigravity:fly",
     "no.such:thing",
@@ -105,6 +120,23 @@ def artifact(images: bool) -> Artifact:
         weight_decay=0.0 if images else 0.01,
         classes=[] if images else [0, 1],
     )
+
+
+FORMS = ("none", "packed", "bases", "whitened")
+
+
+def formed(base: Artifact, form: str) -> Artifact:
+    """The same with inputs stored in another form, or whitened."""
+    draw = np.random.default_rng(1)
+    if form == "packed":
+        return replace(base, form={"x": draw.normal(size=(2, 1, 1, 8, 8)).astype(np.float32)}, pack=2)
+    if form == "bases":
+        shapes = {"bases": (3, 1, 4, 4), "coefficients": (2, 4, 3)}
+        return replace(base, form={name: draw.normal(size=s).astype(np.float32) for name, s in shapes.items()})
+    if form == "whitened":
+        features = base.x[0, 0].size
+        return replace(base, whitening=Whitening.of(torch.from_numpy(draw.normal(size=(50, features))).float()))
+    return base
 
 
 def array(draw: st.DataObject) -> np.ndarray:
@@ -168,7 +200,8 @@ def flip(contents: bytearray, positions: list[int]) -> None:
 def make(directory: Path, draw: st.DataObject) -> None:
     """A run's directory, as a stranger might send it."""
     path = directory / "distilled.h5"
-    write(path, artifact(draw.draw(st.booleans())))
+    images = draw.draw(st.booleans())
+    write(path, formed(artifact(images), draw.draw(st.sampled_from(FORMS if images else ("none", "whitened")))))
     for _ in range(draw.draw(st.integers(0, 3))):
         with contextlib.suppress(OSError, RuntimeError, KeyError), h5py.File(path, "a") as file:
             change(file, draw)

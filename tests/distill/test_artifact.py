@@ -16,12 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import revdistill as rd
+from revdistill.distill import parametrization
 from revdistill.distill.artifact import Artifact, read, write
 from revdistill.distill.evaluation import evaluate, train_plainly
+from revdistill.distill.parametrization import form_of
 from revdistill.outer.data import load
+from revdistill.outer.hdf5 import reading
 from revdistill.outer.models import build
 from revdistill.outer.networks import NetworkStack
 from revdistill.outer.random_streams import evaluation_seed
+from revdistill.outer.whitening import Whitening
 from tests.distill.fuzz import flip
 
 
@@ -41,6 +45,12 @@ def artifact(**changes: Any) -> Artifact:
         evaluation={"NonLinearNet": {"mean": 0.5}},
     )
     return replace(base, **changes)
+
+
+_WHITENING = ("mean", "components", "scales")
+# the attributes of version 1
+FIRST = {"format_version", "revdistill_version", "torch_version", "dataset", "architectures", "steps", "epochs", "seed"}
+FIRST |= {"normalization", "config", "evaluation"}
 
 
 def equal(a: Artifact, b: Artifact) -> bool:
@@ -82,17 +92,7 @@ def test_usable_without_this_project(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "distilled.h5") as f:
         x, y, lr, momentum = (torch.tensor(f[name][()]) for name in ("x", "y", "lr", "momentum"))
         assert json.loads(f.attrs["architectures"]) == ["NonLinearNet"]
-        names = {
-            "format_version",
-            "revdistill_version",
-            "torch_version",
-            "dataset",
-            "architectures",
-            "steps",
-            "epochs",
-            "seed",
-        }
-        assert set(f.attrs) == names | {"normalization", "config", "evaluation"}
+        assert set(f.attrs) == FIRST
         assert f.attrs["steps"] * f.attrs["epochs"] == len(lr)
     net = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
@@ -171,6 +171,32 @@ def _no_x(f: h5py.File, path: Path) -> None:
     del f["x"]
 
 
+def _delete(name: str) -> Any:
+    def change(f: h5py.File, path: Path) -> None:
+        del f[name]
+
+    return change
+
+
+def _both(x: np.ndarray, pack: int) -> Any:
+    def change(f: h5py.File, path: Path) -> None:
+        _set("x", x)(f, path)
+        f.attrs["pack"] = pack
+
+    return change
+
+
+def _scaled(first: float) -> Any:
+    def change(f: h5py.File, path: Path) -> None:
+        f["whitening_scales"][0] = first
+
+    return change
+
+
+def _long_components(f: h5py.File, path: Path) -> None:
+    f["whitening_components"][0, 0] = 1e20
+
+
 HOSTILE: dict[str, tuple[Any, str]] = {
     "external link": (_external_link, "link to somewhere else"),
     "soft link": (_soft_link, "link to somewhere else"),
@@ -207,12 +233,140 @@ HOSTILE: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files(name: str, tmp_path: Path) -> None:
-    change, message = HOSTILE[name]
-    path = _file(tmp_path)
+def formed(kind: str, **changes: Any) -> Artifact:
+    """Eight images of 4 x 4 in each of two batches, stored in another form, or whitened."""
+    draw = np.random.default_rng(1)
+
+    def values(*shape: int) -> np.ndarray:
+        return draw.normal(size=shape).astype(np.float32)
+
+    form, pack, x = {}, 1, values(2, 8, 1, 4, 4)
+    if kind == "packed":
+        form, pack = {"x": values(2, 2, 1, 4, 4)}, 2
+    elif kind == "bases":
+        form = {"bases": values(3, 1, 2, 2), "coefficients": values(2, 8, 3)}
+    if form:
+        made = form_of({name: v.shape for name, v in form.items()}, pack)
+        x = made.inputs({name: torch.from_numpy(v) for name, v in form.items()}).numpy()
+    whitening = Whitening.of(torch.from_numpy(values(30, 1, 4, 4))) if kind == "whitened" else None
+    rates: dict[str, Any] = {name: np.full(4, 0.5, np.float32) for name in ("lr", "momentum")}
+    rest: dict[str, Any] = {"y": np.arange(16).reshape(2, 8) % 2, "form": form, "pack": pack, "whitening": whitening}
+    return artifact(x=x, **rest | rates | changes)
+
+
+FORMS: dict[str, set[str]] = {
+    "packed": {"x"},
+    "bases": {"bases", "coefficients"},
+    "whitened": {"x", "whitening_mean", "whitening_components", "whitening_scales"},
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_other_forms_are_read_as_they_were_written(kind: str, tmp_path: Path) -> None:
+    """In a version that readers which know of none refuse; with the bits of the inputs that were trained on."""
+    path = tmp_path / "distilled.h5"
+    soft = np.full((2, 8, 2), 0.5, np.float32)
+    for a in (formed(kind), formed(kind, y=soft, optimizer="adam", weight_decay=0.1, classes=["cat", "dog"])):
+        write(path, a)
+        found = read(path)
+        assert equal(found, a)
+        assert found.pack == a.pack
+        assert found.form.keys() == a.form.keys()
+        assert all(np.array_equal(found.form[name], a.form[name]) for name in a.form)
+        if kind == "whitened":
+            assert found.whitening is not None
+            assert a.whitening is not None
+            assert all(torch.equal(getattr(found.whitening, n), getattr(a.whitening, n)) for n in _WHITENING)
+            assert found.whitening.rest == a.whitening.rest
+        else:
+            assert found.whitening is None
+        with h5py.File(path) as f:
+            assert set(f) == {"y", "lr", "momentum"} | FORMS[kind]
+            assert f.attrs["format_version"] == 5
+            assert f.attrs["steps"] == 2
+            assert {"optimizer", "weight_decay", "classes", "pack"} <= set(f.attrs)
+        with reading(path) as file, pytest.raises(rd.ArtifactError, match=r"version 5; this release .* 1 and 2 and 3"):
+            file.check_version(1, 2, 3, 4)
+    numbers = {"packed": 2 * 2 * 16, "bases": 3 * 4 + 2 * 8 * 3, "whitened": 2 * 8 * 16}[kind]
+    assert formed(kind).numbers == {"inputs": numbers, "labels": 0}
+    assert formed(kind, y=soft).numbers == {"inputs": numbers, "labels": 2 * 8 * 2}
+
+
+def test_earlier_versions_are_written_as_before(tmp_path: Path) -> None:
+    more = ({}, {"optimizer": "adam"}, {"weight_decay": 0.1}, {"classes": [3, 7]})
+    names = ["optimizer", "weight_decay", "classes"]
+    for version, changes in enumerate(more, 1):
+        write(tmp_path / "a.h5", artifact(**changes))
+        with h5py.File(tmp_path / "a.h5") as f:
+            assert f.attrs["format_version"] == version
+            assert set(f) == {"x", "y", "lr", "momentum"}
+            assert set(f.attrs) == FIRST | set(names[: version - 1])
+            assert np.array_equal(f["x"][()], artifact().x)
+
+
+HOSTILE_FORMS: dict[str, tuple[str, Any, str]] = {
+    "no pack": ("packed", _attribute("pack", None), "no attribute 'pack'"),
+    "pack 0": ("packed", _attribute("pack", 0), "'pack' is 0, which does not go with 'x'"),
+    "negative pack": ("packed", _attribute("pack", -2), "'pack' is -2"),
+    "pack of another size": ("packed", _attribute("pack", 3), r"'pack' is 3, .* shape \[2, 2, 1, 4, 4\]"),
+    "huge pack": ("packed", _attribute("pack", 2**40), "'pack' is 1099511627776"),
+    "pack as text": ("packed", _attribute("pack", "2"), "expected an integer"),
+    "packed otherwise": ("packed", _attribute("pack", 4), r"'y' has shape \[2, 8\]"),
+    "packed vectors": ("packed", _set("x", np.zeros((2, 2, 4), np.float32)), "'pack' is 2, which does not go with"),
+    "packed nothing": ("packed", _set("x", np.zeros((2, 2, 1, 0, 4), np.float32)), "x' has shape|damaged"),
+    "packed nan": ("packed", _set("x", np.full((2, 2, 1, 4, 4), np.nan, np.float32)), "not finite"),
+    "packed by link": ("packed", _soft_link, "link to somewhere else"),
+    "from few numbers": ("packed", _both(np.zeros((2**7, 2**7, 1, 8, 8), np.float32), 64), "pack' is 64, which does"),
+    "many numbers": ("packed", _both(np.zeros((3, 1, 1, 64, 2048), np.float32), 64), "inputs of 1,610,612,736 numbers"),
+    "long images": (
+        "packed",
+        _both(np.zeros((1, 1, 1, 2, 2**16), np.float32), 2),
+        "images of 2 x 65,536; at most 2,048",
+    ),
+    "pack with bases": ("bases", _attribute("pack", 2), "does not go with bases"),
+    "no coefficients": ("bases", _delete("coefficients"), "no dataset 'coefficients'"),
+    "no bases": ("bases", _delete("bases"), "no dataset 'x'"),
+    "other bases": (
+        "bases",
+        _set("bases", np.zeros((4, 1, 2, 2), np.float32)),
+        r"'coefficients' has shape \[2, 8, 3\]",
+    ),
+    "bases of vectors": ("bases", _set("bases", np.zeros((3, 4), np.float32)), r"bases of shape \[3, 4\]"),
+    "empty bases": ("bases", _set("bases", np.zeros((3, 0, 2, 2), np.float32)), r"bases of shape \[3, 0, 2, 2\]"),
+    "no images": ("bases", _set("coefficients", np.zeros((2, 0, 3), np.float32)), r"x' has shape \[2, 0, 1, 4, 4\]"),
+    "other images": ("bases", _set("coefficients", np.zeros((2, 7, 3), np.float32)), r"'y' has shape \[2, 8\]"),
+    "bases nan": ("bases", _set("bases", np.full((3, 1, 2, 2), np.inf, np.float32)), "not finite"),
+    "bases too large": ("bases", _set("bases", np.full((3, 1, 2, 2), 3e38, np.float32)), "inputs that are not finite"),
+    "long bases": (
+        "bases",
+        _set("bases", np.zeros((3, 1, 2, 2**14), np.float32)),
+        "images of 4 x 32,768; at most 2,048",
+    ),
+    "bases float64": ("bases", _set("bases", np.zeros((3, 1, 2, 2))), "dtype float64"),
+    "no rest": ("whitened", _attribute("whitening_rest", None), "no attribute 'whitening_rest'"),
+    "rest of 0": ("whitened", _attribute("whitening_rest", 0.0), "from 1e-30 to 1e30, got 0.0"),
+    "rest nan": ("whitened", _attribute("whitening_rest", math.nan), "finite"),
+    "no mean": ("whitened", _delete("whitening_mean"), "no dataset 'whitening_mean'"),
+    "other mean": ("whitened", _set("whitening_mean", np.zeros(15, np.float32)), r"it must be \[\d+, 15\]"),
+    "other features": ("whitened", _set("x", np.zeros((2, 8, 1, 4, 5), np.float32)), "whitens inputs of 16 features"),
+    "scales": ("whitened", _set("whitening_scales", np.ones(3, np.float32)), r"scales \[3\] it must be \[3, 16\]"),
+    "scale of 0": ("whitened", _scaled(0.0), "from 1e-30 to 1e30, got 0.0"),
+    "scale of nothing": ("whitened", _scaled(1e-40), "from 1e-30 to 1e30"),
+    "components": ("whitened", _long_components, "must be between -1 and 1"),
+    "far mean": ("whitened", _set("whitening_mean", np.full(16, 1e38, np.float32)), "'whitening_mean' below 1e30"),
+}
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, *HOSTILE_FORMS])
+def test_hostile_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too large is refused before anything is made of it."""
+    kind, change, message = HOSTILE_FORMS[name] if name in HOSTILE_FORMS else ("", *HOSTILE[name])
+    path = tmp_path / "a.h5"
+    write(path, formed(kind) if kind else artifact())
     with h5py.File(path, "a") as f:
         change(f, tmp_path)
+    if "at most" in message or "numbers" in message:
+        monkeypatch.setattr(parametrization, "enlarged", None)
     with pytest.raises(rd.ArtifactError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value)

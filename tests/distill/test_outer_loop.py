@@ -193,7 +193,7 @@ def test_synthetic_and_real_images_are_augmented_alike(monkeypatch: pytest.Monke
     config = Config(steps=2, epochs=2, outer_steps=3, augment=("crop", "scale", "rotate", "cutout"), batch_size=50)
     distiller = Distiller(config, DIGITS)
     distiller.step()
-    (first, synthetic), (second, real) = seen
+    (first, real), (second, synthetic) = seen
     assert first is second
     assert (synthetic, real) == (20, 50)
     assert distiller.synthetic.x.grad is not None

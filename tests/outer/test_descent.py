@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import revdistill as rd
+from revdistill.outer.checkpoint import restore, save
 from revdistill.outer.descent import MAX_FAILURES, ClipTo, Descent, cosine, total_norm
 
 
@@ -43,6 +45,46 @@ def test_the_steps_are_torchs_adams() -> None:
         assert (outcome.loss, outcome.norm) == (loss.item(), norm.item())
     assert made.outer_step == 5
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("clip", [0.0, 3.0])
+def test_clipping_at_a_multiple_of_the_running_mean(clip: float, tmp_path: Path) -> None:
+    """By hand, in a step that fails too; and the mean outlives a resume, to the bit."""
+
+    def scaled(found: dict[str, Tensor], k: int) -> Tensor:
+        return loss_of(found) * ([1.0, 5.0, math.inf, 0.1, 20.0, 20.0][k])
+
+    mine, theirs = leaves(), leaves()
+    made = descent(mine, clip=ClipTo(clip, 1.5))
+    adam = torch.optim.Adam(theirs.values(), lr=0.1, betas=(0.9, 0.99))
+    mean, clipped = 0.0, []
+    for k in range(6):
+        if k == 4:
+            save(tmp_path / "a.h5", made, version=1, config={})
+            mine = leaves()
+            made = descent(mine, clip=ClipTo(clip, 1.5))
+            restore(tmp_path / "a.h5", made, steps=6)
+        outcome = made.step(lambda k: scaled(mine, k))  # noqa: B023
+        if k == 2:
+            assert outcome.diverged
+            continue
+        grads = torch.autograd.grad(scaled(theirs, k), list(theirs.values()))
+        norm = torch.cat(grads).double().norm().item()
+        assert outcome.norm == pytest.approx(norm, rel=1e-4)
+        most = min([norm] + [clip] * (clip > 0) + [1.5 * mean] * (k > 0))
+        clipped.append(most < norm)
+        for leaf, grad in zip(theirs.values(), grads, strict=True):
+            leaf.grad = grad * (most / norm)
+        adam.step()
+        mean = 0.95 * mean + 0.05 * most if k else most
+        assert made.clip.mean == pytest.approx(mean, rel=1e-4)  # type: ignore[attr-defined]
+        for name in mine:
+            torch.testing.assert_close(mine[name].grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
+    assert clipped == [clip > 0, True, False, True, True]
+    for times in (0.5, 1.0):
+        with pytest.raises(ValueError, match=f"clip_mean is {times}; accepted is 0 .none. or a number above 1"):
+            ClipTo(clip, times)
 
 
 def test_a_clip_of_ones_own_and_what_happens_after_a_step() -> None:

@@ -86,12 +86,21 @@ def _versions(results: dict[str, Any], name: str) -> str:
 
 def _worst(results: dict[str, Any], name: str, row: Row) -> str:
     """On the network that the row is for; of several the worst."""
-    cells = results["cells"].get(name, {})
-    networks = row.made_for
-    if not all(network in cells for network in networks):
+    found = _own(results, name, row)
+    if len(found) < len(row.made_for):
         return "-"
-    worst = min(networks, key=lambda network: cells[network]["mean"])
-    return _figure(cells[worst]) + (f" ({worst}, the worst)" if len(networks) > 1 else "")
+    worst = min(found, key=lambda network: found[network]["mean"])
+    if len(found) > 1:
+        return f"{_figure(found[worst])} ({worst}, the worst)"
+    return _figure(found[worst]) + (f" ({worst})" if worst not in row.made_for else "")
+
+
+def _own(results: dict[str, Any], name: str, row: Row) -> dict[str, dict[str, Any]]:
+    """What the networks that a row is for reached; where these were not measured, the narrow ones of its distilling."""
+    cells = results["cells"].get(name, {})
+    pairs = zip(row.made_for, row.config.architectures, strict=True)
+    chosen = [usual if usual in cells else narrow for usual, narrow in pairs]
+    return {network: cells[network] for network in chosen if network in cells}
 
 
 def _figure(cell: dict[str, Any]) -> str:
@@ -115,13 +124,9 @@ def full_table(results: dict[str, Any]) -> str:
     lines = []
     for name, row in results["rows"].items():
         about, cells = row_of(name), results["cells"].get(name, {})
-        several = len(about.made_for) > 1
-        ours = [
-            _figure(cells[network]) + (f" ({network})" if several else "")
-            for network in about.made_for
-            if network in cells
-        ]
-        schedules = [cells[network]["schedule"] for network in about.made_for if network in cells]
+        own = {n: cells[n] for n in dict.fromkeys((*about.config.architectures, *about.made_for)) if n in cells}
+        ours = [_figure(found) + (f" ({network})" if len(own) > 1 else "") for network, found in own.items()]
+        schedules = [found["schedule"] for found in own.values()]
         how = ", ".join(dict.fromkeys(schedule.replace("strategy", "strategy ") for schedule in schedules))
         title = about.title + (", on a GPU" if name.endswith(CUDA) else "")
         lines.append([f"`{name}`", title, about.published, about.target, ", ".join(ours) or "-", how or "-"])

@@ -96,11 +96,23 @@ _TUNED: dict[tuple[str, tuple[str, ...], int], dict[str, Any]] = {
     ("mnist", (_CONVNET,), 1): _BASES
     | {"epochs": 40, "weight_decay": 0.01, "window": 12, "lr": 0.03, "outer_lr": 0.02, "batch_size": 256},
     ("mnist", (_CONVNET,), 10): _BASES
-    | {"steps": 4, "epochs": 25, "weight_decay": 0.003, "window": 6, "pool": 8, "lr": 0.03, "start": "real"}
-    | {"batch_size": 256},
+    | {"steps": 4, "epochs": 15, "weight_decay": 0.005, "window": 12, "lr": 0.04, "outer_lr": 0.02, "batch_size": 256}
+    | {"start": "real"},
     ("mnist", ("LeNet", "MLP", _CONVNET), 10): _ADAM | {"window": 15},
     ("cifar10", (_WIDER,), 1): _COLOURS,
     ("cifar10", (_WIDER,), 10): _COLOURS | {"steps": 4, "epochs": 5},
+    ("cifar10", ("ConvNet-3",), 10): {
+        "epochs": 3,
+        "momentum": 0.6,
+        "weight_decay": 0.0,
+        "window": None,
+        "batch_size": 128,
+        "lr": 0.01,
+        "outer_lr": 0.05,
+        "outer_lr_rates": 0.001,
+        "outer_steps": 240,
+        "pack": 1,
+    },
     ("cifar10", ("AlexCifarNet",), 10): {
         "epochs": 8,
         "weight_decay": 0.0,

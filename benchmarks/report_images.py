@@ -45,7 +45,7 @@ PUBLISHED: dict[str, dict[tuple[str, int], str]] = {
     "AT-BPTT++ (2026)": {("cifar10", 10): "55.7", ("cifar10", 100): "74.9"},
 }
 ABOUT_SETTINGS = (
-    "Settings were chosen on held-out training data, by runs of two to five minutes: 16 for LeNet, 7 for ConvNet-3 on "
+    "Settings were chosen on held-out training data, by runs of two to five minutes: 16 for LeNet, 9 for ConvNet-3 on "
     "MNIST, 2 for the 10 steps of 2018, 7 for ConvNet-3 on CIFAR-10. Most images that bases make of MNIST can be read "
     "by a person."
 )

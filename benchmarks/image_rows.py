@@ -45,6 +45,10 @@ class Row:
         """The networks that it is for, at their usual width: narrow ones stand for them while it is distilled."""
         return tuple(name.partition(":")[0] for name in self.config.architectures)
 
+    def config_on(self, device: str) -> Config:
+        """Of its distillation there."""
+        return replace(self.config, device=device, **(self.on_gpu if device != "cpu" else {}))
+
 
 # A GPU takes the usual networks, and goes back over more steps, as it takes a batch in the time of one image.
 _WIDE: dict[str, Any] = {"window": 20, "batch_size": 1024, "inits": 2}

@@ -55,6 +55,10 @@ class Row:
         fields = settings("best", self.config.dataset, (self.narrow,), self.budget // 10, self.config.learn_labels)
         return fields | {"architectures": self.made_for, "window": 20, "batch_size": 1024, "inits": 2}
 
+    def config_on(self, device: str) -> Config:
+        """Of its distillation there."""
+        return replace(self.config, device=device, **(self.on_gpu if device != "cpu" else {}))
+
 
 TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 

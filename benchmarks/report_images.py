@@ -49,6 +49,10 @@ ABOUT_SETTINGS = (
     "MNIST, 2 for the 10 steps of 2018, 7 for ConvNet-3 on CIFAR-10. Most images that bases make of MNIST can be read "
     "by a person."
 )
+ABOUT_BASELINES = (
+    f"Random images (other ones for each network) and centroids: rate and number of steps chosen on held-out data, "
+    f"measured on {TEST_IMAGES:,} of the test images."
+)
 ABOUT_TIMES = "The times are on the wall, of a machine that did other work as well: no more than that is needed."
 
 
@@ -91,8 +95,8 @@ def _worst(results: dict[str, Any], name: str, row: Row) -> str:
         return "-"
     worst = min(found, key=lambda network: found[network]["mean"])
     if len(found) > 1:
-        return f"{_figure(found[worst])} ({worst}, the worst)"
-    return _figure(found[worst]) + (f" ({worst})" if worst not in row.made_for else "")
+        return f"{_figure(found[worst], name not in BASELINES)} ({worst}, the worst)"
+    return _figure(found[worst], name not in BASELINES) + (f" ({worst})" if worst not in row.made_for else "")
 
 
 def _own(results: dict[str, Any], name: str, row: Row) -> dict[str, dict[str, Any]]:
@@ -103,9 +107,13 @@ def _own(results: dict[str, Any], name: str, row: Row) -> dict[str, dict[str, An
     return {network: cells[network] for network in chosen if network in cells}
 
 
-def _figure(cell: dict[str, Any]) -> str:
-    """In words, with the number of networks where it is not the usual one."""
-    return in_words(cell) + ("" if cell["restarts"] in (1, NETWORKS) else f" ({cell['restarts']} networks)")
+def _figure(cell: dict[str, Any], all_images: bool = True) -> str:
+    """In words, with the number of networks where it is not the usual one; all_images: and of images where these are
+    not all.
+    """
+    more = [] if cell["restarts"] in (1, NETWORKS) else [f"{cell['restarts']} networks"]
+    more += [f"{TEST_IMAGES:,} images"] if all_images and cell["test_images"] == TEST_IMAGES else []
+    return in_words(cell) + (f" ({', '.join(more)})" if more else "")
 
 
 def _numbers(row: dict[str, Any]) -> str:
@@ -144,17 +152,18 @@ def across_networks(results: dict[str, Any]) -> list[str]:
         budgets.setdefault((dataset, about.budget), []).append(name)
     parts = []
     for (dataset, budget), names in budgets.items():
-        lines = [[_set(name), *(_cell(results, name, network) for network in COLUMNS)] for name in names]
+        lines = [[_set(results, name), *(_cell(results, name, network) for network in COLUMNS)] for name in names]
         parts.append(table([f"{TITLES[dataset]}, {budget // CLASSES} per class", *COLUMNS], lines))
     return parts
 
 
-def _set(name: str) -> str:
+def _set(results: dict[str, Any], name: str) -> str:
     if name in BASELINES:
         return BASELINE_TITLES[BASELINES[name].start]
-    labels = "hard" if HARD in name or row_of(name).config.learn_labels is False else "soft"
-    networks = ", ".join(row_of(name).config.architectures)
+    config = results["rows"][name]["config"]
+    labels = "soft" if config["learn_labels"] else "hard"
     more = {"mnist_2018_100": ", 10 steps x 3 epochs", "mnist_fixed_10": ", one initialisation"}.get(name, "")
+    networks = ", ".join(config["architectures"])
     return f"for {networks}{more}, {labels} labels" + (", on a GPU" if name.endswith(CUDA) else "")
 
 
@@ -163,7 +172,7 @@ def _cell(results: dict[str, Any], name: str, network: str) -> str:
     if found is None:
         return "-"
     own = name not in BASELINES and network in row_of(name).made_for
-    return f"**{_figure(found)}**" if own else _figure(found)
+    return f"**{_figure(found)}**" if own else _figure(found, all_images=False)
 
 
 def published_table(results: dict[str, Any]) -> str:
@@ -192,11 +201,11 @@ def about_cells(results: dict[str, Any]) -> str:
     tried = _listed(sorted({cell["tried"] for cell in cells}) or [len(RATES) * len(STEPS)], "or")
     return (
         f"Each figure: {NETWORKS} fresh networks (one for a fixed initialisation; or as many as brackets say), trained "
-        "by torch.optim.SGD. Bold: the networks that the data were distilled for, on all test images; the others, and "
+        "by torch.optim. Bold: the networks that the data were distilled for, on all test images; the others, and "
         f"those of real images and centroids, on {TEST_IMAGES:,} test images, always the same. How a network is "
         f"trained is chosen on {HELD_OUT_IMAGES:,} held-out training images, with networks other than those that are "
-        f"measured: on distilled data out of {len(SCHEDULES)} ways (the learned steps; strategies 2 and 3, which go on "
-        f"to 50 epochs), on real images and centroids out of {tried} (rates and numbers of steps, momentum "
+        f"measured: on distilled data out of up to {len(SCHEDULES)} ways (the learned steps; strategies 2 and 3, which "
+        f"go on to 50 epochs), on real images and centroids out of {tried} (rates and numbers of steps, momentum "
         f"{MOMENTUM:g}, one image of each class a step). Random images are others for each network. Numbers stored: "
         "those of the images, and of soft labels; step sizes come on top."
     )
@@ -218,6 +227,7 @@ def section(results: dict[str, Any]) -> str:
         about_cells(results),
         ABOUT_SETTINGS,
         ABOUT_TIMES,
+        *about_narrow(results),
         *about_cifar10(results),
         *across_networks(results),
         "What papers report, in per cent, beside ours:\n\n" + published_table(results),
@@ -235,10 +245,27 @@ def section(results: dict[str, Any]) -> str:
 
 def summary(results: dict[str, Any]) -> str:
     """The images in the main README."""
-    parts = [summary_table(results), ABOUT_TIMES, *about_cifar10(results)]
+    parts = [
+        summary_table(results),
+        ABOUT_BASELINES + " " + ABOUT_TIMES,
+        *about_narrow(results),
+        *about_cifar10(results),
+    ]
     if "race" in results:
         parts.append(race_in_words(results))
     return "\n\n".join(parts)
+
+
+def about_narrow(results: dict[str, Any]) -> list[str]:
+    """Where rows were distilled for narrow networks."""
+    narrow = {name for row in results["rows"].values() for name in row["config"]["architectures"] if ":" in name}
+    if not narrow:
+        return []
+    usual = ", ".join(sorted({name.partition(":")[0] for name in narrow}))
+    return [
+        f"What is for {usual} was distilled, on a CPU, for narrow ones ({', '.join(sorted(narrow))}), and is measured "
+        "on the usual one."
+    ]
 
 
 def about_cifar10(results: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from image_rows import BASELINES, ROWS, Baseline
 from revdistill.cli import train as train_command
 from revdistill.cli.main import cli
 
+from revdistill.distill import config as config_module
 from revdistill.distill import distillation
 from revdistill.distill.artifact import Artifact, read
 from revdistill.distill.config import Config
@@ -155,7 +156,7 @@ def test_a_schedule_is_chosen_on_held_out_data(mnist: Dataset) -> None:
     """Where the test labels are wrong, another would be the best on them."""
     upset = _upset(mnist)
     artifact = _artifact(mnist, rate=0.02, epochs=20)
-    found = image_cells.distilled_cell(artifact, image_rows.SCHEDULES, upset, "MLP-GELU", networks=2)
+    found = image_cells.distilled_cell(artifact, image_rows.SCHEDULES, upset, "MLP-GELU", False, networks=2)
     reached = {}
     for name in image_rows.SCHEDULES:
         plans = [image_cells.Plan("", *map(tuple, plan(name, artifact.lr.tolist(), artifact.momentum.tolist(), 1)))]
@@ -172,7 +173,8 @@ def test_what_networks_are_measured_on(mnist: Dataset, monkeypatch: pytest.Monke
     monkeypatch.setattr(image_cells, "TEST_IMAGES", 30)
     artifact = _artifact(mnist, rate=0.001, epochs=50)
     own, other = (
-        image_cells.distilled_cell(artifact, image_rows.SCHEDULES, mnist, n, networks=2) for n in ("MLP", "MLP-GELU")
+        image_cells.distilled_cell(artifact, image_rows.SCHEDULES, mnist, name, name == "MLP", networks=2)
+        for name in ("MLP", "MLP-GELU")
     )
     assert (own["test_images"], other["test_images"]) == (len(mnist.y_test), 30)
     assert own["tried"] == other["tried"] == 1
@@ -183,7 +185,10 @@ def test_what_networks_are_measured_on(mnist: Dataset, monkeypatch: pytest.Monke
 
     known = {"schedule": "raw", "restarts": 10, "mean": 0.5, "std": 0.0, "accuracies": [0.5] * 10}
     artifact = replace(artifact, evaluation={"MLP": known, "MLP-GELU": known})
-    found = [image_cells.distilled_cell(artifact, ("raw",), mnist, n, networks=10)["mean"] for n in ("MLP", "MLP-GELU")]
+    found = [
+        image_cells.distilled_cell(artifact, ("raw",), mnist, name, name == "MLP")["mean"]
+        for name in ("MLP", "MLP-GELU")
+    ]
     assert found[0] == 0.5  # the run's own evaluation, on all test images
     assert found[1] != 0.5
 
@@ -191,6 +196,28 @@ def test_what_networks_are_measured_on(mnist: Dataset, monkeypatch: pytest.Monke
 def _upset(data: Dataset) -> Dataset:
     """What is learned is right on held-out data, and wrong on test data."""
     return replace(data, x_validation=data.x, y_validation=data.y, x_test=data.x, y_test=(data.y + 1) % 10)
+
+
+def test_a_row_for_a_narrow_network_is_measured_on_the_usual_one(
+    mnist: Dataset, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its own; and a GPU distils it for the usual one."""
+    seen = []
+
+    def cell(*words: Any) -> dict[str, Any]:
+        seen.append(words[3:5])
+        return {"mean": 0.5, "std": 0.0}
+
+    monkeypatch.setattr(images, "distilled_cell", cell)
+    monkeypatch.setattr(image_place.Place, "artifact", lambda *_: None)
+    monkeypatch.setattr(config_module, "check_device", lambda _: None)
+    command = images.Command(image_place.Place.at(small), device="cuda")
+    name, narrow = "mnist_convnet_10", ROWS["mnist_convnet_10"].config.architectures
+    assert narrow == ("ConvNet-3:width=16",)
+    command.measure(name, mnist)
+    assert seen == [(network, network == "ConvNet-3") for network in image_cells.COLUMNS]
+    assert command.config(name).architectures == ("ConvNet-3",)
+    assert replace(command, device="cpu").config(name) == ROWS[name].config
 
 
 def _artifact(data: Dataset, rate: float, epochs: int) -> Artifact:
@@ -417,9 +444,11 @@ def test_committed_artifacts_are_those_of_the_table(path: Path) -> None:
 
 def test_every_row_of_the_table_has_the_settings_of_the_script() -> None:
     for name, row in MEASURED["rows"].items():
-        config = replace(Config.from_dict(row["config"] | {"device": "cpu"}))
         about = image_rows.row_of(name)
-        assert image_rows.agrees(config, about.config, row["minutes"] is not None), f"{name}: other settings"
-        assert set(row["config"]["architectures"]) <= MEASURED["cells"][name].keys()
+        expected = replace(about.config, **(about.on_gpu if name.endswith(image_rows.CUDA) else {}))
+        config = Config.from_dict(row["config"] | {"device": "cpu"})
+        assert image_rows.agrees(config, expected, row["minutes"] is not None), f"{name}: other settings"
+        for networks in zip(about.made_for, about.config.architectures, strict=True):
+            assert set(networks) & MEASURED["cells"][name].keys()
         assert name.endswith(("_hard", "_hard_cuda")) or (RESULTS / f"{name}.h5").exists()
     assert Config.from_dict(MEASURED["race"]["config"]) == image_race.RACE

@@ -61,15 +61,15 @@ class Other(nn.ReLU):
 
 
 def of(activation: Callable[[Tensor], Tensor]) -> Callable[..., nn.Module]:
-    """A factory of networks with an activation that is a function."""
+    """A factory of networks with an activation that is a function, or a module."""
 
     class Made(nn.Module):
         def __init__(self, *_: Any) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 3)
+            self.a, self.b, self.activation = nn.Linear(2, 4), nn.Linear(4, 3), activation
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(activation(self.a(x)))  # type: ignore[no-any-return]
+            return self.b(self.activation(self.a(x)))  # type: ignore[no-any-return]
 
     return Made
 

@@ -52,7 +52,8 @@ class Row:
         """
         if not self.narrow:
             return {}
-        fields = settings("best", self.config.dataset, (self.narrow,), self.budget // 10, self.config.learn_labels)
+        asked = {"learn_labels": self.config.learn_labels}
+        fields = settings("best", self.config.dataset, (self.narrow,), self.budget // 10, asked)
         return fields | {"architectures": self.made_for, "window": 20, "batch_size": 1024, "inits": 2}
 
     def config_on(self, device: str) -> Config:
@@ -74,7 +75,7 @@ def _row(dataset: str, network: str, per_class: int, published: str, target: str
 
 
 def _best(dataset: str, network: str, per_class: int, soft: bool = True) -> Config:
-    fields = settings("best", dataset, (network,), per_class, soft)
+    fields = settings("best", dataset, (network,), per_class, {"learn_labels": soft})
     return Config(dataset=dataset, architectures=(network,), **fields)
 
 

@@ -186,9 +186,8 @@ def train(
     if preset:
         if resume:
             raise UserError("--preset and --resume: a run that is resumed has its settings already")
-        soft = values["learn_labels"] or not given(ctx, "learn_labels")
-        found = settings(preset, values["dataset"], values["architectures"], int(budget or 10), soft)
-        values |= {name: value for name, value in found.items() if not given(ctx, name)}
+        asked = {name: value for name, value in values.items() if given(ctx, name)}
+        values |= settings(preset, values["dataset"], values["architectures"], int(budget or 10), asked)
     if values["init"] == "fixed" and values["inits"] != 1 and given(ctx, "inits") and not resume:
         raise UserError(f"--inits is {values['inits']}, but --init fixed has one network; leave one of them out")
     processes = processes_of(ctx)

@@ -198,6 +198,7 @@ def test_every_error_has_its_case_and_its_row_in_the_readme() -> None:
         "RevdistillError",
         "UserError",
         "StoppedError",
+        "NotSmoothError",
     }  # caught inside; the base; the command's, whose lines are in test_cli
     names = {error.__name__ for error in defined()} - inner
     assert names == {error.__name__ for error in CASES}

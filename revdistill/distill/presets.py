@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from revdistill.distill.parametrization import REDUCED
@@ -128,7 +129,11 @@ _TUNED: dict[tuple[str, tuple[str, ...], int], dict[str, Any]] = {
 
 
 def settings(
-    preset: str, dataset: str, architectures: Sequence[str], budget: int = 10, soft: bool = True
+    preset: str,
+    dataset: str,
+    architectures: Sequence[str],
+    budget: int = 10,
+    asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What a preset sets of a configuration.
 
@@ -136,25 +141,26 @@ def settings(
         preset: a name of PRESETS.
         dataset: that is distilled.
         architectures: that it is distilled for.
-        budget: of "best", one of BUDGETS: what is stored of images has no more numbers than this many per class.
-        soft: of "best", whether labels are learned. With bases they are a part of these numbers, else they come on top.
+        budget: of "best", one of BUDGETS: what is stored of images has no more numbers than this many per class. With
+            bases learned labels are a part of these numbers, else they come on top.
+        asked: fields that are set otherwise, which the number of bases follows.
 
     Returns:
-        Fields of Config, without these.
+        Fields of Config, without dataset and architectures; what is asked among them.
     """
     if preset == "wang2018":
-        return dict(_WANG2018)
-    found = _BEST | {"steps": budget, "learn_labels": soft}
-    tuned = _TUNED.get((dataset, tuple(architectures), budget))
-    if tuned is None or "pack" in tuned:
-        return found | (tuned or {})
-    found |= tuned
-    return found | {"bases": _bases(_SHAPES[dataset], found["steps"] * found["per_class"], budget, soft)}
+        return {**_WANG2018, **asked}
+    tuned = _TUNED.get((dataset, tuple(architectures), budget), {"pack": 1})
+    found = {**_BEST, "steps": budget, **tuned, **asked}
+    if "pack" in found or "bases" in found:
+        return found
+    per_class, soft = found["steps"] * found["per_class"], found["learn_labels"]
+    return found | {"bases": _bases(_SHAPES[dataset], per_class, budget, soft)}
 
 
 def _bases(shape: tuple[int, int, int], per_class: int, budget: int, soft: bool) -> int:
-    """As many as fit the budget, with a coefficient of each for every image, and its label."""
+    """As many as fit the budget, with a coefficient of each for every image, and its label; and as are of use."""
     channels, height, width = shape
-    images = _CLASSES * per_class
+    images, each = _CLASSES * per_class, channels * (height // REDUCED) * (width // REDUCED)
     numbers = _CLASSES * budget * channels * height * width - (images * _CLASSES if soft else 0)
-    return numbers // (channels * (height // REDUCED) * (width // REDUCED) + images)
+    return max(1, min(numbers // (each + images), images, each))

@@ -22,6 +22,8 @@ from revdistill.cli import train as train_command
 from revdistill.cli.main import cli
 
 import revdistill
+from revdistill.attribute import plots as attribute_plots
+from revdistill.distill import plots as distill_plots
 from revdistill.distill.artifact import read
 from revdistill.distill.checkpoint import read_config
 from revdistill.distill.presets import settings
@@ -567,8 +569,8 @@ def test_verify_fails_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 @pytest.fixture
 def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("distill", "attribute"):
-        monkeypatch.setattr(f"revdistill.{module}.plots.draw_all", lambda *_: [])
+    for module in (distill_plots, attribute_plots):
+        monkeypatch.setattr(module, "draw_all", lambda *_: [])
 
 
 @pytest.mark.usefixtures("_without_pictures")

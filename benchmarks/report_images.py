@@ -64,6 +64,8 @@ def summary_table(results: dict[str, Any]) -> str:
         versions = [each for each in (name, name + CUDA) if each in results["rows"]]
         numbers = results["rows"].get(name) or results["rows"].get(name + CUDA) or results["rows"].get(hard)
         cells = [_versions(results, hard), _versions(results, name)]
+        if hard in results["rows"]:  # soft labels' time stands at the end of the line
+            cells[0] += f", in {results['rows'][hard]['seconds'] / 60:.0f} min"
         cells += [_worst(results, f"{row.config.dataset}_{row.budget}_{kind}", row) for kind in ("random", "kmeans")]
         times = [_time(results["rows"][each]) for each in versions]
         lines.append([row.title, row.published, *cells, _numbers(numbers), "; ".join(times) or "-"])

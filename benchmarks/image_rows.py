@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from revdistill.distill.config import Config
@@ -28,7 +28,7 @@ class Row:
         target: what was aimed at, in per cent.
         schedules: how networks may be trained on it; the best on held-out training data is taken.
         networks: that it is measured on; none for its own and all of the tables' columns.
-        on_gpu: what its distillation has there in the place of what fits a CPU.
+        narrow: the network whose preset a GPU takes, for the usual network.
     """
 
     title: str
@@ -38,27 +38,39 @@ class Row:
     target: str
     schedules: tuple[str, ...] = SCHEDULES
     networks: tuple[str, ...] = ()
-    on_gpu: Mapping[str, Any] = field(default_factory=dict)
+    narrow: str = ""
 
     @property
     def made_for(self) -> tuple[str, ...]:
         """The networks that it is for, at their usual width: narrow ones stand for them while it is distilled."""
         return tuple(name.partition(":")[0] for name in self.config.architectures)
 
+    @property
+    def on_gpu(self) -> Mapping[str, Any]:
+        """What its distillation has there in the place of what fits a CPU: the usual network, back over more steps, as
+        a GPU takes a batch in the time of one image.
+        """
+        if not self.narrow:
+            return {}
+        fields = settings("best", self.config.dataset, (self.narrow,), self.budget // 10, self.config.learn_labels)
+        return fields | {"architectures": self.made_for, "window": 20, "batch_size": 1024, "inits": 2}
 
-# A GPU takes the usual networks, and goes back over more steps, as it takes a batch in the time of one image.
-_WIDE: dict[str, Any] = {"window": 20, "batch_size": 1024, "inits": 2}
+    def config_on(self, device: str) -> Config:
+        """Of its distillation there."""
+        return replace(self.config, device=device, **(self.on_gpu if device != "cpu" else {}))
+
+
 TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 
 
-def _row(dataset: str, network: str, per_class: int, published: str, target: str) -> Row:
+def _row(dataset: str, network: str, per_class: int, published: str, target: str, on_gpu: str = "") -> Row:
     """What `revdistill train --preset best --dataset DATASET --arch NETWORK --budget PER_CLASS` distils."""
     config = _best(dataset, network, per_class)
     usual, narrow, _ = network.partition(":")
     title = f"{TITLES[dataset]}, {usual}, {per_class} per class"
     # A usual network takes a minute for 200 steps on a CPU: the learned steps alone.
-    on_gpu = _WIDE | {"architectures": (usual,)} if narrow else {}
-    return Row(title, per_class * 10, config, published, target, RAW if narrow else SCHEDULES, on_gpu=on_gpu)
+    schedules, on_gpu = RAW if narrow else SCHEDULES, on_gpu or (network if narrow else "")
+    return Row(title, per_class * 10, config, published, target, schedules, narrow=on_gpu)
 
 
 def _best(dataset: str, network: str, per_class: int, soft: bool = True) -> Config:
@@ -71,9 +83,11 @@ _PRESETS = {
     "mnist_lenet_100": _row("mnist", "LeNet", 10, "-", "97"),
     "mnist_convnet_10": _row("mnist", "ConvNet-3:width=16", 1, "94.2 (IDC)", "94"),
     "mnist_convnet_100": _row("mnist", "ConvNet-3:width=16", 10, "98.4 (IDC)", "98"),
-    "cifar10_alexcifarnet_100": _row("cifar10", "AlexCifarNet:width=16", 10, "36.79 +- 1.18 (Wang et al.)", "48"),
-    "cifar10_convnet_10": _row("cifar10", "ConvNet-3:width=16", 1, "55.7 (AT-BPTT++)", "40; 48 on a GPU"),
-    "cifar10_convnet_100": _row("cifar10", "ConvNet-3:width=16", 10, "74.9 (AT-BPTT++)", "48; 60 on a GPU"),
+    "cifar10_alexcifarnet_100": _row("cifar10", "AlexCifarNet", 10, "36.79 +- 1.18 (Wang et al.)", "48"),
+    "cifar10_convnet_10": _row("cifar10", "ConvNet-3:width=32", 1, "55.7 (AT-BPTT++)", "40; 48 on a GPU"),
+    "cifar10_convnet_100": _row(
+        "cifar10", "ConvNet-3", 10, "74.9 (AT-BPTT++)", "48; 60 on a GPU", on_gpu="ConvNet-3:width=32"
+    ),
 }
 # The setting of Wang et al. 2018, 10 steps, three times; by Adam, with images that hold four.
 _STEPS_OF_2018: dict[str, Any] = settings("best", "", ()) | {

@@ -135,8 +135,7 @@ class Command:
 
     def config(self, name: str) -> Config:
         """Of a row."""
-        row = row_of(name)
-        config = replace(row.config, device=self.device, **(row.on_gpu if self.device != "cpu" else {}))
+        config = row_of(name).config_on(self.device)
         return replace(config, **QUICK, epochs=min(config.epochs, QUICK_EPOCHS)) if self.quick else config
 
     def data(self, dataset: str, data_dir: Path) -> Dataset:
@@ -164,14 +163,11 @@ class Command:
             "versions": versions(),
         }
         self.place.keep(kept_as, found, artifact, directory)
-        self.measure(kept_as, data, tuple(artifact.architectures))
+        self.measure(kept_as, data, row_of(name).made_for)
 
     def measure(self, name: str, data: Dataset, networks: tuple[str, ...] = (), again: bool = False) -> None:
         """A set on these networks, or on all that it is for; those that it was measured on are left out."""
-        accepted = COLUMNS
-        if name not in BASELINES:
-            row = row_of(name)
-            accepted = row.networks or tuple(dict.fromkeys((*row.config.architectures, *COLUMNS)))
+        accepted = COLUMNS if name in BASELINES else row_of(name).networks or COLUMNS
         known = () if again else tuple(self.place.kept.read()["cells"].get(name, {}))
         for network in (each for each in accepted if each in (networks or accepted) and each not in known):
             found = self.cell(name, network, data)
@@ -182,8 +178,9 @@ class Command:
         """What a network reaches on a set."""
         if name in BASELINES:
             return baseline_cell(BASELINES[name], data, network, self.device, self.networks)
-        schedules = RAW if self.quick else row_of(name).schedules
-        return distilled_cell(self.place.artifact(name), schedules, data, network, self.device, self.networks)
+        row = row_of(name)
+        schedules, own = RAW if self.quick else row.schedules, network in row.made_for
+        return distilled_cell(self.place.artifact(name), schedules, data, network, own, self.device, self.networks)
 
 
 def dataset_of(name: str) -> str:

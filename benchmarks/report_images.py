@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from image_cells import (
-    CHOICE_NETWORKS,
     COLUMNS,
     HELD_OUT_IMAGES,
     MOMENTUM,
@@ -45,6 +44,15 @@ PUBLISHED: dict[str, dict[tuple[str, int], str]] = {
     "RaT-BPTT (Feng et al. 2023)": {("cifar10", 10): "53", ("cifar10", 100): "69"},
     "AT-BPTT++ (2026)": {("cifar10", 10): "55.7", ("cifar10", 100): "74.9"},
 }
+ABOUT_SETTINGS = (
+    "Settings were chosen on held-out training data, by runs of two to five minutes: 16 for LeNet, 9 for ConvNet-3 on "
+    "MNIST, 2 for the 10 steps of 2018, 7 for ConvNet-3 on CIFAR-10. Most images that bases make of MNIST can be read "
+    "by a person."
+)
+ABOUT_BASELINES = (
+    f"Random images (other ones for each network) and centroids: rate and number of steps chosen on held-out data, "
+    f"measured on {TEST_IMAGES:,} of the test images."
+)
 ABOUT_TIMES = "The times are on the wall, of a machine that did other work as well: no more than that is needed."
 
 
@@ -82,17 +90,30 @@ def _versions(results: dict[str, Any], name: str) -> str:
 
 def _worst(results: dict[str, Any], name: str, row: Row) -> str:
     """On the network that the row is for; of several the worst."""
-    cells = results["cells"].get(name, {})
-    networks = row.made_for
-    if not all(network in cells for network in networks):
+    found = _own(results, name, row)
+    if len(found) < len(row.made_for):
         return "-"
-    worst = min(networks, key=lambda network: cells[network]["mean"])
-    return _figure(cells[worst]) + (f" ({worst}, the worst)" if len(networks) > 1 else "")
+    worst = min(found, key=lambda network: found[network]["mean"])
+    if len(found) > 1:
+        return f"{_figure(found[worst], name not in BASELINES)} ({worst}, the worst)"
+    return _figure(found[worst], name not in BASELINES) + (f" ({worst})" if worst not in row.made_for else "")
 
 
-def _figure(cell: dict[str, Any]) -> str:
-    """In words, with the number of networks where it is not the usual one."""
-    return in_words(cell) + ("" if cell["restarts"] in (1, NETWORKS) else f" ({cell['restarts']} networks)")
+def _own(results: dict[str, Any], name: str, row: Row) -> dict[str, dict[str, Any]]:
+    """What the networks that a row is for reached; where these were not measured, the narrow ones of its distilling."""
+    cells = results["cells"].get(name, {})
+    pairs = zip(row.made_for, row.config.architectures, strict=True)
+    chosen = [usual if usual in cells else narrow for usual, narrow in pairs]
+    return {network: cells[network] for network in chosen if network in cells}
+
+
+def _figure(cell: dict[str, Any], all_images: bool = True) -> str:
+    """In words, with the number of networks where it is not the usual one; all_images: and of images where these are
+    not all.
+    """
+    more = [] if cell["restarts"] in (1, NETWORKS) else [f"{cell['restarts']} networks"]
+    more += [f"{TEST_IMAGES:,} images"] if all_images and cell["test_images"] == TEST_IMAGES else []
+    return in_words(cell) + (f" ({', '.join(more)})" if more else "")
 
 
 def _numbers(row: dict[str, Any]) -> str:
@@ -111,13 +132,9 @@ def full_table(results: dict[str, Any]) -> str:
     lines = []
     for name, row in results["rows"].items():
         about, cells = row_of(name), results["cells"].get(name, {})
-        several = len(about.made_for) > 1
-        ours = [
-            _figure(cells[network]) + (f" ({network})" if several else "")
-            for network in about.made_for
-            if network in cells
-        ]
-        schedules = [cells[network]["schedule"] for network in about.made_for if network in cells]
+        own = {n: cells[n] for n in dict.fromkeys((*about.config.architectures, *about.made_for)) if n in cells}
+        ours = [_figure(found) + (f" ({network})" if len(own) > 1 else "") for network, found in own.items()]
+        schedules = [found["schedule"] for found in own.values()]
         how = ", ".join(dict.fromkeys(schedule.replace("strategy", "strategy ") for schedule in schedules))
         title = about.title + (", on a GPU" if name.endswith(CUDA) else "")
         lines.append([f"`{name}`", title, about.published, about.target, ", ".join(ours) or "-", how or "-"])
@@ -135,17 +152,18 @@ def across_networks(results: dict[str, Any]) -> list[str]:
         budgets.setdefault((dataset, about.budget), []).append(name)
     parts = []
     for (dataset, budget), names in budgets.items():
-        lines = [[_set(name), *(_cell(results, name, network) for network in COLUMNS)] for name in names]
+        lines = [[_set(results, name), *(_cell(results, name, network) for network in COLUMNS)] for name in names]
         parts.append(table([f"{TITLES[dataset]}, {budget // CLASSES} per class", *COLUMNS], lines))
     return parts
 
 
-def _set(name: str) -> str:
+def _set(results: dict[str, Any], name: str) -> str:
     if name in BASELINES:
         return BASELINE_TITLES[BASELINES[name].start]
-    labels = "hard" if HARD in name or row_of(name).config.learn_labels is False else "soft"
-    networks = ", ".join(row_of(name).config.architectures)
+    config = results["rows"][name]["config"]
+    labels = "soft" if config["learn_labels"] else "hard"
     more = {"mnist_2018_100": ", 10 steps x 3 epochs", "mnist_fixed_10": ", one initialisation"}.get(name, "")
+    networks = ", ".join(config["architectures"])
     return f"for {networks}{more}, {labels} labels" + (", on a GPU" if name.endswith(CUDA) else "")
 
 
@@ -154,7 +172,7 @@ def _cell(results: dict[str, Any], name: str, network: str) -> str:
     if found is None:
         return "-"
     own = name not in BASELINES and network in row_of(name).made_for
-    return f"**{_figure(found)}**" if own else _figure(found)
+    return f"**{_figure(found)}**" if own else _figure(found, all_images=False)
 
 
 def published_table(results: dict[str, Any]) -> str:
@@ -177,24 +195,25 @@ def published_table(results: dict[str, Any]) -> str:
     return table(["ConvNet-3", *titles], lines)
 
 
-def about_cells() -> str:
+def about_cells(results: dict[str, Any]) -> str:
     """How the tables were measured."""
-    chosen_with = "another network" if CHOICE_NETWORKS == 1 else f"{CHOICE_NETWORKS} other networks"
+    cells = [cell for name, found in results["cells"].items() if name in BASELINES for cell in found.values()]
+    tried = _listed(sorted({cell["tried"] for cell in cells}) or [len(RATES) * len(STEPS)], "or")
     return (
         f"Each figure: {NETWORKS} fresh networks (one for a fixed initialisation; or as many as brackets say), trained "
-        "by torch.optim.SGD. Bold: the networks that the data were distilled for, on all test images; the others, and "
+        "by torch.optim. Bold: the networks that the data were distilled for, on all test images; the others, and "
         f"those of real images and centroids, on {TEST_IMAGES:,} test images, always the same. How a network is "
-        f"trained is chosen on {HELD_OUT_IMAGES:,} held-out training images, with {chosen_with}: on distilled data out "
-        f"of {len(SCHEDULES)} (the learned steps; strategies 2 and 3, which go on to 50 epochs), on real images and "
-        f"centroids out of {len(RATES) * len(STEPS)} (rates {_listed(RATES)}, momentum {MOMENTUM:g}, "
-        f"{_listed(STEPS)} steps of one image per class). Random images are others for each network. Numbers stored: "
+        f"trained is chosen on {HELD_OUT_IMAGES:,} held-out training images, with networks other than those that are "
+        f"measured: on distilled data out of up to {len(SCHEDULES)} ways (the learned steps; strategies 2 and 3, which "
+        f"go on to 50 epochs), on real images and centroids out of {tried} (rates and numbers of steps, momentum "
+        f"{MOMENTUM:g}, one image of each class a step). Random images are others for each network. Numbers stored: "
         "those of the images, and of soft labels; step sizes come on top."
     )
 
 
-def _listed(values: Iterable[float]) -> str:
-    *first, last = (f"{value:g}" for value in values)
-    return f"{', '.join(first)} and {last}"
+def _listed(values: Sequence[float], last: str) -> str:
+    *first, end = (f"{value:g}" for value in values)
+    return f"{', '.join(first)} {last} {end}" if first else end
 
 
 def section(results: dict[str, Any]) -> str:
@@ -205,8 +224,10 @@ def section(results: dict[str, Any]) -> str:
         f"({machine['processor']}). Each row's settings are in results/images.json, and in the artifact of its name in "
         "results/ where it has soft labels.",
         full_table(results),
-        about_cells(),
+        about_cells(results),
+        ABOUT_SETTINGS,
         ABOUT_TIMES,
+        *about_narrow(results),
         *about_cifar10(results),
         *across_networks(results),
         "What papers report, in per cent, beside ours:\n\n" + published_table(results),
@@ -224,10 +245,27 @@ def section(results: dict[str, Any]) -> str:
 
 def summary(results: dict[str, Any]) -> str:
     """The images in the main README."""
-    parts = [summary_table(results), ABOUT_TIMES, *about_cifar10(results)]
+    parts = [
+        summary_table(results),
+        ABOUT_BASELINES + " " + ABOUT_TIMES,
+        *about_narrow(results),
+        *about_cifar10(results),
+    ]
     if "race" in results:
         parts.append(race_in_words(results))
     return "\n\n".join(parts)
+
+
+def about_narrow(results: dict[str, Any]) -> list[str]:
+    """Where rows were distilled for narrow networks."""
+    narrow = {name for row in results["rows"].values() for name in row["config"]["architectures"] if ":" in name}
+    if not narrow:
+        return []
+    usual = ", ".join(sorted({name.partition(":")[0] for name in narrow}))
+    return [
+        f"What is for {usual} was distilled, on a CPU, for narrow ones ({', '.join(sorted(narrow))}), and is measured "
+        "on the usual one."
+    ]
 
 
 def about_cifar10(results: dict[str, Any]) -> list[str]:

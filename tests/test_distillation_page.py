@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,13 @@ from revdistill.distill.config import Config
 from revdistill.distill.distiller import Distiller
 from revdistill.distill.evaluation import evaluate
 from revdistill.outer.data import Dataset, load
+from revdistill.outer.image_files import FROM_FILES
 from revdistill.outer.networks import NetworkStack
 from revdistill.outer.random_streams import evaluation_seed
 
 PAGE = (Path(__file__).parents[1] / "docs/distillation.md").read_text()
 NETWORK, READ, IMAGES, TRAIN = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
+ROW = Path(__file__).parents[1] / "benchmarks/results/mnist_lenet_10.h5"
 LENET = ("conv1", "conv2", "fc1", "fc2", "fc3")
 FORMS: dict[str, dict[str, Any]] = {
     "version 1": {},
@@ -75,6 +80,25 @@ def test_the_loop_gives_what_evaluate_gives(
     torch.testing.assert_close(names["images"], fitted(artifact, data).x_test, rtol=1e-4, atol=1e-4)
     assert max(said) > 0.3  # the training did something
     assert accuracies == pytest.approx(said, abs=1.5 / len(data.x_test))  # one image may lie on the border
+
+
+@pytest.mark.skipif(
+    "REVDISTILL_DATA_DIR" not in os.environ, reason="REVDISTILL_DATA_DIR does not say where MNIST's files are"
+)
+def test_the_loop_reproduces_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the table, from its committed file, by networks of its own."""
+    shutil.copy(ROW, tmp_path / "distilled.h5")
+    monkeypatch.chdir(tmp_path)
+    (_, _), (x, y) = FROM_FILES["mnist"](Path(os.environ["REVDISTILL_DATA_DIR"]))
+    names: dict[str, Any] = {"x_test": torch.tensor(x) / 255, "y_test": torch.tensor(y)}
+    exec(NETWORK + READ + IMAGES, names)
+    accuracies = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        exec(TRAIN, names)
+        accuracies.append(float(names["accuracy"]))
+    row = json.loads(str(names["file"].attrs["evaluation"]))["LeNet"]
+    assert np.mean(accuracies) == pytest.approx(row["mean"], abs=3 * row["std"])
 
 
 def test_the_loop_is_short() -> None:

@@ -4,8 +4,8 @@ Tests on that have the marker `standin` and a process of their own (python -m py
 autograd has threads for the devices that it knew of when something first ran backward, and a process that has any
 cannot be forked.
 
-One thread in each process: what is tested is small, there are as many processes as cores, and threads that wait for each
-other are slow where a core has other work.
+One thread in each process: what is tested is small, there are as many processes as cores, and threads that wait for
+each other are slow where a core has other work.
 """
 
 from __future__ import annotations

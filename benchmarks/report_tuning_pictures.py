@@ -24,6 +24,8 @@ def schedule(drawn: dict[str, Any]) -> Figure:
         rates.semilogy(rate, label=f"layer {i + 1}")
     rates.axhline(np.exp(drawn["start"]["lr"]), label="start", **START)
     rates.set(title="learned rates", xlabel="step")
+    rates.yaxis.set_major_formatter(_number)
+    rates.yaxis.set_minor_formatter(_number)
     rates.legend(ncols=2)
     momenta.plot(1 / (1 + np.exp(-values["momentum"])))
     momenta.axhline(1 / (1 + np.exp(-drawn["start"]["momentum"])), **START)
@@ -80,12 +82,16 @@ def long(drawn: dict[str, Any]) -> Figure:
     axes[1].semilogy(drawn["rates"], linewidth=0.9)
     axes[1].axhline(drawn["start"], label="start", **START)
     axes[1].set(xlabel="step k", title=f"rates learned over {len(drawn['rates']):,} steps")
-    axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[1].yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes[1].yaxis.set_major_formatter(_number)
+    axes[1].yaxis.set_minor_formatter(_number)
     axes[1].legend()
     for ax in axes:
         ax.grid()
     return figure
+
+
+def _number(value: float, _: int | None = None) -> str:
+    return f"{value:g}"
 
 
 DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {

@@ -71,7 +71,7 @@ def images(experiment: Experiment, scored: Scored) -> Figure:
         len(queries),
         columns + 2,  # a gap between the parts
         figsize=(WIDTH, 0.95 * len(queries) + 0.7),
-        width_ratios=[1, 0.25, *[1] * EACH, 0.25, *[1] * EACH],
+        width_ratios=[1.3, 0.2, *[1] * EACH, 0.25, *[1] * EACH],
         squeeze=False,
         layout="constrained",
     )

@@ -16,6 +16,7 @@ import report_cuda
 import report_flipped
 import report_front
 import report_images
+import report_images_lines
 import report_images_race
 import report_language_model
 import report_memory
@@ -36,8 +37,8 @@ from revdistill.outer.drawing import save
 # sections that need not stand in any page: benchmarks/README.md has all of their figures
 OPTIONAL = frozenset(
     {
-        *("memory", "speed", "bits", "attribution", "attribution-cost", "images", "images-rows", "adam", "study"),
-        *("schedules", "cuda", "front-memory", "front-attribution", "front-distillation"),
+        *("memory", "speed", "attribution", "attribution-cost", "images", "image-lines", "adam", "study"),
+        *("schedules", "cuda"),
     }
 )
 DEVICES = (("cpu", "", ""), ("cuda", "-cuda", " on a GPU"))
@@ -120,7 +121,7 @@ def own_page(results: dict[str, Any]) -> str:
     ):
         if name in results:
             parts += [f"## {heading}", *([picture] if picture else []), write(results[name])]
-    return "\n\n".join(parts) + "\n"
+    return pages.LINK.sub(r"\g<1>../", "\n\n".join(parts) + "\n").replace("](../benchmarks/", "](")
 
 
 def _placed(write: Callable[[dict[str, Any], str], str]) -> Callable[[dict[str, Any]], str]:
@@ -142,6 +143,7 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
     add("speed", lambda r: f"{report_speed.summary(r)}\n\nOn {where(r)}.", "speed")
     add("memory", report_memory.summary, "memory")
     add("images", report_images.summary, "images")
+    add("image-lines", report_images_lines.lines_table, "images")
     add("adam", _placed(report_tuning.adam_summary), "adam")
     add("schedules", report_tuning.schedules_table, "maclaurin2015")
     add("attribution", _placed(report_attribution.summary), "attribution")

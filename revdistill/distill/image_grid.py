@@ -41,6 +41,7 @@ def images(artifact: Artifact) -> Figure:
     low, high = _limits(x)
     figure, grid = _canvas(artifact, len(rows), len(columns), labelled)
     for i, (batch, index) in enumerate(rows):
+        first = i == 0 or rows[i - 1][0] != batch  # that is shown of its batch
         for j, column in enumerate(columns):
             position = column * per_class + index
             ax = figure.add_subplot(grid[i, j], xticks=[], yticks=[])
@@ -49,12 +50,12 @@ def images(artifact: Artifact) -> Figure:
             ax.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             if i == 0:
                 ax.set_title(_column_class(artifact, column, per_class), pad=16 if labelled else 5)
-            if j == 0 and index == 0:
+            if j == 0 and first:
                 ax.set_ylabel(f"batch {batch + 1}", rotation=0, ha="right", va="center")
             if labelled:
                 text = label_text(artifact.y[batch, position], artifact.classes)
                 ax.text(0.5, 1.05, text, transform=ax.transAxes, ha="center", va="bottom", fontsize=SMALL)
-        if index == 0:
+        if first:
             _rates(ax, artifact, batch)
     if x.shape[2] == 1:
         _bar(figure, low, high, len(columns))

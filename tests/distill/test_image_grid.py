@@ -80,3 +80,10 @@ def test_labels_and_a_bar_where_they_fit(channels: int, classes: int, labels: in
         assert shares[classes] == "1 1.00"
     assert sum(not ax.images for ax in figure.axes) == bars
     assert illegible(figure) == []
+
+
+def test_every_batch_that_is_shown_is_named() -> None:
+    """Regression: of four images of a class in a batch some are left out, and with them were their batches' names."""
+    artifact = made(np.random.default_rng(2).normal(size=(4, 8, 1, 5, 5)), np.arange(2).repeat(4)[None].repeat(4, 0))
+    names = [label for ax in images(artifact).axes if (label := ax.get_ylabel())]
+    assert names == [f"batch {i}" for i in (1, 2, 3, 4)]

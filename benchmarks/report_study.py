@@ -98,6 +98,11 @@ def section(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def summary(results: dict[str, Any]) -> str:
+    """The study's short form: ours beside the talk, and what serves all architectures."""
+    return f"{beside_the_talk(results, ('ours',))}\n\n{best_for_all(results)}"
+
+
 def described(protocol: dict[str, Any]) -> str:
     """A protocol's settings in words."""
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in protocol.items())

@@ -11,7 +11,7 @@ from tables import table, title, where
 
 from revdistill.outer.drawing import COLOURS, FAINT, WIDTH, styled
 
-# Lines of the picture: ours in colours, autograd in black, others in greys and browns of their own dashes and markers.
+# Lines of the picture: ours in colours, autograd in black, others in grey with dashes and markers of their own.
 LINES: dict[str, dict[str, Any]] = {
     "reversible": {"color": COLOURS[0], "marker": "o", "lw": 2.2},
     "reversible-default": {"color": COLOURS[1], "marker": "o"},
@@ -20,7 +20,9 @@ LINES: dict[str, dict[str, Any]] = {
     "reversible-compiled": {"color": COLOURS[5], "marker": "s"},
     "checkpoint": {"color": COLOURS[2], "marker": "o"},
     "storeall": {"color": COLOURS[3], "marker": "o"},
+    "storeall-compiled": {"color": COLOURS[3], "marker": "s"},
     "autograd": {"color": "black", "marker": "o", "lw": 2.2},
+    "autograd-compiled": {"color": "black", "marker": "s"},
     "backprop": {"color": FAINT, "marker": "s", "ls": "--"},
     "torch-checkpoint-1": {"color": FAINT, "marker": "^", "ls": ":"},
     "torch-checkpoint-sqrt": {"color": FAINT, "marker": "v", "ls": "-."},
@@ -28,7 +30,7 @@ LINES: dict[str, dict[str, Any]] = {
     "higher": {"color": FAINT, "marker": "x", "ls": ":"},
     "torchopt": {"color": FAINT, "marker": "+", "ls": "-."},
 }
-DECADES = (0.5, 4000.0)  # MiB
+LEAST = 0.05  # MiB: a logarithm needs some
 
 
 def memory_of(entry: dict[str, Any], method: str) -> dict[int, int]:
@@ -100,7 +102,7 @@ def picture(results: dict[str, Any]) -> Figure:
         for m in entry["methods"]:
             found = memory_of(entry, m["method"])
             if found:
-                points = [max(b / MIB, DECADES[0]) for b in found.values()]
+                points = [max(b / MIB, LEAST) for b in found.values()]
                 (line,) = ax.loglog(list(found), points, markersize=4.5, **LINES[m["method"]])
                 named.setdefault(m["method"], line)
         ax.set_title(entry["title"])

@@ -92,6 +92,7 @@ def test_pictures_can_be_read_and_name_every_line(results: dict[str, Any]) -> No
     """At the width that a README shows; those of the study and of the images are drawn by other tests."""
     for name, module in (("speed", report_speed), ("bits", report_bits), ("attribution", report_attribution)):
         assert illegible(module.picture(results[name])) == []
+    assert set(report_memory.LINES) == set(METHODS) - {"training"}
     figure = report_memory.picture(results["memory"])
     assert illegible(figure) == []
     handles, names = figure.legends[0].legend_handles, [text.get_text() for text in figure.legends[0].get_texts()]

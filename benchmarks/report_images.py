@@ -15,6 +15,8 @@ from image_cells import (
     TEST_IMAGES,
 )
 from image_rows import BASELINES, CUDA, HARD, ROWS, SCHEDULES, TITLES, Baseline, Row, row_of
+from measuring import RESULTS
+from report_images_lines import lines_table
 from report_images_race import in_words, race_in_words, starts_and_windows
 from tables import table, threads_of
 
@@ -62,15 +64,20 @@ def summary_table(results: dict[str, Any]) -> str:
     for name in _rows(results):
         row, hard = row_of(name), name + HARD
         versions = [each for each in (name, name + CUDA) if each in results["rows"]]
-        numbers = results["rows"].get(name) or results["rows"].get(name + CUDA) or results["rows"].get(hard)
+        kept = results["rows"].get(name) or results["rows"].get(name + CUDA) or results["rows"].get(hard)
         cells = [_versions(results, hard), _versions(results, name)]
         if hard in results["rows"]:  # soft labels' time stands at the end of the line
             cells[0] += f", in {results['rows'][hard]['seconds'] / 60:.0f} min"
         cells += [_worst(results, f"{row.config.dataset}_{row.budget}_{kind}", row) for kind in ("random", "kmeans")]
-        times = [_time(results["rows"][each]) for each in versions]
-        lines.append([row.title, row.published, *cells, _numbers(numbers), "; ".join(times) or "-"])
+        times = [time(results["rows"][each]) for each in versions]
+        lines.append([_linked(name, row.title), row.published, *cells, numbers(kept), "; ".join(times) or "-"])
     header = ["test accuracy", "published", "ours, hard labels", "ours, soft labels", "random images", "centroids"]
     return table([*header, "numbers stored", "distilled in"], lines)
+
+
+def _linked(name: str, text: str) -> str:
+    """The text as a link to a row's artifact, as from the repository's root, where there is one."""
+    return f"[{text}](benchmarks/results/{name}.h5)" if (RESULTS / f"{name}.h5").exists() else text
 
 
 def _rows(results: dict[str, Any]) -> list[str]:
@@ -118,12 +125,13 @@ def _figure(cell: dict[str, Any], all_images: bool = True) -> str:
     return in_words(cell) + (f" ({', '.join(more)})" if more else "")
 
 
-def _numbers(row: dict[str, Any]) -> str:
+def numbers(row: dict[str, Any]) -> str:
+    """How many numbers a row's artifact stores, in words."""
     inputs, labels = row["numbers"]["inputs"], row["numbers"]["labels"]
     return f"{inputs:,}" + (f" + {labels:,} of labels" if labels else "")
 
 
-def _time(row: dict[str, Any]) -> str:
+def time(row: dict[str, Any]) -> str:
     """Minutes, and what they were on."""
     on = row["machine"].get("gpu") or threads_of(row["machine"])
     return f"{row['seconds'] / 60:.0f} min, {on}"
@@ -139,10 +147,20 @@ def full_table(results: dict[str, Any]) -> str:
         schedules = [found["schedule"] for found in own.values()]
         how = ", ".join(dict.fromkeys(schedule.replace("strategy", "strategy ") for schedule in schedules))
         title = about.title + (", on a GPU" if name.endswith(CUDA) else "")
-        lines.append([f"`{name}`", title, about.published, about.target, ", ".join(ours) or "-", how or "-"])
-        lines[-1] += [_numbers(row), f"{row['config']['outer_steps']:,} steps, {_time(row)}"]
+        lines.append([_linked(name, name), title, about.published, about.target, ", ".join(ours) or "-", how or "-"])
+        lines[-1] += [numbers(row), f"{row['config']['outer_steps']:,} steps, {time(row)}"]
     header = ["row", "", "published, %", "aimed at, %", "ours", "schedule", "numbers stored", "distilled in"]
     return table(header, lines)
+
+
+def figure_of(results: dict[str, Any], name: str) -> str:
+    """What a row's network reached, of several the worst, in words."""
+    return _worst(results, name, row_of(name))
+
+
+def artifact_link(name: str) -> str:
+    """To a row's artifact, as from the repository's root."""
+    return f"[{name}.h5](benchmarks/results/{name}.h5)"
 
 
 def across_networks(results: dict[str, Any]) -> list[str]:
@@ -226,6 +244,7 @@ def section(results: dict[str, Any]) -> str:
         f"({machine['processor']}). Each row's settings are in results/images.json, and in the artifact of its name in "
         "results/ where it has soft labels.",
         full_table(results),
+        "### Which artifact, and which command\n\n" + lines_table(results),
         about_cells(results),
         ABOUT_SETTINGS,
         ABOUT_TIMES,

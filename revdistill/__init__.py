@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from revdistill import distributed
     from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
 
-__version__ = "0.1.0"  # setup.cfg reads it here
+__version__ = "0.2.0"  # setup.cfg reads it here; CITATION.cff and CHANGELOG.md say the same
 
 find_the_command()
 

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 import revdistill as rd
 
-LR, EPOCHS = (0.05, 8) if "--small" in sys.argv else (0.02, 40)
+LR, EPOCHS = (0.05, 6) if "--small" in sys.argv else (0.02, 40)
 torch.manual_seed(0)
 digits = load_digits()
 x, y = torch.tensor(digits.data).float() / 16, torch.tensor(digits.target)

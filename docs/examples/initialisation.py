@@ -14,7 +14,7 @@ from torch.nn import Linear, Sequential, Tanh
 
 import revdistill as rd
 
-OUTER_STEPS, TASKS, NEW_TASKS = (8, 6, 40) if "--small" in sys.argv else (120, 16, 100)
+OUTER_STEPS, TASKS, NEW_TASKS = (10, 6, 30) if "--small" in sys.argv else (120, 16, 100)
 torch.manual_seed(0)
 
 

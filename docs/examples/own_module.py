@@ -12,7 +12,7 @@ import torch
 
 import revdistill as rd
 
-OUTER_STEPS = 10 if "--small" in sys.argv else 40
+OUTER_STEPS = 6 if "--small" in sys.argv else 40
 torch.manual_seed(0)
 x = torch.randn(2400, 20)
 y = (2 * x[:, 0]).sin() + x[:, 1] - (2 * x[:, 2]).tanh() + 0.3 * torch.randn(2400)

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 import revdistill as rd
 
-EPOCHS, OUTER_STEPS = (4, 4) if "--small" in sys.argv else (12, 25)
+EPOCHS, OUTER_STEPS = (3, 3) if "--small" in sys.argv else (12, 25)
 torch.manual_seed(0)
 digits = load_digits()
 x, y = torch.tensor(digits.images).float() / 16, torch.tensor(digits.target)

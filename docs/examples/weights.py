@@ -1,8 +1,8 @@
-"""A weight for each training example, learned through whole trainings, and stopped before it fits too few digits.
+"""A weight for each training example, learned through whole trainings, and stopped early.
 
-From scikit-learn's digits, 400 to train on, two of five with a wrong label. The weights descend on the loss on 100 digits
-with right labels; 100 others say which outer step to keep. Expect: small weights for wrong labels, and on digits that
-nothing has seen half the loss of equal weights. Outer steps after the one that is kept make it larger again.
+From scikit-learn's digits, 400 to train on, two of five with a wrong label. The weights descend on the loss on 100
+others with right labels; 100 more say which outer step to keep. Expect: small weights for wrong labels, and half the
+loss of equal weights on digits that nothing has seen. Outer steps after the one that is kept make it larger again.
 """
 
 import sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +24,20 @@ from revdistill.engine.ranks.group import Ranks
 from revdistill.engine.ranks.shards import Shards
 from revdistill.engine.ranks.shared import SharedGradient
 
-OnStep = Callable[[int, dict[str, Tensor], Tensor], object]
-OnStepBack = Callable[[int, float], object]
+
+class OnStep(Protocol):
+    """What `rd.unroll(on_step=...)` calls at each step of the forward pass, whatever its arguments are named."""
+
+    def __call__(self, k: int, theta: dict[str, Tensor], loss: Tensor, /) -> object:
+        """k: the step's number; theta: the parameters before it; loss: at theta, of the step's batch, a scalar."""
+
+
+class OnStepBack(Protocol):
+    """What `rd.unroll(on_step_back=...)` calls at each step of the way back, whatever its arguments are named."""
+
+    def __call__(self, k: int, norm: float, /) -> object:
+        """k: the step's number; norm: of dL/dtheta_k, all parameters together."""
+
 
 
 @dataclass(frozen=True)

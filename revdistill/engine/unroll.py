@@ -146,7 +146,10 @@ def unroll(
             `from_module` does: an nn.Parameter with requires_grad=False beside others is warned about.
         batches: a tuple (or dict) of tensors [s, ...], step k gets `tuple(t[k % s] for t in batches)`; `Minibatches`
             of a data set; or what is not differentiated: a list of batches (tuples or dicts), step k gets
-            `batches[k % len(batches)]`, a DataLoader without shuffling, or a deterministic function k -> batch.
+            `batches[k % len(batches)]`, a DataLoader, or a deterministic function k -> batch. A DataLoader must give
+            the same batches each time it is gone through: `shuffle=False`; of one that shuffles give `list(loader)`
+            (several epochs: `[batch for _ in range(epochs) for batch in loader]`), or an `rd.epochs` order and
+            `Minibatches`, which gradients flow through.
         optimizer: `SGD(...)`, `Adam(...)`, `AdamW(...)` or `RMSprop(...)`; its tensors may require grad.
         steps: T, at least 0.
         hyper: a tensor, or nested tuples, lists and dicts of tensors, given to the loss as they are.
@@ -168,7 +171,11 @@ def unroll(
             CPU nothing is captured, but steps are taken to be like those before them, as with graphs: what is looked
             for at each step (a tensor that requires grad and reaches the loss by closure) is looked for at the first
             three, at those whose number is a power of two, at the last, and where a batch has a new form.
-        on_step: called as on_step(k, theta_k, loss_k) at each step of the forward pass, with detached tensors.
+        on_step: called as `on_step(k: int, theta: dict[str, Tensor], loss: Tensor)` at each step of the forward pass,
+            once its gradient is there: the step's number, the parameters before it (theta_k, in the form of `params`),
+            and the loss at them of the step's batch, a scalar. The tensors are detached copies, which may be kept and
+            changed; what is returned is ignored. Cost: a copy of theta per step, and where `loss.item()` is asked for a
+            wait for a GPU.
         return_stats: also return an `UnrollStats`.
         seed: of the random numbers inside the loss; by default that of `state`, or else drawn from torch's default
             generator.
@@ -182,8 +189,9 @@ def unroll(
         clip_back: on the way back dL/dtheta_k is scaled down to this norm at every step where it is longer. It tames a
             hypergradient that explodes over a long unroll (chaotic training: too large a rate), and makes it another
             vector than the true one. None changes nothing.
-        on_step_back: called as on_step_back(k, norm) at each step of the way back, from the last to the first, with the
-            norm of dL/dtheta_k before any clipping; `BackwardNorms` keeps them and says where they explode. This and
+        on_step_back: called as `on_step_back(k: int, norm: float)` at each step of the way back, from the last to the
+            first, with the norm of dL/dtheta_k (all parameters together, before any clipping; of several losses at once
+            the largest). What is returned is ignored. `BackwardNorms` keeps them and says where they explode. This and
             clip_back cost a wait for a GPU per step.
         average: also return an average of the iterates, differentiable, without storing them: a decay d from 0 to 1 for
             the exponential moving average a <- d a + (1 - d) theta_{k+1} that starts as theta_0, or the weights of

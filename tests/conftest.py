@@ -1,4 +1,4 @@
-"""Fixtures: signals as a terminal sends them, and the stand-in device.
+"""Fixtures: signals as a terminal sends them, and the stand-in device; which files are read, and in which order.
 
 Tests on that have the marker `standin` and a process of their own (python -m pytest -m "standin and not slow"):
 autograd has threads for the devices that it knew of when something first ran backward, and a process that has any
@@ -7,14 +7,46 @@ cannot be forked.
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from revdistill.engine.adjoints import fixed_point
 from tests import standin
+
+# Files that take longest, which two processes (pytest -n 2) begin with: what begins last is what one of them waits for
+LONGEST = (
+    "cli/test_torchrun.py",
+    "cli/test_cli.py",
+    "engine/test_adjoints.py",
+    "engine/test_group.py",
+    "distill/test_strangers.py",
+    "test_packaging.py",
+    "engine/test_cost.py",
+    "engine/test_jacobian.py",
+    "outer/test_optimizers.py",
+    "test_several_processes_page.py",
+)
+MARKS = ("standin", "imitated", "cuda")  # of few files
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where tests of one of these marks are asked for, files without it are not read: to read all takes 7 seconds."""
+    asked = re.findall(r"\w+", re.sub(r"\bnot \w+", "", config.option.markexpr))
+    if collection_path.suffix != ".py" or not asked or not set(asked) <= {*MARKS, "and", "or"}:
+        return None
+    text = collection_path.read_text()
+    return None if any(f"mark.{mark}" in text for mark in asked) else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONGEST)}
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: place.get(item.path.relative_to(tests).as_posix(), len(place)))
 
 
 @pytest.fixture

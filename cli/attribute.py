@@ -19,6 +19,7 @@ from revdistill.attribute.result import FILE_NAME, Result
 from revdistill.outer.data import NAMES, load, short_name
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.own_files import ACCEPTED
+from revdistill.outer.threads import shown
 
 from . import options
 from .described import remarks
@@ -30,6 +31,7 @@ from .resuming import check_agrees, stopping
 from .summary import SHOWN
 from .table import flipped_table, harmful_table
 from .texts import check_lines
+from .threads import with_threads
 
 _DEFAULT = AttributeConfig()
 _option = options.Fields(_DEFAULT)
@@ -77,6 +79,7 @@ _RATES = ", ".join(f"{rate:g} with {name}" for name, rate in RATES.items())
     type=_SHARE,
 )
 @options.device
+@options.threads
 @_option("--seed", "Seed of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("attribution", "runs/attribute-DATASET", save_every=False)
 @click.pass_context
@@ -97,6 +100,8 @@ def attribute(ctx: click.Context, /, data_dir: Path, out: Path | None, resume: b
         check_out(out)
     with user_input("--dataset"):
         data = load(config.dataset, data_dir)
+    with user_input():
+        config = with_threads(ctx, config, data, networks=1, samples=config.batch_size, resume=resume)
     check_same(processes, config.to_dict(), data)
     with user_input():
         experiment = Experiment(config, data, processes)
@@ -139,7 +144,7 @@ def _headline(e: Experiment) -> str:
     wrong = f" ({int(e.flipped.sum())} with a wrong label)" if c.flip else ""
     return (
         f"{Path(e.data.name).name}: {c.arch} trained on {len(e.examples)} samples{wrong}, {e.steps} steps of "
-        f"{c.optimizer}; what each did to the losses of {c.queries} test samples, on {c.device}"
+        f"{c.optimizer}; what each did to the losses of {c.queries} test samples, on {shown(c.device)}"
         + (f"; on {e.processes.size} process{'es' * (e.processes.size > 1)}" if e.processes.started else "")
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -13,12 +14,14 @@ from revdistill.distill.strategies import STRATEGIES
 from revdistill.outer import models
 from revdistill.outer.configuration import MANY
 from revdistill.outer.data import load
+from revdistill.outer.threads import shown, using_threads
 
 from . import options
 from .described import other_scale, remarks
 from .errors import dataset_of, read_run, user_input
 from .processes import check_same, processes_of
 from .table import evaluation_table
+from .threads import default_for, set_outside, work_of
 
 
 @click.command(short_help="Train fresh networks on distilled data and measure them.")
@@ -39,6 +42,7 @@ from .table import evaluation_table
 @options.data_dir
 @options.side_by_side
 @options.device
+@options.threads
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @click.pass_context
 def evaluate(
@@ -52,6 +56,7 @@ def evaluate(
     data_dir: Path,
     device: str,
     side_by_side: int | None,
+    threads: int | None,
     as_json: bool,
 ) -> None:
     """Train fresh networks on the distilled data of RUN with the plain optimizer that they were distilled for, and
@@ -65,7 +70,13 @@ def evaluate(
         data = load(dataset_of(artifact, dataset), data_dir)
         names = architectures or _own(artifact.architectures)
     given = {"architectures": list(names), "restarts": restarts, "schedule": schedule, "device": device}
-    size = side_by_side or _side_by_side(artifact) or (1 if processes.started else None)
+    size = side_by_side or _count(artifact, "side_by_side", MANY) or (1 if processes.started else None)
+    with user_input():
+        if threads is None:
+            work = work_of(names, data, min(restarts, size or restarts), artifact.y.shape[1])
+            own = _count(artifact, "threads", os.cpu_count() or 1)  # as at the end of the run: the same figures
+            threads = default_for(ctx, device, work) if set_outside(ctx) or own is None else own
+        ctx.with_resource(using_threads(threads if device == "cpu" else None))
     check_same(processes, given | {"side_by_side": size}, data)
     with user_input():
         results = evaluations.evaluate_all(
@@ -81,13 +92,17 @@ def evaluate(
     found = {name: result.to_dict() for name, result in results.items()}
     for line in [*remarks(data), *other_scale(artifact.normalization, data)]:
         click.echo(line, err=True)  # standard output may be JSON
-    click.echo(json.dumps(found, indent=2) if as_json else evaluation_table(found))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    networks = f"{restarts} fresh network{'s' * (restarts > 1)} of each architecture"
+    click.echo(f"{networks}, on {shown(device)}\n{evaluation_table(found)}")
 
 
-def _side_by_side(artifact: Artifact) -> int | None:
-    """As the networks were trained that RUN was evaluated by at its end; a file from somebody else may say anything."""
-    found = artifact.config.get("side_by_side")
-    return found if type(found) is int and 1 <= found <= MANY else None
+def _count(artifact: Artifact, name: str, most: int) -> int | None:
+    """As RUN was evaluated at its end: of its configuration; a file from somebody else may say anything."""
+    found = artifact.config.get(name)
+    return found if type(found) is int and 1 <= found <= most else None
 
 
 def _own(names: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from revdistill.outer import models
-from revdistill.outer.configuration import MANY
+from revdistill.outer.configuration import MANY, MOST_THREADS
 from revdistill.outer.data import DATA_DIR
 from revdistill.outer.device import check_device
 from revdistill.outer.image_files import FROM_FILES
@@ -122,6 +122,12 @@ side_by_side = click.option(
     type=click.IntRange(1, MANY),
     help="How many networks are trained in one stack, the unit that several processes share out. The result depends on "
     "it in its last bits, and not on the number of processes.  [default: all; 1 under torchrun]",
+)
+threads = click.option(
+    "--threads",
+    type=click.IntRange(1, MOST_THREADS),
+    help="Threads that torch computes with on the CPU. The result depends on it in its last bits.  [default: 1 where "
+    "more save little, else torch's own number; OMP_NUM_THREADS where that is set]",
 )
 device = click.option(
     "--device",

@@ -68,4 +68,6 @@ def stopping(
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
     return ", ".join(value) if isinstance(value, tuple) else str(value)

@@ -27,6 +27,7 @@ from revdistill.outer.directory import METRICS, read_metrics
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.own_files import ACCEPTED
 from revdistill.outer.smoothing import BETA
+from revdistill.outer.threads import shown
 
 from . import options
 from .described import remarks
@@ -35,6 +36,7 @@ from .options import COUNT, RATE
 from .processes import check_same, processes_of, seen_by, stacks
 from .resuming import check_agrees, given, in_stacks, stopping
 from .table import evaluation_table
+from .threads import with_threads
 
 _DEFAULT = Config()
 _option = options.Fields(_DEFAULT)
@@ -161,6 +163,7 @@ _option = options.Fields(_DEFAULT)
 )
 @options.side_by_side
 @options.device
+@options.threads
 @_option("--seed", "Seed of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("run", "runs/DATASET, or the next free runs/DATASET-N")
 @click.pass_context
@@ -198,6 +201,10 @@ def train(
         check_out(out)
     with user_input("--dataset"):
         data = load(config.dataset, data_dir)
+    with user_input():
+        networks = 1 if config.init == "fixed" else min(config.inits, config.side_by_side or config.inits)
+        samples = config.per_class * data.classes
+        config = with_threads(ctx, config, data, networks=networks, samples=samples, resume=resume)
     check_same(processes, config.to_dict(), data)
     with user_input():
         distiller = Distiller(config, data, processes)
@@ -263,6 +270,6 @@ def _headline(distiller: Distiller) -> str:
     return (
         f"{Path(data.name).name}: {len(data.x)} training samples into {synthetic} ({c.steps} batches of "
         f"{synthetic // c.steps}{form}), "
-        f"{c.inner_steps} inner steps, {', '.join(c.architectures)}, {c.outer_steps} outer steps on {c.device}"
+        f"{c.inner_steps} inner steps, {', '.join(c.architectures)}, {c.outer_steps} outer steps on {shown(c.device)}"
         + stacks(distiller.processes, distiller.stacks[0].size, c.side_by_side)
     )

@@ -11,6 +11,7 @@ import click
 from revdistill.outer.data import NAMES, load, short_name
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.own_files import ACCEPTED
+from revdistill.outer.threads import shown
 from revdistill.tune.checkpoint import FILE_NAME as CHECKPOINT
 from revdistill.tune.checkpoint import read_config
 from revdistill.tune.config import LEARNABLE, TuneConfig
@@ -24,6 +25,7 @@ from .options import COUNT, RATE
 from .processes import check_same, processes_of, seen_by, stacks
 from .resuming import check_agrees, in_stacks, stopping
 from .table import comparison_table
+from .threads import with_threads
 
 _DEFAULT = TuneConfig()
 _option = options.Fields(_DEFAULT)
@@ -67,6 +69,7 @@ _option = options.Fields(_DEFAULT)
 @_option("--window", "Differentiate through this many of the last steps only.  [default: all]", type=COUNT)
 @options.side_by_side
 @options.device
+@options.threads
 @_option("--seed", "Seed of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("tuning", "runs/tune-DATASET")
 @click.pass_context
@@ -87,6 +90,9 @@ def tune(
         check_out(out)
     with user_input("--dataset"):
         data = load(config.dataset, data_dir)
+    with user_input():
+        networks = min(config.inits, config.side_by_side or config.inits)
+        config = with_threads(ctx, config, data, networks=networks, samples=config.batch_size, resume=resume)
     check_same(processes, config.to_dict(), data)
     with user_input():
         tuner = Tuner(config, data, processes)
@@ -95,7 +101,7 @@ def tune(
     click.echo(
         f"{Path(data.name).name}: {config.arch}, {config.steps} steps of {config.optimizer}; learning "
         f"{', '.join(config.learn)}"
-        f"{' per layer' if config.per_layer else ''} in {config.outer_steps} outer steps on {config.device}"
+        f"{' per layer' if config.per_layer else ''} in {config.outer_steps} outer steps on {shown(config.device)}"
         + stacks(processes, config.inits, config.side_by_side)
     )
     for line in remarks(data):

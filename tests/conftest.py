@@ -3,10 +3,14 @@
 Tests on that have the marker `standin` and a process of their own (python -m pytest -m "standin and not slow"):
 autograd has threads for the devices that it knew of when something first ran backward, and a process that has any
 cannot be forked.
+
+One thread in each process: what is tested is small, there are as many processes as cores, and threads that wait for
+each other are slow where a core has other work.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -14,9 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from revdistill.engine.adjoints import fixed_point
 from tests import standin
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, and of pytest's workers
+torch.set_num_threads(1)
 
 # Files that take longest, which two processes (pytest -n 2) begin with: what begins last is what one of them waits for
 LONGEST = (

@@ -1,5 +1,5 @@
-"""Every error of the project through its public path: its text says what, where and what to do, and the README lists
-it.
+"""Every error of the project through its public path: its text says what, where and what to do, and docs/guarantees.md
+lists it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from revdistill.outer.directory import DirectoryInUseError, DirectoryLock
 from revdistill.outer.job import InterruptedRunError, NotSavedError
 from tests.torchrun import group_of_one
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+GUARANTEES = (Path(__file__).parents[1] / "docs/guarantees.md").read_text()
 
 
 def unrolled(factor: Callable[[], float], lr: float = 0.1, steps: int = 30, **kwargs: Any) -> Tensor:
@@ -188,7 +188,7 @@ def defined() -> Iterator[type[BaseException]]:
                 yield value
 
 
-def test_every_error_has_its_case_and_its_row_in_the_readme() -> None:
+def test_every_error_has_its_case_and_its_row_in_the_docs() -> None:
     inner = {
         "SuspicionError",
         "CannotFollowError",
@@ -202,6 +202,6 @@ def test_every_error_has_its_case_and_its_row_in_the_readme() -> None:
     }  # caught inside; the base; the command's, whose lines are in test_cli
     names = {error.__name__ for error in defined()} - inner
     assert names == {error.__name__ for error in CASES}
-    table = README.split("## What can go wrong")[1].split("\n## ")[0]
+    table = GUARANTEES.split("## What can go wrong")[1].split("\n## ")[0]
     rows = set(re.findall(r"^\| `(?:rd\.)?(\w+)` \|", table, flags=re.M))
     assert rows == names

@@ -26,7 +26,7 @@ import revdistill
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".ci", "benchmarks", "cli", "docs", "revdistill", "tests")
-FILES = ("*.md", "*.cfg", "*.toml", "*.txt", "*.cff", "MANIFEST.in", "LICENSE")
+FILES = ("*.md", "*.cfg", "*.toml", "*.txt", "*.cff", "*.yml", "MANIFEST.in", "LICENSE")
 LEFT_OUT = re.compile(r"benchmarks/results/[^/]+\.(h5|png)")  # of the sources, all that the sdist may lack
 SIZES = {"revdistill.tar.gz": 4, "revdistill.whl": 1}  # at most, in MiB
 

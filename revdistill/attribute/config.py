@@ -36,6 +36,8 @@ class AttributeConfig(Configuration):
         retrainings: how many subsets.
         flip: the share of the examples whose labels are made wrong on purpose; 0 for none.
         device: cpu, cuda or cuda:N.
+        threads: that torch computes with on the CPU; None for its own number. They are part of what is computed, as
+            sums are split by thread. The command sets them; a configuration by itself does not.
         seed: of every random draw.
 
     Raises:
@@ -58,6 +60,7 @@ class AttributeConfig(Configuration):
     retrainings: int = 50
     flip: float = 0.0
     device: str = "cpu"
+    threads: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +86,7 @@ class AttributeConfig(Configuration):
         self.need("drop", 0 < self.drop < 1, "a share of the examples above 0 and below 1")
         self.need("flip", 0 <= self.flip < 1, "a share of the examples from 0 to below 1")
         object.__setattr__(self, "arch", models.canonical(self.arch))
+        self.need_threads()
         check_device(self.device)
 
     @property

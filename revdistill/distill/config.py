@@ -75,6 +75,8 @@ class Config(Configuration):
             Bilen 2021).
         adjoint: a name of ADJOINTS; None for the engine's choice.
         device: cpu, cuda or cuda:N.
+        threads: that torch computes with on the CPU; None for its own number. They are part of what is computed, as
+            sums are split by thread. The command sets them; a configuration by itself does not.
         seed: of every random draw.
 
     Raises:
@@ -118,6 +120,7 @@ class Config(Configuration):
     adjoint: str | None = None
     side_by_side: int | None = None
     device: str = "cpu"
+    threads: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -158,6 +161,7 @@ class Config(Configuration):
         if self.learn_momentum:
             self.need("momentum", 0 < self.momentum < 1, "a number between 0 and 1 to start from, with learn_momentum")
         object.__setattr__(self, "architectures", tuple(models.canonical(name) for name in self.architectures))
+        self.need_threads()
         check_device(self.device)
 
     @property

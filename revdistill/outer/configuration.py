@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeVar
 
 MANY = 10**6  # steps, samples or networks: what nobody has memory for is no setting, but a mistake
+MOST_THREADS = 256  # as many are started, whatever the machine: a file from somebody else may say any number
 LARGEST = 2**53  # of what is only counted up to
 LEAST_RATE = 1e-30  # a smaller one is 0 in float32
 C = TypeVar("C", bound="Configuration")
@@ -32,6 +33,12 @@ class Configuration:
         side_by_side = getattr(self, "side_by_side", None)
         fine = side_by_side is None or (isinstance(side_by_side, int) and 1 <= side_by_side <= MANY)
         self.need("side_by_side", fine, f"an integer from 1 to {MANY:,}, or none for all networks")
+
+    def need_threads(self) -> None:
+        """ValueError unless the field `threads` is None or a number of threads."""
+        threads = getattr(self, "threads", None)
+        fine = threads is None or (type(threads) is int and 1 <= threads <= MOST_THREADS)
+        self.need("threads", fine, f"an integer from 1 to {MOST_THREADS}, or none for torch's own number")
 
     def to_dict(self) -> dict[str, Any]:
         """In the types of JSON."""

@@ -17,6 +17,7 @@ from revdistill.engine.layout import stacked
 from revdistill.engine.loss.randomness import seeded
 from revdistill.outer import models
 from revdistill.outer.smoothing import NotSmoothError, smoothed, without_relu
+from revdistill.outer.threads import Work
 
 Params = dict[str, Tensor]
 # Samples evaluated at once, over all networks; and by convolutions on a CPU, few enough that activations stay in its
@@ -112,6 +113,18 @@ class NetworkStack:
                 f"architecture {self.name!r} gives outputs of shape {list(shape[1:])} for {self._classes} classes; "
                 f"accepted are {' or '.join(str(list(s[1:])) for s in sorted(accepted))}"
             )
+
+    def work(self, samples: int) -> float:
+        """Floating-point operations of a forward pass of all networks on so many samples, as `Work` counts them; inf
+        where a network cannot be watched.
+        """
+        x = torch.zeros(2, *self._input_shape, device=self._device)
+        try:
+            with torch.no_grad(), seeded(0, self._device), _evaluating(self._net), Work() as counted:
+                copy.deepcopy(self._net)(x)
+        except Exception:  # it takes inputs when it is not watched: see `_check_output`
+            return math.inf
+        return float(counted.flops / len(x) * samples * self.size)
 
     def sample(self, seed: int) -> Params:
         """Fresh parameters [E, ...], the same for the same seed, on every device."""

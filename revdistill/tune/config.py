@@ -40,6 +40,8 @@ class TuneConfig(Configuration):
         clip_back: of `rd.unroll`, against hypergradients that explode.
         window: of `rd.unroll`, likewise.
         device: cpu, cuda or cuda:N.
+        threads: that torch computes with on the CPU; None for its own number. They are part of what is computed, as
+            sums are split by thread. The command sets them; a configuration by itself does not.
         seed: of every random draw.
 
     Raises:
@@ -66,6 +68,7 @@ class TuneConfig(Configuration):
     window: int | None = None
     side_by_side: int | None = None
     device: str = "cpu"
+    threads: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,4 +100,5 @@ class TuneConfig(Configuration):
             "none where init is learned",
         )
         object.__setattr__(self, "arch", models.canonical(self.arch))
+        self.need_threads()
         check_device(self.device)

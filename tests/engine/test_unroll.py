@@ -207,6 +207,22 @@ def test_another_thread_count_and_autocast_around_one_pass_change_nothing() -> N
     assert torch.equal(found, expected)
 
 
+def test_several_threads_walk_back_bit_for_bit() -> None:
+    """Products, sums and loops that are large enough for torch to share them out. (Other tests have one thread.)"""
+    torch.manual_seed(0)
+    loss, params = rd.from_module(nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 10)).double(), CE)
+    batches = torch.randn(2, 200, 300, dtype=torch.float64, requires_grad=True), torch.randint(10, (2, 200))
+    threads, found = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(3)
+        for adjoint in (AGAIN, rd.Backprop()):
+            theta = rd.unroll(loss, params, batches, rd.SGD(0.1), steps=4, adjoint=adjoint)
+            found.append(torch.autograd.grad(total(theta), batches[0])[0])
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-12)
+
+
 def test_autocast_around_both_passes_works() -> None:
     loss, params = rd.from_module(mlp(), CE)
     batches = data(5)

@@ -1,53 +1,47 @@
-"""The integer work on the CPU: one loop per function, compiled by numba.
+"""The integer work on the CPU: one loop per function, as machine code (`native`).
 
 The same formulas run as tensor operations on other devices (`passes`), with the same bits; as some forty passes over
 memory they cost ten times as much on a CPU. Nothing here may be reordered or contracted: no fastmath.
 
-The functions take arrays that are one-dimensional and contiguous, and change them in place.
+The functions take `numel` elements of each tensor, and change them in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from revdistill.engine.integers.backend import FIRST, SECOND, STEP, Backend, Numerator, Scalar
 from revdistill.engine.integers.fixedpoint import Format
+from revdistill.engine.integers.native import BITS, FLOAT, INT, Loop
 from revdistill.engine.integers.radix import COARSE, Radix
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+
+def _loop(*scalars: str, result: str | None = None, bits: bool = False) -> Callable[[Callable[..., Any]], Loop]:
+    """See `Loop`."""
+    return lambda function: Loop(function, scalars, result, bits)
 
 
-def _compiled(function: Function) -> Function:
-    """Compiled on first use and kept on disk for the next process, where some folder can be written."""
-    options: Any = {"nogil": True, "error_model": "numpy"}
-    try:
-        return cast(Function, njit(cache=True, **options)(function))
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return cast(Function, njit(**options)(function))
-
-
-@_compiled
-def multiply(v: Any, head: Any, n: int) -> None:
+@_loop(INT)
+def multiply(v: Any, head: Any, numel: int, n: int) -> None:
     """`Backend.multiply` by `COARSE`."""
     divisor = np.float64(n)
-    for i in range(v.size):
+    for i in range(numel):
         quotient = np.int64(np.float64(head[i]) / divisor)
         low = (v[i] & 0xFFFF) * n + (head[i] - quotient * n)
         v[i] = (v[i] >> 16) * n + (low >> 16)
         head[i] = (quotient << 16) | (low & 0xFFFF)
 
 
-@_compiled
-def divide(v: Any, head: Any, n: int) -> None:
+@_loop(INT)
+def divide(v: Any, head: Any, numel: int, n: int) -> None:
     """The inverse of `multiply`."""
     divisor = np.float64(n)
-    for i in range(v.size):
+    for i in range(numel):
         near = np.int64(np.float64(v[i]) / divisor)
         low = ((v[i] - near * n) << 16) | (head[i] & 0xFFFF)
         quotient = np.int64(np.floor(np.float64(low) / divisor))
@@ -55,22 +49,22 @@ def divide(v: Any, head: Any, n: int) -> None:
         v[i] = (near << 16) + quotient
 
 
-@_compiled
-def multiply_fine(v: Any, head: Any, n: int) -> None:
+@_loop(INT)
+def multiply_fine(v: Any, head: Any, numel: int, n: int) -> None:
     """`Backend.multiply` by `FINE`."""
     divisor = np.float64(n)
-    for i in range(v.size):
+    for i in range(numel):
         quotient = np.int64(np.float64(head[i]) / divisor)
         low = (v[i] & 0x3FFFFFFF) * n + (head[i] - quotient * n)
         v[i] = (v[i] >> 30) * n + (low >> 30)
         head[i] = (quotient << 30) | (low & 0x3FFFFFFF)
 
 
-@_compiled
-def divide_fine(v: Any, head: Any, n: int) -> None:
+@_loop(INT)
+def divide_fine(v: Any, head: Any, numel: int, n: int) -> None:
     """The inverse of `multiply_fine`."""
     divisor = np.float64(n)
-    for i in range(v.size):
+    for i in range(numel):
         near = np.int64(np.float64(v[i]) / divisor)  # off by one at most, so that what is left stays below 2^62
         low = ((v[i] - near * n) << 30) | (head[i] & 0x3FFFFFFF)
         quotient = low // n
@@ -78,11 +72,11 @@ def divide_fine(v: Any, head: Any, n: int) -> None:
         v[i] = (near << 30) + quotient
 
 
-@_compiled
-def multiply_wide(high: Any, low: Any, head: Any, n: int) -> None:
+@_loop(INT)
+def multiply_wide(high: Any, low: Any, head: Any, numel: int, n: int) -> None:
     """`Backend.multiply` by `WIDE`: limbs of 30, 30 and 31 bits, and the rest."""
     divisor = np.float64(n)
-    for i in range(high.size):
+    for i in range(numel):
         quotient = np.int64(np.float64(head[i]) / divisor)
         first = (low[i] & 0x3FFFFFFF) * n + (head[i] - quotient * n)
         second = (low[i] >> 30) * n + (first >> 30)
@@ -94,8 +88,8 @@ def multiply_wide(high: Any, low: Any, head: Any, n: int) -> None:
         head[i] = (quotient << 30) | (first & 0x3FFFFFFF)
 
 
-@_compiled
-def divide_wide(high: Any, low: Any, head: Any, n: int) -> None:
+@_loop(INT)
+def divide_wide(high: Any, low: Any, head: Any, numel: int, n: int) -> None:
     """The inverse of `multiply_wide`: long division, by 30 bits at a time after the first word.
 
     Each quotient comes from floating point, off by one at most, and is put right by the remainder: integer division is
@@ -103,7 +97,7 @@ def divide_wide(high: Any, low: Any, head: Any, n: int) -> None:
     """
     inverse = 1.0 / np.float64(n)
     divisor = np.float64(n)
-    for i in range(high.size):
+    for i in range(numel):
         near = np.int64(np.float64(high[i]) / divisor)
         rest = high[i] - near * n
         by = np.int64(np.floor(np.float64(rest) / divisor))
@@ -128,24 +122,24 @@ def divide_wide(high: Any, low: Any, head: Any, n: int) -> None:
         head[i] = (head[i] >> 30) * n + (rest - by * n)
 
 
-@_compiled
-def add_rounded(target: Any, source: Any, factor: float) -> None:
+@_loop(FLOAT)
+def add_rounded(target: Any, source: Any, numel: int, factor: float) -> None:
     """`Backend.add` to one word; sign is in the factor: rint is odd."""
-    for i in range(target.size):
+    for i in range(numel):
         target[i] += np.int64(np.rint(np.float64(source[i]) * factor))
 
 
-@_compiled
-def add_rounded_each(target: Any, source: Any, factors: Any) -> None:
+@_loop()
+def add_rounded_each(target: Any, source: Any, factors: Any, numel: int) -> None:
     """`add_rounded` with a float64 factor for each element."""
-    for i in range(target.size):
+    for i in range(numel):
         target[i] += np.int64(np.rint(np.float64(source[i]) * factors[i]))
 
 
-@_compiled
-def add_rounded_wide(high: Any, low: Any, source: Any, factor: float, sign: int) -> None:
+@_loop(FLOAT, INT)
+def add_rounded_wide(high: Any, low: Any, source: Any, numel: int, factor: float, sign: int) -> None:
     """`Backend.add` to two words."""
-    for i in range(high.size):
+    for i in range(numel):
         amount = np.float64(source[i]) * factor
         upper = np.trunc(amount * 2.0**-60)
         end = low[i] + sign * np.int64(np.rint(amount - upper * 2.0**60))
@@ -153,10 +147,10 @@ def add_rounded_wide(high: Any, low: Any, source: Any, factor: float, sign: int)
         low[i] = end & 0xFFFFFFFFFFFFFFF
 
 
-@_compiled
-def add_rounded_wide_each(high: Any, low: Any, source: Any, factors: Any, sign: int) -> None:
+@_loop(INT)
+def add_rounded_wide_each(high: Any, low: Any, source: Any, factors: Any, numel: int, sign: int) -> None:
     """`add_rounded_wide` with a float64 factor for each element."""
-    for i in range(high.size):
+    for i in range(numel):
         amount = np.float64(source[i]) * factors[i]
         upper = np.trunc(amount * 2.0**-60)
         end = low[i] + sign * np.int64(np.rint(amount - upper * 2.0**60))
@@ -164,46 +158,48 @@ def add_rounded_wide_each(high: Any, low: Any, source: Any, factors: Any, sign: 
         low[i] = end & 0xFFFFFFFFFFFFFFF
 
 
-@_compiled
-def wide_to_float(high: Any, low: Any, out: Any) -> None:
+@_loop()
+def wide_to_float(high: Any, low: Any, out: Any, numel: int) -> None:
     """`Backend.to_float` of two words."""
-    for i in range(high.size):
+    for i in range(numel):
         carry = low[i] >> 59  # the nearest multiple of 2^60: a small negative number is not a difference of large ones
         out[i] = np.float64(high[i] + carry) * 2.0**-34 + np.float64(low[i] - (carry << 60)) * 2.0**-94
 
 
-@_compiled
-def to_float(q: Any, out: Any, resolution: float) -> None:
+@_loop(FLOAT)
+def to_float(q: Any, out: Any, numel: int, resolution: float) -> None:
     """`Backend.to_float` of one word."""
-    for i in range(q.size):
+    for i in range(numel):
         out[i] = np.float64(q[i]) * resolution
 
 
-@_compiled
-def ratio(m: Any, s: Any, out: Any, c1: float, per_root_c2: float, eps: float) -> None:
+@_loop(FLOAT, FLOAT, FLOAT)
+def ratio(m: Any, s: Any, out: Any, numel: int, c1: float, per_root_c2: float, eps: float) -> None:
     """`Backend.ratio`: float64 throughout."""
-    for i in range(m.size):
+    for i in range(numel):
         out[i] = m[i] / ((np.sqrt(s[i]) * per_root_c2 + eps) * c1)
 
 
-@_compiled
-def largest_bits(bits: Any, magnitude: Any) -> Any:
-    """The largest of `bits & magnitude`: int32 or int64 views of floats, magnitude everything but the sign, of that
+@_loop(BITS, result=BITS, bits=True)
+def largest_bits(bits: Any, numel: int, magnitude: Any) -> Any:
+    """The largest of `bits & magnitude`: floats as int32 or int64, magnitude everything but the sign, of that
     dtype.
 
     Positive floats are ordered as their bits are, inf above them and NaN above inf.
     """
     largest = magnitude & ~magnitude
-    for i in range(bits.size):
-        largest = max(largest, bits[i] & magnitude)
+    for i in range(numel):
+        found = bits[i] & magnitude
+        if found > largest:
+            largest = found
     return largest
 
 
-@_compiled
-def fingerprint(bits: Any) -> int:
+@_loop(result=INT, bits=True)
+def fingerprint(bits: Any, numel: int) -> int:
     """`Backend.fingerprint` of the bits, as int32 or int64."""
     total = 0
-    for i in range(bits.size):
+    for i in range(numel):
         mixed = (bits[i] + i * STEP) * FIRST
         total += (mixed ^ (mixed >> 32)) * SECOND
     return total
@@ -211,7 +207,7 @@ def fingerprint(bits: Any) -> int:
 
 _INTEGERS: dict[torch.dtype, Any] = {torch.float32: np.int32, torch.float64: np.int64}
 _FLOATS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
-_MAGNITUDE = {torch.float32: np.int32(2**31 - 1), torch.float64: np.int64(2**63 - 1)}
+_MAGNITUDE = {torch.float32: 2**31 - 1, torch.float64: 2**63 - 1}
 
 
 class Loops(Backend):
@@ -221,41 +217,41 @@ class Loops(Backend):
 
     def multiply(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
         if radix.words == 2:
-            multiply_wide(v[0].numpy(), v[1].numpy(), head.numpy(), int(n))
+            multiply_wide((v[0], v[1], head), int(n))
         else:
-            (multiply if radix == COARSE else multiply_fine)(v.numpy(), head.numpy(), int(n))
+            (multiply if radix == COARSE else multiply_fine)((v, head), int(n))
 
     def divide(self, v: Tensor, head: Tensor, n: Numerator, radix: Radix) -> None:
         if radix.words == 2:
-            divide_wide(v[0].numpy(), v[1].numpy(), head.numpy(), int(n))
+            divide_wide((v[0], v[1], head), int(n))
         else:
-            (divide if radix == COARSE else divide_fine)(v.numpy(), head.numpy(), int(n))
+            (divide if radix == COARSE else divide_fine)((v, head), int(n))
 
     def add(self, target: Tensor, source: Tensor, factor: Scalar, sign: int) -> None:
+        source = source.contiguous()
         if target.ndim == 1:
             if isinstance(factor, Tensor):
-                add_rounded_each(target.numpy(), source.numpy(), (factor * sign).numpy())
+                add_rounded_each((target, source, (factor * sign).contiguous()))
             else:
-                add_rounded(target.numpy(), source.numpy(), factor * sign)
+                add_rounded((target, source), factor * sign)
         elif isinstance(factor, Tensor):
-            add_rounded_wide_each(target[0].numpy(), target[1].numpy(), source.numpy(), factor.numpy(), sign)
+            add_rounded_wide_each((target[0], target[1], source, factor.contiguous()), sign)
         else:
-            add_rounded_wide(target[0].numpy(), target[1].numpy(), source.numpy(), factor, sign)
+            add_rounded_wide((target[0], target[1], source), factor, sign)
 
     def to_float(self, q: Tensor, out: Tensor, form: Format) -> Tensor:
         if form.words == 1:
-            to_float(q.numpy(), out.numpy(), form.resolution)
+            to_float((q, out), form.resolution)
         else:
-            wide_to_float(q[0].numpy(), q[1].numpy(), out.numpy())
+            wide_to_float((q[0], q[1], out))
         return out
 
     def largest(self, x: Tensor) -> float | Tensor:
-        bits = x.numpy().reshape(-1).view(_INTEGERS[x.dtype])
-        found = largest_bits(bits, _MAGNITUDE[x.dtype])
+        found = largest_bits((x.contiguous(),), _MAGNITUDE[x.dtype])
         return float(_INTEGERS[x.dtype](found).view(_FLOATS[x.dtype]))
 
     def fingerprint(self, x: Tensor) -> int | Tensor:
-        return int(fingerprint(x.numpy().view(_INTEGERS[x.dtype])))
+        return int(fingerprint((x.contiguous(),)))
 
     def root(self, x: Tensor) -> Tensor:
         return torch.from_numpy(np.sqrt(x.numpy()))  # torch's own (MKL's) is off by a last bit in 1 % of numbers
@@ -263,8 +259,9 @@ class Loops(Backend):
     def ratio(self, m: Tensor, s: Tensor, c1: Scalar, per_root_c2: Scalar, eps: Scalar) -> Tensor:
         if isinstance(c1, Tensor) or isinstance(per_root_c2, Tensor) or isinstance(eps, Tensor):
             return super().ratio(m, s, c1, per_root_c2, eps)
+        m, s = m.contiguous(), s.contiguous()
         out = torch.empty_like(m)
-        ratio(m.numpy(), s.numpy(), out.numpy(), c1, per_root_c2, eps)
+        ratio((m, s, out), c1, per_root_c2, eps)
         return out
 
 

@@ -67,10 +67,12 @@ class Adam(Optimizer):
     (RangeError).
 
     Args:
-        lr, betas (each of the two), eps, weight_decay: a float, a tensor of shape () or [T] (T steps), or a dict from
-            each parameter's name to one of these (parameter groups); lr also a tensor [T, E] for parameters stacked
-            over E networks. Tensors may require grad. lr and weight_decay at least 0, eps above 0, betas at least 0 and
-            below 1; they act as the nearest n / 2^30.
+        lr: a float, a tensor of shape () or [T] (T steps), or a dict from each parameter's name to one of these
+            (parameter groups); also a tensor [T, E] for parameters stacked over E networks. Tensors may require grad.
+            At least 0. Schedules as in `SGD`.
+        betas: a pair, each as lr, but not [T, E]; from 0 to below 1. They act as the nearest n / 2^30.
+        eps: as betas, above 0.
+        weight_decay: as betas, at least 0.
         eps_root: added to s / c2 under the root (optax.adam's): above 0 it makes the hypergradient smooth where second
             moments are near 0. As eps, but 0 is accepted, and is torch's Adam.
         max_norm: as in `SGD`.

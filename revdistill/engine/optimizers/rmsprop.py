@@ -38,10 +38,14 @@ class RMSprop(Optimizer):
     torch: where momentum is 0 at some steps only, torch leaves b as it was in these; here b <- u, as in `SGD`.
 
     Args:
-        lr, alpha, eps, weight_decay, momentum, max_norm: as in `SGD`; eps above 0, alpha below 1 (the nearest
-            n / 2^30).
+        lr: as in `SGD`.
+        alpha: as momentum in `SGD`, below 1. It acts as the nearest n / 2^30.
+        eps: as momentum in `SGD`, above 0.
+        weight_decay: as in `SGD`.
+        momentum: as in `SGD`.
         centered: divide by the gradient's standard deviation. Where gradients hardly change that is near 0, and u,
             whose only bound is |g| / eps, may leave the range of b (RangeError).
+        max_norm: as in `SGD`.
     """
 
     lr: hp.Hyperparameter = 1e-2

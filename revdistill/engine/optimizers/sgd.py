@@ -38,13 +38,14 @@ class SGD(Optimizer):
     dampening in those steps; here v <- 0 v + (1 - dampening) g, the limit of a small momentum, which has a derivative.
 
     Args:
-        lr, momentum, weight_decay: a float, a tensor of shape () or [T] (T steps), or a dict from each parameter's name
-            to one of these (parameter groups); lr also a tensor [T, E] for parameters stacked over E networks. Tensors
-            may require grad. All at least 0; momentum at most 1, and it acts as the nearest n / 2^16.
-            In place of a tensor of rates a schedule that is not learned: a function k -> float, or a scheduler of
-            torch.optim.lr_scheduler, which is followed from where it is (a copy of it).
+        lr: a float, a tensor of shape () or [T] (T steps), or a dict from each parameter's name to one of these
+            (parameter groups); also a tensor [T, E] for parameters stacked over E networks. Tensors may require grad.
+            At least 0. In place of a tensor of rates a schedule that is not learned: a function k -> float, or a
+            scheduler of torch.optim.lr_scheduler, which is followed from where it is (a copy of it).
+        momentum: as lr, but not [T, E]; from 0 to 1. It acts as the nearest n / 2^16.
         dampening: a float from 0 to 1.
         nesterov: a bool. It needs momentum > 0 and dampening 0; `Reversible` cannot walk it back (use `Checkpoint`).
+        weight_decay: as lr, but not [T, E]; at least 0.
         max_norm: the gradient of all parameters together is scaled down to this norm where it is longer, before
             anything else is done with it (torch.nn.utils.clip_grad_norm_): a float, a tensor of shape () or [T] that
             may require grad, or None. Stacked networks are clipped each by its own norm, for which it may be [T, E].

@@ -1,0 +1,182 @@
+"""Loops in Python as machine code: compiled once per machine, loaded by every later process without the compiler.
+
+numba compiles, which costs a process that imports it 55 MiB, and half a second before the first loop runs. llvmlite
+loads what was kept, and the loops are called as C functions: no thread holds the interpreter's lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import inspect
+import platform
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revdistill.engine.integers import object_cache
+
+_FORMAT = 1  # of what is kept
+INT, FLOAT, BITS = "int64", "float64", "bits"  # BITS: an integer as wide as the tensor's floats
+_POINTED = {torch.int64: "int64", torch.float32: "float32", torch.float64: "float64"}
+_AS_BITS = {torch.float32: "int32", torch.float64: "int64"}
+_C: dict[str, Any] = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float64": ctypes.c_double}
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """Names of types: what the tensors' elements are, the other arguments, and what is returned."""
+
+    pointed: tuple[str, ...]
+    scalars: tuple[str, ...]
+    result: str | None
+
+    def text(self) -> str:
+        return f"{self.result}({', '.join([*(f'{name}*' for name in self.pointed), *self.scalars])})"
+
+
+class Loop:
+    """A function of tensors' elements: f(first, second, ..., numel, scalars).
+
+    Args:
+        function: in the part of Python that numba compiles; tensors reach it as pointers, all to `numel` elements.
+        scalars: INT, FLOAT or BITS, the types of the arguments after numel.
+        result: likewise, or None.
+        bits: whether float tensors reach it as integers of the same bits.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], scalars: tuple[str, ...], result: str | None = None, bits: bool = False
+    ) -> None:
+        self._function, self._scalars, self._result, self._bits = function, scalars, result, bits
+        self._compiled: dict[tuple[torch.dtype, ...], Any] = {}
+
+    def __call__(self, tensors: tuple[Tensor, ...], *scalars: Any) -> Any:
+        """Run over tensors on the CPU, contiguous and of as many elements; changes them as the function does."""
+        numel = tensors[0].numel()
+        dtypes, pointers = [], []
+        for t in tensors:
+            if not (t.is_cpu and t.is_contiguous() and t.numel() == numel):  # a C function would not notice
+                raise AssertionError(f"loop {self._function.__name__} over {[(t.shape, t.stride()) for t in tensors]}")
+            dtypes.append(t.dtype)
+            pointers.append(t.data_ptr())
+        key = tuple(dtypes)
+        run = self._compiled.get(key) or self._make(key)
+        return run(*pointers, numel, *scalars)
+
+    def _make(self, key: tuple[torch.dtype, ...]) -> Any:
+        types = _AS_BITS if self._bits else _POINTED
+        signature = _Signature(
+            tuple(types[dtype] for dtype in key),
+            tuple(types[key[0]] if name == BITS else name for name in (INT, *self._scalars)),
+            types[key[0]] if self._result == BITS else self._result,
+        )
+        run = self._compiled[key] = _loaded(self._function, signature)
+        return run
+
+
+_lock = threading.Lock()
+_kept: list[Any] = []  # what numba has compiled in this process
+
+
+def _loaded(function: Callable[..., Any], signature: _Signature) -> Any:
+    """The function as a C function: as it was kept, or compiled now, and kept where that is possible."""
+    with _lock:
+        machine = _Machine.this()
+        name = f"{function.__name__}-{machine.digest(_text(function), signature)}"
+        code = object_cache.read(name)
+        if code is None:
+            made = _compiled_by_numba(function, signature)
+            code = machine.object_of(made, name)
+            if code is not None:
+                object_cache.write(name, code)
+        address = machine.load(code, name) if code is not None else made.address
+    result = None if signature.result is None else _C[signature.result]
+    made = ctypes.CFUNCTYPE(result, *[ctypes.c_void_p] * len(signature.pointed), *(_C[s] for s in signature.scalars))
+    return made(address)
+
+
+def _text(function: Callable[..., Any]) -> str:
+    """The function's source, with the numbers of the module that it names."""
+    code = function.__code__
+    try:
+        source = inspect.getsource(function)
+    except OSError:  # there is none beside the byte code
+        source = repr((code.co_code, code.co_consts, code.co_names))
+    named = ((name, function.__globals__.get(name)) for name in sorted(code.co_names))
+    return source + repr([(name, value) for name, value in named if isinstance(value, int | float)])
+
+
+def _compiled_by_numba(function: Callable[..., Any], signature: _Signature) -> Any:
+    """With `native_name`, `inspect_llvm` and `address`; it must be kept where its address is called."""
+    from numba import cfunc, types
+
+    pointer: Any = types.CPointer
+    pointed = [pointer(getattr(types, pointed)) for pointed in signature.pointed]
+    result = types.void if signature.result is None else getattr(types, signature.result)
+    typed = result(*pointed, *(getattr(types, scalar) for scalar in signature.scalars))
+    made = cfunc(typed, error_model="numpy")(function)
+    _kept.append(made)
+    return made
+
+
+class _Machine:
+    """The processor, its compiler's last stage, and what was loaded so far."""
+
+    def __init__(self) -> None:
+        import llvmlite.binding as llvm
+
+        self._llvm = llvm
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        self._triple = llvm.get_process_triple()
+        self._cpu = llvm.get_host_cpu_name()
+        self._features = llvm.get_host_cpu_features().flatten()
+        self._target = llvm.Target.from_triple(self._triple).create_target_machine(
+            cpu=self._cpu, features=self._features, opt=3, codemodel="jitdefault", jit=True
+        )
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self._target)
+
+    @staticmethod
+    @cache
+    def this() -> _Machine:
+        return _Machine()
+
+    def digest(self, source: str, signature: _Signature) -> str:
+        """Of all that the machine code depends on."""
+        releases = [version("numba"), version("llvmlite")]
+        parts = [_FORMAT, source, signature.text(), *releases, self._triple, self._cpu, self._features]
+        return hashlib.sha256("\0".join(map(str, [*parts, platform.machine()])).encode()).hexdigest()[:40]
+
+    def object_of(self, made: Any, name: str) -> bytes | None:
+        """The object file of what numba has compiled, with one public symbol, `name`; None where it calls numba or the
+        interpreter: a process without numba would be aborted by loading it.
+        """
+        module = self._llvm.parse_assembly(made.inspect_llvm())
+        module.triple = self._triple
+        for symbol in (*module.functions, *module.global_variables):
+            if symbol.is_declaration:
+                if not symbol.name.startswith("llvm."):  # those are instructions
+                    return None
+            elif symbol.name == made.native_name:
+                symbol.name = name
+            else:
+                symbol.linkage = "internal"
+        module.verify()
+        code: bytes = self._target.emit_object(module)
+        return code
+
+    def load(self, code: bytes, name: str) -> int:
+        """The address of the symbol, in memory that stays as long as the process does."""
+        self._engine.add_object_file(self._llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        address: int = self._engine.get_function_address(name)
+        if not address:
+            raise RuntimeError(f"no {name} in the machine code that was compiled for it")
+        return address

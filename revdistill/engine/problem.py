@@ -39,7 +39,6 @@ class OnStepBack(Protocol):
         """k: the step's number; norm: of dL/dtheta_k, all parameters together."""
 
 
-
 @dataclass(frozen=True)
 class Problem:
     """The gradient of a loss, an optimizer, data and a number of steps.

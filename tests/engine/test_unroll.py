@@ -298,3 +298,22 @@ def test_step_seeds_differ() -> None:
         with captured.step(k):
             draws.append(float(torch.rand(())))
     assert len(set(draws)) == 50
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_batch_of_its_own_for_each_network_is_asked_for(networks: int, named: bool) -> None:
+    nets = [torch.nn.Linear(3, 1) for _ in range(networks)]
+    loss, params = rd.stack_modules(nets, torch.nn.functional.mse_loss, shared_batches=False)
+    x, y = torch.ones(networks, 5, 3), torch.ones(5, 1)
+    message = rf"batch\[{'y' if named else 1!r}\] has shape \[5, 1\], .* a batch of its own: \[{networks}, ...\]"
+    batch = {"input": x, "y": y} if named else (x, y)
+    with pytest.raises(ValueError, match=message):
+        rd.unroll(loss, params, [batch], rd.SGD(0.1), steps=1)
+    rd.unroll(
+        loss,
+        params,
+        [batch | {"y": y.expand(networks, 5, 1)} if named else (x, y.expand(networks, 5, 1))],
+        rd.SGD(0.1),
+        steps=1,
+    )

@@ -102,7 +102,8 @@ def stack_modules(
     Raises:
         TypeError: a net is no module, or `criterion` not callable or a class.
         ValueError: `nets` is empty, no parameter requires grad, or the networks differ in more than the values of
-            parameters and buffers (what is one tensor included); or as in `from_module`.
+            parameters and buffers (what is one tensor included); or as in `from_module`. When the loss is called: with
+            shared_batches=False an entry of the batch is not [E, ...].
         UnsupportedError: a module that cannot be called for several networks at once (LSTM and GRU, backward hooks), or
             as in `from_module`. When the loss is called: it does what torch.func.vmap cannot evaluate (.item(), if on a
             tensor's value, x[mask]).
@@ -150,6 +151,8 @@ def stack_modules(
     def evaluate(params: dict[str, Tensor], fresh: Mapping[str, Tensor], batch: Any) -> Tensor:
         others = {name: fresh[name] if name in fresh else t.clone() for name, t in rest.items()}
         batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
+        if not shared_batches:
+            _check_own_batches(batch, len(nets))
         if len(nets) == 1:  # a convolution costs more under vmap
             parts, firsts = _first(params), _first(others)
             value = one(parts, firsts, batch if shared_batches else _first_of_each(batch))
@@ -192,6 +195,16 @@ def _parts(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
 def _first(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """[1, ...] -> [...], as views."""
     return {name: t.squeeze(0) for name, t in stacked.items()}
+
+
+def _check_own_batches(batch: Any, networks: int) -> None:
+    """Raise ValueError where an entry of a batch is not [E, ...]: otherwise vmap says it, in words of its own."""
+    for label, t in batch.items() if isinstance(batch, dict) else enumerate(batch):
+        if isinstance(t, Tensor) and (not t.ndim or len(t) != networks):
+            raise ValueError(
+                f"batch[{label!r}] has shape {list(t.shape)}, but with shared_batches=False each network has a batch "
+                f"of its own: [{networks}, ...]"
+            )
 
 
 def _first_of_each(batch: Any) -> Any:

@@ -23,9 +23,11 @@ FRONT = """# Examples
 
 Six scripts of at most 60 lines, to be copied. They import what is public of revdistill alone, download nothing, print
 what they found on data that nothing was learned from, and draw a picture. Start with the one that is like yours:"""
-BACK = """Seconds are of one core, {machine}. `python docs/examples/own_module.py` runs one, and writes its
-picture to where you are. With `--small` it is a quick look at the same code, in seconds, whose figures mean less. What
-is shown here came from `python docs/make_examples.py`, which runs all six at full size."""
+BACK = """Seconds are those of one core of {machine}.
+
+`python docs/examples/own_module.py` runs one, and writes its picture to where you are. With `--small` it is a quick
+look at the same code, in seconds, whose figures mean less. What is shown here came from `python docs/make_examples.py`,
+which runs all six at full size."""
 
 
 def title(script: Path) -> str:
@@ -71,7 +73,9 @@ def run_notebook(made: Any, directory: Path) -> None:
     """
     from nbclient import NotebookClient
 
+    metadata = dict(made.metadata)
     NotebookClient(made, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(directory)}}).execute()
+    made.metadata = metadata  # without the version of this Python
     for cell in made.cells:
         cell.metadata = {}  # when it ran
 
@@ -94,7 +98,7 @@ def page(results: dict[str, tuple[str, float]], machine: str) -> str:
         table.append(f"| [{name}.py]({name}.py){note} | {first[:-1]} | {seconds:.0f} |")
         rest = _docstring(EXAMPLES / f"{name}.py")[1]
         lines = "\n".join(f"    {line}" for line in printed.splitlines())
-        sections.append(f"## {name}.py\n\n{first}\n{rest}\n\n{lines}\n\n![what {name}.py draws]({name}.png)")
+        sections.append(f"## {name}.py\n\n{first}\n\n{rest}\n\n{lines}\n\n![what {name}.py draws]({name}.png)")
     return "\n\n".join([FRONT, "\n".join(table), BACK.format(machine=machine), *sections]) + "\n"
 
 

@@ -53,7 +53,9 @@ _option = options.Fields(_DEFAULT)
     type=click.Choice([str(n) for n in BUDGETS]),
     help="With --preset best: its images take the numbers of this many per class.  [default: 10]",
 )
-@_option("--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.")
+@_option(
+    "--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.", type=options.DATASET
+)
 @options.data_dir
 @options.arch
 @_option("--steps", "How many synthetic batches are learned.", type=COUNT)

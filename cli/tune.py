@@ -19,6 +19,7 @@ from revdistill.tune.tuner import Tuner
 from revdistill.tune.tuning import Tuning
 
 from . import options
+from .completion import Named
 from .described import remarks
 from .errors import check_out, user_input
 from .options import COUNT, RATE
@@ -32,7 +33,9 @@ _option = options.Fields(_DEFAULT)
 
 
 @click.command(short_help="Learn a training schedule for a model.")
-@_option("--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.")
+@_option(
+    "--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.", type=options.DATASET
+)
 @options.data_dir
 @click.option(
     "--arch",
@@ -44,6 +47,7 @@ _option = options.Fields(_DEFAULT)
 @_option("--steps", "Training steps, each on a minibatch of the real data.", type=COUNT)
 @click.option(
     "--learn",
+    type=Named("text", LEARNABLE, separator=","),
     default=",".join(_DEFAULT.learn),
     show_default=True,
     metavar="LIST",

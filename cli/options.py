@@ -17,6 +17,7 @@ from revdistill.outer.device import check_device
 from revdistill.outer.image_files import FROM_FILES
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.own_files import ACCEPTED
+from revdistill.outer.tensorboard import FOLDER, MISSING, check_installed
 
 from .completion import Named
 
@@ -135,6 +136,23 @@ device = click.option(
     default="auto",
     show_default=True,
     help="cpu, cuda, cuda:N, or auto. Under torchrun, cuda is each process's own.",
+)
+
+
+def _installed(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    if value:
+        try:
+            check_installed()
+        except ImportError:
+            raise click.ClickException(f"--tensorboard {MISSING}") from None
+    return value
+
+
+tensorboard = click.option(
+    "--tensorboard",
+    is_flag=True,
+    callback=_installed,
+    help=f"Also write each outer step to event files for TensorBoard, in OUT/{FOLDER}. (Needs the extra [log].)",
 )
 
 

@@ -76,9 +76,18 @@ _option = options.Fields(_DEFAULT)
 @options.threads
 @_option("--seed", "Seed of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("tuning", "runs/tune-DATASET")
+@options.tensorboard
 @click.pass_context
 def tune(
-    ctx: click.Context, /, data_dir: Path, out: Path | None, resume: bool, save_every: float, learn: str, **values: Any
+    ctx: click.Context,
+    /,
+    data_dir: Path,
+    out: Path | None,
+    resume: bool,
+    save_every: float,
+    tensorboard: bool,
+    learn: str,
+    **values: Any,
 ) -> None:
     """Learn a training schedule: differentiate the held-out loss through whole trainings of fresh networks.
 
@@ -101,7 +110,7 @@ def tune(
     with user_input():
         tuner = Tuner(config, data, processes)
     with user_input("--out"):
-        tuning = Tuning(out, tuner, resume=resume, save_every=save_every)
+        tuning = Tuning(out, tuner, resume=resume, save_every=save_every, tensorboard=tensorboard)
     click.echo(
         f"{Path(data.name).name}: {config.arch}, {config.steps} steps of {config.optimizer}; learning "
         f"{', '.join(config.learn)}"

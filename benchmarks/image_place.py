@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from image_rows import BASELINES, CUDA, HARD, ROWS
-from matplotlib import pyplot as plt
 from measuring import HERE, RESULTS, machine, versions
 
 from revdistill.distill.artifact import FILE_NAME, Artifact, read
-from revdistill.distill.plots import images
+from revdistill.distill.image_grid import images
+from revdistill.outer.drawing import save
 
 RUNS = HERE.parent / "runs" / "images"
 JSON = "images.json"
@@ -122,9 +122,7 @@ class Place:
         self.kept.row(name, found)
         if self.pictures and HARD not in name:
             shutil.copy(directory / FILE_NAME, self.pictures / f"{name}.h5")
-            figure = images(artifact)
-            figure.savefig(self.pictures / f"{name}.png", dpi=100)
-            plt.close(figure)
+            save(images(artifact), self.pictures / f"{name}.png")
 
 
 def take(directory: Path, place: Place) -> None:

@@ -12,8 +12,9 @@ are not.
 
 Each is compared with its start, and with a random search (a constant rate and momentum, one penalty for all weights,
 real images) that is given the same time; all choose by the same held-out data, and are measured with fresh networks on
-test data that chose nothing. Each experiment runs in a process of its own. Writes results/maclaurin2015.json and
-pictures; `python benchmarks/report.py` makes tables.
+test data that chose nothing. Each experiment runs in a process of its own. Writes results/maclaurin2015.json, and what
+pictures show to results/maclaurin_drawn.json (with --pictures that alone, in eight minutes);
+`python benchmarks/report.py` makes tables and pictures.
 """
 
 from __future__ import annotations
@@ -28,19 +29,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from measuring import MIB, RESULTS, PeakMemory, load, machine, save, versions
+from measuring import MIB, PeakMemory, load, machine, save, versions
 from torch import Tensor
 from trainings import Mnist, Train, descend, network, plain_training, random_search, regression
 
 import revdistill as rd
 from revdistill.outer.data import DATA_DIR
 from revdistill.outer.data import load as load_data
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 OUTER_STEPS, STEPS, RESTARTS = 50, 100, 20
 NETWORKS = 4  # in each outer step that learns a schedule
@@ -50,7 +47,7 @@ SMALL = 1_000  # training samples of the penalties: few enough that a penalty ma
 # Rates, momenta, initial scales
 
 
-def schedule(mnist: Mnist, quick: bool) -> dict[str, Any]:
+def schedule(mnist: Mnist, quick: bool, learn_only: bool = False) -> dict[str, Any]:
     """The paper's section 3.1 and 3.2."""
     layers = 4
     start = {
@@ -98,10 +95,14 @@ def schedule(mnist: Mnist, quick: bool) -> dict[str, Any]:
         }
         return chosen, train_with(constant)
 
+    drawn = {"curve": learned["curve"], "start": {name: float(t.flatten()[0]) for name, t in start.items()}}
+    drawn |= {name: rounded(t) for name, t in values.items()}
+    if learn_only:
+        return {"drawn": drawn}
     best, train_best, tried = random_search(mnist, draw, learned["seconds"])
     print(f"  random search: {tried} tried, {best}", flush=True)
-    draw_schedule(values, start, learned["curve"])
     return {
+        "drawn": drawn,
         "title": f"784-50-50-50-10, {STEPS} steps: {STEPS * layers} rates, {STEPS} momenta, {layers} initial scales",
         "learned_numbers": sum(t.numel() for t in leaves.values()),
         "seconds": learned["seconds"],
@@ -114,29 +115,10 @@ def schedule(mnist: Mnist, quick: bool) -> dict[str, Any]:
     }
 
 
-def draw_schedule(values: dict[str, Tensor], start: dict[str, Tensor], curve: list[float]) -> None:
-    """The picture of what was learned."""
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), width_ratios=(3, 3, 1.6, 2), layout="constrained")
-    for i in range(4):
-        axes[0].plot(values["lr"][:, i].exp().numpy(), label=f"layer {i + 1}", linewidth=1.2)
-    axes[0].plot(start["lr"][:, 0].exp().numpy(), "k--", linewidth=0.8, label="start")
-    axes[0].set(yscale="log", title="learned rates", xlabel="step")
-    axes[0].legend(fontsize=8)
-    axes[1].plot(values["momentum"].sigmoid().numpy(), linewidth=1.2)
-    axes[1].plot(start["momentum"].sigmoid().numpy(), "k--", linewidth=0.8)
-    axes[1].set(title="learned momenta", xlabel="step")
-    axes[2].bar([1, 2, 3, 4], values["scale"].exp().numpy())
-    axes[2].axhline(1, color="k", linestyle="--", linewidth=0.8)
-    axes[2].set(title="initial scales", xlabel="layer")
-    axes[3].plot(curve)
-    axes[3].set(title="held-out loss", xlabel="outer step")
-    keep(figure, "maclaurin_schedule")
-
-
 # A penalty per weight
 
 
-def penalties(mnist: Mnist, quick: bool) -> dict[str, Any]:
+def penalties(mnist: Mnist, quick: bool, learn_only: bool = False) -> dict[str, Any]:
     """The paper's section 3.3 of 7,840 penalties; half the loss's L2 term, penalty_ij w_ij^2 / 2."""
     lr, momentum = torch.full((STEPS, 1), 0.02), torch.full((STEPS,), 0.9)
     raw = torch.full((10, 784), math.log(1e-3), requires_grad=True)
@@ -161,16 +143,13 @@ def penalties(mnist: Mnist, quick: bool) -> dict[str, Any]:
 
     with PeakMemory("cpu") as peak:
         learned = descend({"raw": raw}, outer_loss, rate=0.3, steps=3 if quick else OUTER_STEPS)
+    drawn = {"log10": rounded(raw.detach() / math.log(10))}
+    if learn_only:
+        return {"drawn": drawn}
     best, train_best, tried = random_search(mnist, draw, learned["seconds"])
     print(f"  random search: {tried} tried, {best}", flush=True)
-    figure, axes = plt.subplots(1, 10, figsize=(15, 2), layout="constrained")
-    shown = raw.detach().reshape(10, 28, 28) / math.log(10)
-    for c, ax in enumerate(axes):
-        image = ax.imshow(shown[c].numpy(), cmap="magma", vmin=float(shown.min()), vmax=float(shown.max()))
-        ax.set(title=str(c), xticks=[], yticks=[])
-    figure.colorbar(image, ax=list(axes), label="log10 penalty")
-    keep(figure, "maclaurin_penalties")
     return {
+        "drawn": drawn,
         "title": f"logistic regression on {SMALL} images, {STEPS} steps: 7,840 penalties",
         "learned_numbers": raw.numel(),
         "seconds": learned["seconds"],
@@ -186,7 +165,7 @@ def penalties(mnist: Mnist, quick: bool) -> dict[str, Any]:
 # Training images
 
 
-def images(mnist: Mnist, quick: bool) -> dict[str, Any]:
+def images(mnist: Mnist, quick: bool, learn_only: bool = False) -> dict[str, Any]:
     """The paper's section 3.4: ten images, one of each class, that a logistic regression is trained on."""
     data = mnist.data
     lr, momentum = torch.full((STEPS, 1), 0.02), torch.full((STEPS,), 0.9)
@@ -215,16 +194,12 @@ def images(mnist: Mnist, quick: bool) -> dict[str, Any]:
 
     with PeakMemory("cpu") as peak:
         learned = descend({"x": x}, outer_loss, rate=0.1, steps=3 if quick else OUTER_STEPS)
+    drawn = {"start": rounded(start[:, 0]), "learned": rounded(x.detach()[0, :, 0])}
+    if learn_only:
+        return {"drawn": drawn}
     _, train_best, tried = random_search(mnist, draw, learned["seconds"])
-    figure, axes = plt.subplots(2, 10, figsize=(15, 3.2), layout="constrained")
-    for row, pictures in zip(axes, (start, x.detach()[0]), strict=True):
-        for c, ax in enumerate(row):
-            ax.imshow(pictures[c, 0].numpy(), cmap="gray", vmin=-1, vmax=3)
-            ax.set(xticks=[], yticks=[])
-    axes[0, 0].set_ylabel("start")
-    axes[1, 0].set_ylabel("learned")
-    keep(figure, "maclaurin_images")
     return {
+        "drawn": drawn,
         "title": f"logistic regression, {STEPS} steps on ten images: 7,840 pixels",
         "learned_numbers": x.numel(),
         "seconds": learned["seconds"],
@@ -240,7 +215,7 @@ def images(mnist: Mnist, quick: bool) -> dict[str, Any]:
 # Long horizons
 
 
-def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
+def long(mnist: Mnist, quick: bool, learn_only: bool = False) -> dict[str, Any]:
     """A rate per step over T = 2,000; and the norms of dL/dtheta_k at several constant rates."""
     steps = 200 if quick else LONG
     raw = torch.full((steps,), math.log(LONG_START), requires_grad=True)
@@ -281,21 +256,14 @@ def long(mnist: Mnist, quick: bool) -> dict[str, Any]:
         chosen = {"lr": 10 ** (-3 + 3 * lr), "momentum": 1 - 10 ** (-2 * rest)}
         return chosen, train_with(torch.full((steps,), chosen["lr"]), chosen["momentum"])
 
+    drawn = {"rates": rounded(raw.detach().exp()), "start": LONG_START, "norms": norms}
+    if learn_only:
+        return {"drawn": drawn}
     best, train_best, tried = random_search(mnist, draw, learned["seconds"])
     print(f"  random search: {tried} tried, {best}", flush=True)
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 3.4), layout="constrained")
-    for found in norms:
-        label = f"rate {found['rate']}" + (f", clip_back {found['clip_back']:g}" if found["clip_back"] else "")
-        axes[0].plot(found["steps"], found["norms"], label=label, linewidth=1)
-    axes[0].set(yscale="log", xlabel="step k", title="norm of dL/dtheta_k on the way back")
-    axes[0].legend(fontsize=8)
-    axes[1].plot(raw.detach().exp().numpy(), linewidth=0.8)
-    axes[1].axhline(LONG_START, color="k", linestyle="--", linewidth=0.8)
-    axes[1].set(yscale="log", xlabel="step k", title=f"rates learned over {steps} steps")
-    keep(figure, "maclaurin_long")
     restarts = 5
     return {
+        "drawn": drawn,
         "title": f"784-50-50-50-10, {steps} steps: {steps} rates",
         "learned_numbers": steps,
         "seconds": learned["seconds"],
@@ -332,50 +300,52 @@ def norms_at(rate: float, clip: float | None, held_out_loss: Callable[..., Tenso
     }
 
 
-def keep(figure: Any, name: str) -> None:
-    """Beside the results."""
-    figure.savefig(FOLDER / f"{name}.png", dpi=100)
-    plt.close(figure)
+def rounded(values: Tensor) -> Any:
+    """To four digits, as lists: what a picture can show."""
+    return json.loads(json.dumps(values.tolist()), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
-FOLDER = RESULTS
 EXPERIMENTS = {"schedule": schedule, "penalties": penalties, "images": images, "long": long}
 
 
 def main() -> None:
     """The command."""
-    global FOLDER
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default=DATA_DIR)
     parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
     parser.add_argument("--quick", action="store_true", help="three outer steps each, nothing kept")
+    parser.add_argument("--pictures", action="store_true", help="learn again what pictures show, and measure nothing")
     parser.add_argument("--into", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.into:  # the process of one experiment
         torch.set_num_threads(1)
-        FOLDER = Path(options.into) if options.quick else RESULTS
-        found = EXPERIMENTS[options.only[0]](Mnist(load_data("mnist", options.data_dir)), options.quick)
+        mnist = Mnist(load_data("mnist", options.data_dir))
+        found = EXPERIMENTS[options.only[0]](mnist, options.quick, options.pictures)
         (Path(options.into) / "found.json").write_text(json.dumps(found))
         return
     for name in options.only:
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, "--data-dir", str(options.data_dir), "--only", name, "--into", folder]
-            subprocess.run(command + ["--quick"] * options.quick, check=True)
+            command += ["--quick"] * options.quick + ["--pictures"] * options.pictures
+            subprocess.run(command, check=True)
             found = json.loads((Path(folder) / "found.json").read_text())
         for who in ("start", "random_search", "learned"):
             if who in found:
                 print(f"  {who}: {found[who]}", flush=True)
+        drawn = found.pop("drawn")
         if not options.quick:  # after each: what is stopped has not been for nothing
-            kept = (load("maclaurin2015") or {"experiments": {}})["experiments"] | {name: found}
-            save(
-                "maclaurin2015",
-                {
-                    "machine": machine("cpu", 1),
-                    "versions": versions(),
-                    "experiments": {key: kept[key] for key in EXPERIMENTS if key in kept},
-                },
-            )
+            keep("maclaurin_drawn", name, drawn)
+        if not options.quick and not options.pictures:
+            keep("maclaurin2015", name, found)
+
+
+def keep(file: str, name: str, found: dict[str, Any]) -> None:
+    """An experiment beside the others."""
+    kept = (load(file) or {"experiments": {}})["experiments"] | {name: found}
+    experiments = {key: kept[key] for key in EXPERIMENTS if key in kept}
+    results = {"machine": machine("cpu", 1), "versions": versions(), "experiments": experiments}
+    save(file, results, indent=None if file == "maclaurin_drawn" else 1)  # thousands of numbers: not a line for each
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python benchmarks/report.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pages
@@ -16,21 +16,29 @@ import report_cuda
 import report_flipped
 import report_front
 import report_images
+import report_images_lines
 import report_images_race
 import report_language_model
 import report_memory
 import report_scale
 import report_speed
 import report_study
+import report_study_pictures
 import report_tuning
+import report_tuning_pictures
+from matplotlib.figure import Figure
 from measuring import HERE, RESULTS, load
 from tables import where
+
+from revdistill.distill.artifact import read
+from revdistill.distill.image_grid import images
+from revdistill.outer.drawing import save
 
 # sections that need not stand in any page: benchmarks/README.md has all of their figures
 OPTIONAL = frozenset(
     {
-        *("memory", "speed", "bits", "attribution", "attribution-cost", "images", "images-rows", "adam", "study"),
-        *("schedules", "cuda", "front-memory", "front-attribution", "front-distillation"),
+        *("memory", "speed", "attribution", "attribution-cost", "images", "image-lines", "adam", "study"),
+        *("schedules", "cuda"),
     }
 )
 DEVICES = (("cpu", "", ""), ("cuda", "-cuda", " on a GPU"))
@@ -58,26 +66,30 @@ def headline_summary(results: dict[str, Any]) -> str:
 def everything() -> dict[str, Any]:
     """Name -> the committed results, of all that there are."""
     names = ("speed", "memory", "headline", "medvedev2020", "images", "adam", "maclaurin2015", "language_model")
-    names += ("attribution", "attribution_cost", "flipped", "bits", "scale")
+    names += ("attribution", "attribution_cost", "flipped", "bits", "scale", "maclaurin_drawn")
     found = {name: load(name) for name in names} | {f"{name}-cuda": load(name, "cuda") for name in TIMED}
     found["cuda"] = report_cuda.load(RESULTS / "cuda.jsonl")
     return {name: results for name, results in found.items() if results}
 
 
-def draw(results: dict[str, Any]) -> None:
-    """results/*.png, of all that there is JSON for."""
+def pictures(results: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """(name, picture) of all that there is JSON or an artifact for, one after another."""
     for _, suffix, _ in DEVICES:
         for name, (_, module) in TIMED.items():
             if name + suffix in results:
-                module.draw(results[name + suffix], RESULTS / f"{name}{suffix}.png")
+                yield f"{name}{suffix}", module.picture(results[name + suffix])
     if "medvedev2020" in results:
-        report_study.draw(results["medvedev2020"], RESULTS)
+        for name, figure in report_study_pictures.pictures(results["medvedev2020"]).items():
+            yield f"medvedev2020-{name}", figure
+    if "maclaurin_drawn" in results:
+        yield from report_tuning_pictures.pictures(results["maclaurin_drawn"])
     if "race" in results.get("images", {}):
-        report_images_race.draw_race(results["images"], RESULTS / "images-race.png")
-    if "attribution" in results:
-        report_attribution.draw(results["attribution"], RESULTS / "attribution.png")
-    if "bits" in results:
-        report_bits.draw(results["bits"], RESULTS / "bits.png")
+        yield "images-race", report_images_race.picture(results["images"])
+    for name, module in (("attribution", report_attribution), ("bits", report_bits)):
+        if name in results:
+            yield name, module.picture(results[name])
+    for path in sorted(RESULTS.glob("*.h5")):
+        yield path.stem, images(read(path))
 
 
 def own_page(results: dict[str, Any]) -> str:
@@ -109,7 +121,7 @@ def own_page(results: dict[str, Any]) -> str:
     ):
         if name in results:
             parts += [f"## {heading}", *([picture] if picture else []), write(results[name])]
-    return "\n\n".join(parts) + "\n"
+    return pages.LINK.sub(r"\g<1>../", "\n\n".join(parts) + "\n").replace("](../benchmarks/", "](")
 
 
 def _placed(write: Callable[[dict[str, Any], str], str]) -> Callable[[dict[str, Any]], str]:
@@ -131,6 +143,7 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
     add("speed", lambda r: f"{report_speed.summary(r)}\n\nOn {where(r)}.", "speed")
     add("memory", report_memory.summary, "memory")
     add("images", report_images.summary, "images")
+    add("image-lines", report_images_lines.lines_table, "images")
     add("adam", _placed(report_tuning.adam_summary), "adam")
     add("schedules", report_tuning.schedules_table, "maclaurin2015")
     add("attribution", _placed(report_attribution.summary), "attribution")
@@ -147,7 +160,8 @@ def main() -> None:
     written = sections(results)
     pages.write(written, OPTIONAL)  # first: it says what is wrong with the pages before anything is drawn
     (HERE / "README.md").write_text(own_page(results))
-    draw(results)
+    for name, figure in pictures(results):
+        save(figure, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from attribution import OURS
 from attribution_cost import WAYS
 from attribution_rivals import RIVALS
 from leave_out import INPUTS
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from measuring import MIB
 from tables import table
+
+from revdistill.outer.drawing import COLOURS, WIDTH, styled
 
 TITLES = {OURS: "rd.attribute"} | {name: rival.title for name, rival in RIVALS.items()}
 
@@ -140,26 +143,22 @@ def summary(results: dict[str, Any], where: str) -> str:
     return f"{table(header, rows)}\n\n{verdict(results)} On {where}."
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """LDS against smoothness, each way in a colour, filled for the smallest drop."""
-    from matplotlib import pyplot as plt
-
+@styled
+def picture(results: dict[str, Any]) -> Figure:
+    """LDS against smoothness, each way in a colour and with a marker of its own."""
     names = methods_of(results)
     drops = results["cells"][0]["drops"]
-    figure, axes = plt.subplots(
-        1, len(drops), figsize=(3.1 * len(drops), 3.0), layout="constrained", sharey=True, squeeze=False
-    )
+    figure, axes = plt.subplots(1, len(drops), figsize=(WIDTH, 3.2), layout="constrained", sharey=True, squeeze=False)
     for i, (ax, row) in enumerate(zip(axes[0], drops, strict=True)):
-        for name, color, marker in zip(names, ("C3", "C0", "C1", "C2"), "os^v", strict=False):
+        for name, color, marker in zip(names, COLOURS, "os^vDP", strict=False):
             points = [(cell["smoothness"], cell["drops"][i]["methods"][name]["lds"]) for cell in results["cells"]]
-            ax.scatter(*zip(*points, strict=True), s=18, c=color, marker=marker, label=TITLES[name])
-        ax.set_title(f"{row['drop']:.0%} left out", fontsize=9)
-        ax.grid(alpha=0.3)
+            ax.scatter(*zip(*points, strict=True), s=24, c=color, marker=marker, label=TITLES[name])
+        ax.set_title(f"{row['drop']:.0%} left out")
+        ax.set_xlabel("smoothness of the training")
+        ax.grid()
     axes[0][0].set_ylabel("LDS, mean over the queries")
-    axes[0][0].legend(fontsize=7)
-    figure.supxlabel("smoothness of the training", fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    return figure
 
 
 # One and 100 queries

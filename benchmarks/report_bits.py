@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from tables import table, where
+
+from revdistill.outer.drawing import BLUE, INK, styled
 
 
 def section(results: dict[str, Any]) -> str:
@@ -30,15 +32,15 @@ def section(results: dict[str, Any]) -> str:
     )
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+@styled
+def picture(results: dict[str, Any]) -> Figure:
     """Kept against the bound."""
-    figure, ax = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
     lost = [1 - r["momentum"] for r in results["rows"]]
-    ax.loglog(lost, [r["ideal"] for r in results["rows"]], "k-", lw=1, label="entropy bound")
-    ax.loglog(lost, [r["kept"] for r in results["rows"]], "C0o", label="bit store")
+    ax.loglog(lost, [r["ideal"] for r in results["rows"]], color=INK, lw=1, label="log2(1 / momentum)")
+    ax.loglog(lost, [r["kept"] for r in results["rows"]], color=BLUE, marker="o", ls="", label="kept by the bit store")
     ax.set_xlabel("1 - momentum")
     ax.set_ylabel("bits per parameter and step")
-    ax.grid(alpha=0.3, which="both")
+    ax.grid(which="both")
     ax.legend()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure

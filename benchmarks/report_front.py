@@ -106,5 +106,6 @@ def distillation(results: dict[str, Any]) -> str:
     return (
         f"{table(header, rows)}\n\n"
         "Fresh networks, trained with torch.optim on the artifact alone; soft labels. "
+        "[The commands](benchmarks/README.md#which-artifact-and-which-command) that give these figures. "
         + " ".join(report_images.about_cifar10(results))
     ).rstrip()

@@ -15,6 +15,8 @@ from image_cells import (
     TEST_IMAGES,
 )
 from image_rows import BASELINES, CUDA, HARD, ROWS, SCHEDULES, TITLES, Baseline, Row, row_of
+from measuring import RESULTS
+from report_images_lines import lines_table
 from report_images_race import in_words, race_in_words, starts_and_windows
 from tables import table, threads_of
 
@@ -68,9 +70,14 @@ def summary_table(results: dict[str, Any]) -> str:
             cells[0] += f", in {results['rows'][hard]['seconds'] / 60:.0f} min"
         cells += [_worst(results, f"{row.config.dataset}_{row.budget}_{kind}", row) for kind in ("random", "kmeans")]
         times = [time(results["rows"][each]) for each in versions]
-        lines.append([row.title, row.published, *cells, numbers(kept), "; ".join(times) or "-"])
+        lines.append([_linked(name, row.title), row.published, *cells, numbers(kept), "; ".join(times) or "-"])
     header = ["test accuracy", "published", "ours, hard labels", "ours, soft labels", "random images", "centroids"]
     return table([*header, "numbers stored", "distilled in"], lines)
+
+
+def _linked(name: str, text: str) -> str:
+    """The text as a link to a row's artifact, as from the repository's root, where there is one."""
+    return f"[{text}](benchmarks/results/{name}.h5)" if (RESULTS / f"{name}.h5").exists() else text
 
 
 def _rows(results: dict[str, Any]) -> list[str]:
@@ -140,7 +147,7 @@ def full_table(results: dict[str, Any]) -> str:
         schedules = [found["schedule"] for found in own.values()]
         how = ", ".join(dict.fromkeys(schedule.replace("strategy", "strategy ") for schedule in schedules))
         title = about.title + (", on a GPU" if name.endswith(CUDA) else "")
-        lines.append([f"`{name}`", title, about.published, about.target, ", ".join(ours) or "-", how or "-"])
+        lines.append([_linked(name, name), title, about.published, about.target, ", ".join(ours) or "-", how or "-"])
         lines[-1] += [numbers(row), f"{row['config']['outer_steps']:,} steps, {time(row)}"]
     header = ["row", "", "published, %", "aimed at, %", "ours", "schedule", "numbers stored", "distilled in"]
     return table(header, lines)
@@ -237,6 +244,7 @@ def section(results: dict[str, Any]) -> str:
         f"({machine['processor']}). Each row's settings are in results/images.json, and in the artifact of its name in "
         "results/ where it has soft labels.",
         full_table(results),
+        "### Which artifact, and which command\n\n" + lines_table(results),
         about_cells(results),
         ABOUT_SETTINGS,
         ABOUT_TIMES,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from tables import table
+
+from revdistill.outer.drawing import FAINT, styled
 
 # Accuracy after so many seconds of the public reference code, one core of a machine like ours, 20 fresh networks.
 REFERENCE_CODE = {
@@ -61,9 +63,10 @@ def starts_and_windows(results: dict[str, Any]) -> str:
     )
 
 
-def draw_race(results: dict[str, Any], path: Path) -> None:
+@styled
+def picture(results: dict[str, Any]) -> Figure:
     """Accuracy against the time that distilling took."""
-    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
     curve = results["race"]["curve"]
     ax.errorbar(
         *zip(*((p["seconds"], p["mean"], p["std"]) for p in curve), strict=True),
@@ -73,12 +76,12 @@ def draw_race(results: dict[str, Any], path: Path) -> None:
     )
     for name, points in REFERENCE_CODE.items():
         ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"reference code, {name} an outer step")
-    ax.axhline(WANTED, color="grey", linewidth=0.8, linestyle=":")
+    ax.axhline(WANTED, color=FAINT, linewidth=0.9, linestyle=":", label=f"Wang et al. 2018: {WANTED:.1%}")
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     ax.set_xlabel("seconds of distilling, one core")
     ax.set_ylabel("test accuracy of fresh networks")
-    ax.set_title("MNIST, LeNet, 100 images, 10 steps x 3 epochs", fontsize=11)
-    ax.grid(alpha=0.25)
-    ax.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    ax.set_title("MNIST, LeNet, 100 images, 10 steps x 3 epochs")
+    ax.grid()
+    ax.legend()
+    return figure

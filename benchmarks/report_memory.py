@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from measuring import MIB
 from tables import table, title, where
 
-OURS = {
-    "reversible-default": "C3",
-    "reversible": "C0",
-    "reversible-graphs": "C9",
-    "reversible-replayed": "C5",
-    "reversible-compiled": "C4",
-    "checkpoint": "C2",
-    "storeall": "C1",
+from revdistill.outer.drawing import COLOURS, FAINT, WIDTH, styled
+
+# Lines of the picture: ours in colours, autograd in black, others in grey with dashes and markers of their own.
+LINES: dict[str, dict[str, Any]] = {
+    "reversible": {"color": COLOURS[0], "marker": "o", "lw": 2.2},
+    "reversible-default": {"color": COLOURS[1], "marker": "o"},
+    "reversible-graphs": {"color": COLOURS[4], "marker": "o"},
+    "reversible-replayed": {"color": COLOURS[5], "marker": "o"},
+    "reversible-compiled": {"color": COLOURS[5], "marker": "s"},
+    "checkpoint": {"color": COLOURS[2], "marker": "o"},
+    "storeall": {"color": COLOURS[3], "marker": "o"},
+    "storeall-compiled": {"color": COLOURS[3], "marker": "s"},
+    "autograd": {"color": "black", "marker": "o", "lw": 2.2},
+    "autograd-compiled": {"color": "black", "marker": "s"},
+    "backprop": {"color": FAINT, "marker": "s", "ls": "--"},
+    "torch-checkpoint-1": {"color": FAINT, "marker": "^", "ls": ":"},
+    "torch-checkpoint-sqrt": {"color": FAINT, "marker": "v", "ls": "-."},
+    "replay": {"color": FAINT, "marker": "D", "ls": "--"},
+    "higher": {"color": FAINT, "marker": "x", "ls": ":"},
+    "torchopt": {"color": FAINT, "marker": "+", "ls": "-."},
 }
+LEAST = 0.05  # MiB: a logarithm needs some
 
 
 def memory_of(entry: dict[str, Any], method: str) -> dict[int, int]:
@@ -73,26 +86,33 @@ def summary(results: dict[str, Any]) -> str:
     )
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Memory against T, a panel per task."""
+@styled
+def picture(results: dict[str, Any]) -> Figure:
+    """Memory against T, a panel per task; a legend names every line."""
     entries = results["tasks"]
+    across = 2 if len(entries) > 1 else 1
+    down = -(-len(entries) // across)
     figure, axes = plt.subplots(
-        1, len(entries), figsize=(3.2 * len(entries), 3.4), layout="constrained", squeeze=False, sharey=True
+        down, across, figsize=(WIDTH, 2.3 * down + 1.1), layout="constrained", squeeze=False, sharex=True, sharey=True
     )
-    for ax, entry in zip(axes[0], entries, strict=True):
+    for ax in axes.flat[len(entries) :]:
+        ax.axis("off")
+    named: dict[str, Any] = {}
+    for ax, entry in zip(axes.flat, entries, strict=False):
         for m in entry["methods"]:
             found = memory_of(entry, m["method"])
-            if not found:
-                continue
-            color = OURS.get(m["method"], "k" if m["method"] == "autograd" else "0.75")
-            label = title(m["method"]) if m["method"] in OURS or m["method"] == "autograd" else None
-            ax.loglog(
-                list(found), [max(b / MIB, 0.05) for b in found.values()], marker="o", ms=3, color=color, label=label
-            )
-        ax.set_title(entry["title"], fontsize=8)
-        ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("extra peak memory, MiB")
-    figure.supxlabel("training steps differentiated through", fontsize=9)
-    axes[0][0].legend(fontsize=6)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+            if found:
+                points = [max(b / MIB, LEAST) for b in found.values()]
+                (line,) = ax.loglog(list(found), points, markersize=4.5, **LINES[m["method"]])
+                named.setdefault(m["method"], line)
+        ax.set_title(entry["title"])
+        ax.grid()
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("extra peak memory, MiB")
+    for ax in axes[-1]:  # not supxlabel: a legend outside would lie on it
+        ax.set_xlabel("training steps differentiated through")
+    shown = [name for name in LINES if name in named]
+    figure.legend([named[name] for name in shown], [title(name) for name in shown], loc="outside lower center", ncols=4)
+    return figure

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
-import torch
-from stacked import STUDIED, UNSEEN, frame
+from stacked import STUDIED, UNSEEN
 from tables import table
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 DATA = (*STUDIED, "all")
 STRATEGIES = {"raw": "raw steps", "strategy1": "strategy 1", "strategy2": "strategy 2", "strategy3": "strategy 3"}
-COLOURS = {"LinearNet": "C0", "NonLinearNet": "C1", "MoreNonLinearNet": "C2", "all": "C3"}
+PICTURES = {
+    "data": "Train and test data",
+    "points": "Synthetic points of steps 1, 14, 27 and 40 over the real data",
+    "boundaries": "Decision boundaries, first restart: trained on original data, on distilled data along its own steps",
+    "rates": "Learned step sizes, mean over restarts, beside strategy 1",
+}
 
 # The talk's own figures (D. Medvedev, 2020): (data, schedule, test) -> mean, std.
 TALK = {
@@ -161,116 +159,3 @@ def momentum_parts(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     }
     faithful = [("0", results["parts"]["faithful"])] if "faithful" in results["parts"] else []
     return faithful + sorted(named.items(), key=lambda entry: float(entry[0]))
-
-
-def draw(results: dict[str, Any], folder: Path) -> None:
-    """All pictures."""
-    parts = results["parts"]
-    if not {"ours", "faithful", "original"} <= set(parts):
-        return
-    for name, function in {
-        "data": draw_data,
-        "points": draw_points,
-        "boundaries": draw_boundaries,
-        "rates": draw_rates,
-    }.items():
-        figure = function(parts)
-        figure.savefig(folder / f"medvedev2020-{name}.png", dpi=110)
-        plt.close(figure)
-    if len(momentum_parts(results)) > 1:
-        figure = draw_momentum(results)
-        figure.savefig(folder / "medvedev2020-momentum.png", dpi=110)
-        plt.close(figure)
-
-
-PICTURES = {
-    "data": "Train and test data",
-    "points": "Synthetic points of steps 1, 14, 27 and 40 over the real data",
-    "boundaries": "Decision boundaries, first restart: trained on original data, on distilled data along its own steps",
-    "rates": "Learned step sizes, mean over restarts, beside strategy 1",
-}
-
-
-def draw_data(parts: dict[str, Any]) -> plt.Figure:
-    """Train and test scatter."""
-    real = parts["original"]["figures"]["real"]
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharex=True, sharey=True)
-    for ax, suffix, heading in ((axes[0], "", "train"), (axes[1], "_test", "test")):
-        x = np.array(real[f"x{suffix}"])
-        ax.scatter(x[:, 0], x[:, 1], c=real[f"y{suffix}"], s=4, cmap="coolwarm")
-        ax.set_title(f"{heading}, {len(x)} points", fontsize=9)
-    return figure
-
-
-def draw_points(parts: dict[str, Any]) -> plt.Figure:
-    """Rows: what they are distilled for (ours); columns: steps."""
-    real, found = parts["original"]["figures"]["real"], parts["ours"]["figures"]["points"]
-    x = np.array(real["x"])
-    figure, axes = plt.subplots(4, 4, figsize=(10, 8), layout="constrained", sharex=True, sharey=True)
-    for row, name in zip(axes, DATA, strict=True):
-        points = np.array(found[name])
-        for ax, step in zip(row, (1, 14, 27, 40), strict=True):
-            ax.scatter(x[:, 0], x[:, 1], c=real["y"], s=2, cmap="coolwarm", alpha=0.12)
-            labels = np.arange(2).repeat(points.shape[1] // 2)
-            ax.scatter(
-                points[step - 1, :, 0], points[step - 1, :, 1], c=labels, s=28, cmap="coolwarm", edgecolor="k", lw=0.6
-            )
-            ax.set_title(f"{name}, step {step}", fontsize=8)
-    return figure
-
-
-def draw_boundaries(parts: dict[str, Any]) -> plt.Figure:
-    """Rows: original data, own distilled data, data distilled for all; columns: architectures."""
-    real = parts["original"]["figures"]["real"]
-    x, y = np.array(real["x_test"]), np.array(real["y_test"])
-    extent = frame(torch.tensor(real["x"]))
-    rows = {
-        "original data": [parts["original"]["figures"]["boundaries"][n] for n in STUDIED],
-        "own distilled data": [parts["ours"]["figures"]["boundaries"][n] for n in STUDIED],
-        "data distilled for all": [parts["ours"]["figures"]["boundaries"][f"all, {n}"] for n in STUDIED],
-    }
-    figure, axes = plt.subplots(3, 3, figsize=(10, 7), layout="constrained", sharex=True, sharey=True)
-    for row, (heading, grids) in zip(axes, rows.items(), strict=True):
-        for ax, name, values in zip(row, STUDIED, grids, strict=True):
-            ax.imshow(values, origin="lower", extent=extent, cmap="coolwarm", vmin=0, vmax=1, alpha=0.6, aspect="auto")
-            ax.scatter(x[:, 0], x[:, 1], c=y, s=3, cmap="coolwarm")
-            ax.set_title(f"{name}, {heading}", fontsize=8)
-    return figure
-
-
-def draw_rates(parts: dict[str, Any]) -> plt.Figure:
-    """Both settings, and strategy 1 on the talk's scale."""
-    from revdistill.distill.strategies import strategy1
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    for ax, setting in zip(axes, ("faithful", "ours"), strict=False):
-        for name in DATA:
-            ax.semilogy(parts[setting]["figures"]["rates"][name], color=COLOURS[name], lw=1, label=name)
-        ax.set_title(f"{setting}: learned step sizes", fontsize=9)
-        ax.set_xlabel("step")
-        ax.legend(fontsize=7)
-    axes[2].plot(strategy1([0.0] * 200, 40), "k", lw=1)
-    axes[2].set_title("strategy 1", fontsize=9)
-    axes[2].set_xlabel("step")
-    return figure
-
-
-def draw_momentum(results: dict[str, Any]) -> plt.Figure:
-    """Accuracy of own data and of data for all, against momentum."""
-    parts = momentum_parts(results)
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
-    for name in STUDIED:
-        for ax, source in ((axes[0], name), (axes[1], "all")):
-            found = [by_place(p["cells"])[p["cells"][0]["setting"], source, "raw", name] for _, p in parts]
-            means, stds = [c["mean"] for c in found], [c["std"] for c in found]
-            ax.errorbar(
-                [label for label, _ in parts], means, stds, color=COLOURS[name], marker="o", capsize=3, label=name
-            )
-    axes[0].set_title("distilled for the network's own architecture", fontsize=9)
-    axes[1].set_title("distilled for all three", fontsize=9)
-    axes[0].set_ylabel("test accuracy")
-    for ax in axes:
-        ax.set_xlabel("momentum")
-        ax.grid(alpha=0.3)
-    axes[1].legend(fontsize=7)
-    return figure

@@ -5,24 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from revdistill.attribute.check import Check
 from revdistill.attribute.experiment import Experiment
 from revdistill.attribute.found import Scored
 from revdistill.attribute.result import Result
 from revdistill.outer.data import Dataset
-from revdistill.outer.drawing import figure_files, plain
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from revdistill.outer.drawing import BLUE, FAINT, INK, RED, SMALL, WIDTH, figure_files, plain, styled
 
 FOLDER = "plots"
 QUERIES, EACH = 6, 5  # queries that are shown, and the most helpful and most harmful examples of each
 TABLE_QUERIES, TABLE_EACH, FEATURES = 3, 3, 10  # likewise as a table, and how many features it has
-HELPS, HARMS = "tab:blue", "tab:red"
+HELPS, HARMS = BLUE, RED
 
 
 def draw_all(directory: Path, experiment: Experiment, result: Result) -> list[Path]:
@@ -64,6 +61,7 @@ def extremes(scores: np.ndarray, count: int) -> tuple[list[int], list[int]]:
     return helpful, [int(i) for i in order[::-1][:count] if scores[i] > 0]
 
 
+@styled
 def images(experiment: Experiment, scored: Scored) -> Figure:
     """A row for each of some queries: itself, its most helpful and its most harmful training images."""
     data, queries = experiment.data, shown(scored.losses, QUERIES)
@@ -72,8 +70,8 @@ def images(experiment: Experiment, scored: Scored) -> Figure:
     figure, axes = plt.subplots(
         len(queries),
         columns + 2,  # a gap between the parts
-        figsize=(0.95 * columns + 0.6, 1.22 * len(queries) + 0.5),
-        width_ratios=[1, 0.25, *[1] * EACH, 0.25, *[1] * EACH],
+        figsize=(WIDTH, 0.95 * len(queries) + 0.7),
+        width_ratios=[1.3, 0.2, *[1] * EACH, 0.25, *[1] * EACH],
         squeeze=False,
         layout="constrained",
     )
@@ -81,25 +79,22 @@ def images(experiment: Experiment, scored: Scored) -> Figure:
         ax.axis("off")
     for row, q in zip(axes, queries, strict=True):
         own = int(data.y_test[experiment.queries[q]])
-        _image(row[0], x_query[q], f"{plain(data.class_names[own])}: loss {scored.losses[q]:.2g}", "black")
+        _image(row[0], x_query[q], f"{plain(data.class_names[own])}: loss {scored.losses[q]:.2g}", INK)
         for start, chosen, colour in zip((2, 3 + EACH), extremes(scored.scores[q], EACH), (HELPS, HARMS), strict=True):
             for ax, i in zip(row[start:], chosen, strict=False):
                 title = f"{plain(data.class_names[int(experiment.y[i])])}{_mark(experiment, i)}: "
                 _image(ax, x[i], f"{title}{scored.scores[q, i]:+.1g}", colour)
     for column, title in ((0, "query"), (2 + EACH // 2, "most helpful"), (3 + EACH + EACH // 2, "most harmful")):
-        axes[0, column].annotate(
-            title, (0.5, 1.45), xycoords="axes fraction", ha="center", fontsize=10, annotation_clip=False
-        )
+        axes[0, column].annotate(title, (0.5, 1.45), xycoords="axes fraction", ha="center", annotation_clip=False)
     figure.suptitle(
         "test images, and the training images that most lowered and most raised their loss" + _explained(experiment),
-        fontsize=10,
     )
     return figure
 
 
 def _image(ax: Any, pixels: np.ndarray, title: str, colour: str) -> None:
     ax.imshow(pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels[0], cmap="gray", vmin=0, vmax=1)
-    ax.set_title(title, fontsize=7, color=colour, pad=2)
+    ax.set_title(title, fontsize=SMALL, color=colour, pad=2)
 
 
 def _pixels(x: np.ndarray, data: Dataset) -> np.ndarray:
@@ -125,6 +120,7 @@ def _explained(experiment: Experiment) -> str:
     return "; * label flipped on purpose" if experiment.config.flip else ""
 
 
+@styled
 def points(experiment: Experiment, scored: Scored) -> Figure:
     """The training points in the plane, coloured by what they did to each of some queries."""
     queries = shown(scored.losses, QUERIES)
@@ -133,7 +129,7 @@ def points(experiment: Experiment, scored: Scored) -> Figure:
     figure, axes = plt.subplots(
         down,
         across,
-        figsize=(3.6 * across, 3.1 * down + 0.4),
+        figsize=(min(3.6, WIDTH / across) * across, 2.5 * down + 0.4),
         squeeze=False,
         sharex=True,
         sharey=True,
@@ -159,18 +155,17 @@ def points(experiment: Experiment, scored: Scored) -> Figure:
                 s=14,
                 marker="os^Dvp<>hP"[label % 10],
                 linewidths=0.2,
-                edgecolors="black",
+                edgecolors=INK,
             )
-        ax.scatter(*tested[q], marker="*", s=160, color="gold", edgecolors="black", zorder=3)
+        ax.scatter(*tested[q], marker="*", s=160, color="gold", edgecolors=INK, zorder=3)
         name = plain(data.class_names[int(data.y_test[experiment.queries[q]])])
-        ax.set_title(f"class {name}: loss {scored.losses[q]:.2g}", fontsize=9)
-        figure.colorbar(drawn, ax=ax, format="%.0e").ax.tick_params(labelsize=7)
-    figure.suptitle(
-        "training points by score for a test point (star); red: harmful, blue: helpful; shapes: classes", fontsize=10
-    )
+        ax.set_title(f"class {name}: loss {scored.losses[q]:.2g}")
+        figure.colorbar(drawn, ax=ax, format="%.0e").ax.tick_params(labelsize=SMALL)
+    figure.suptitle("training points by score for a test point (star); red: harmful, blue: helpful; shapes: classes")
     return figure
 
 
+@styled
 def features(experiment: Experiment, scored: Scored) -> Figure:
     """A table for some queries: their features, and those of their most helpful and most harmful examples."""
     data, queries = experiment.data, shown(scored.losses, TABLE_QUERIES)
@@ -188,13 +183,17 @@ def features(experiment: Experiment, scored: Scored) -> Figure:
                 name = plain(data.class_names[int(experiment.y[i])]) + _mark(experiment, i)
                 rows.append([what, name, f"{scored.scores[q, i]:+.2g}", *_numbers(x[i, :count])])
                 colours.append(colour)
-    figure, ax = plt.subplots(figsize=(0.85 * (count + 3) + 0.4, 0.26 * (len(rows) + 1) + 0.7), layout="constrained")
+    figure, ax = plt.subplots(
+        figsize=(min(WIDTH, 0.85 * (count + 3) + 0.4), 0.19 * (len(rows) + 1) + 0.6), layout="constrained"
+    )
     ax.axis("off")
     header = ["", "class", "score", *(f"feature {i + 1}" for i in range(count))]
     cells = [[colour] * len(header) for colour in colours]
     table = ax.table(rows, colLabels=header, cellColours=cells, loc="center", cellLoc="center")
     table.auto_set_font_size(False)
-    table.set_fontsize(7)
+    table.set_fontsize(SMALL)
+    for cell in table.get_celld().values():
+        cell.set(linewidth=0.5, edgecolor=FAINT)
     more = "" if count == x.shape[1] else f" (the first {count} of {x.shape[1]} features)"
     figure.suptitle(f"test samples, their most helpful and harmful training samples{more}" + _explained(experiment))
     return figure
@@ -204,43 +203,44 @@ def _numbers(values: np.ndarray) -> list[str]:
     return [f"{value:.3g}" for value in values]
 
 
+@styled
 def distribution(harm: np.ndarray, flipped: np.ndarray) -> Figure:
     """A histogram of the examples' mean scores; of those whose labels were flipped beside that of the others."""
     figure, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    parts = [(harm[~flipped], "0.45", "others" if flipped.any() else "")]
+    parts = [(harm[~flipped], FAINT, "others" if flipped.any() else "")]
     parts += [(harm[flipped], HARMS, "labels flipped on purpose")] if flipped.any() else []
     edges = np.histogram_bin_edges(harm, 60).tolist()
     for values, colour, label in parts:
         ax.hist(values, edges, color=colour, alpha=0.7, label=label or None)
     ax.set_yscale("log")
-    ax.axvline(0, color="black", linewidth=0.8)
+    ax.axvline(0, color=INK, linewidth=0.8)
     ax.set_xlabel("mean score over the queries (above 0: harmful)")
     ax.set_ylabel("training examples")
     if flipped.any():
-        ax.legend(fontsize=8)
+        ax.legend()
     return figure
 
 
+@styled
 def scatter(check: Check, losses: np.ndarray) -> Figure:
     """What leaving out subsets was predicted to change, and what it changed; the LDS in the title."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.9), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.9), layout="constrained")
     predicted, actual = (values - losses[:, None] for values in (check.predicted, check.actual))
     each = (
         ("each query", predicted, actual, 4, 0.25),
         ("mean over the queries", predicted.mean(0), actual.mean(0), 18, 0.8),
     )
     for ax, (title, x, y, size, alpha) in zip(axes, each, strict=True):
-        ax.axline((0, 0), slope=1, color="0.6", linewidth=0.8)
+        ax.axline((0, 0), slope=1, color=FAINT, linewidth=0.8)
         ax.scatter(x.ravel(), y.ravel(), s=size, alpha=alpha, linewidths=0)
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title)
         ax.set_xlabel("predicted change of the loss")
         ax.set_ylabel("true change")
         ax.ticklabel_format(scilimits=(-2, 2))
-        ax.grid(alpha=0.25)
+        ax.grid()
     low, high = check.interval
     figure.suptitle(
         f"LDS {check.mean:.3f} ({low:.3f} to {high:.3f}); of the mean loss {check.mean_query:.3f}: "
         f"{check.actual.shape[1]} trainings, each without {100 * check.drop:.3g} % of the examples",
-        fontsize=10,
     )
     return figure

@@ -14,6 +14,7 @@ from revdistill.attribute.config import AttributeConfig
 from revdistill.attribute.experiment import Experiment
 from revdistill.attribute.found import Scored
 from revdistill.outer.data import load
+from tests.outer.legible import illegible
 
 
 def scored(e: Experiment) -> Scored:
@@ -24,6 +25,7 @@ def scored(e: Experiment) -> Scored:
 
 def texts(figure: plt.Figure) -> list[str]:
     found = [ax.get_title() for ax in figure.axes] + [text.get_text() for text in figure.texts]
+    assert illegible(figure) == []
     plt.close(figure)
     return found
 

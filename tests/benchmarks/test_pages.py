@@ -9,7 +9,17 @@ from typing import Any
 import pages
 import pytest
 import report
+import report_attribution
+import report_bits
 import report_front
+import report_memory
+import report_speed
+from matplotlib import pyplot as plt
+from methods import METHODS
+from PIL import Image
+
+from revdistill.outer.drawing import DPI, WIDTH
+from tests.outer.legible import illegible
 
 MARKS = "<!-- {0}: written by benchmarks/report.py -->\n{1}\n<!-- /{0} -->\n"
 
@@ -76,6 +86,31 @@ def test_the_committed_pages_are_what_report_writes(results: dict[str, Any], sec
     for path in pages.pages():
         assert path.read_text() == pages.filled(path, sections), f"{path} is stale: python benchmarks/report.py"
     assert report.own_page(results) == (pages.ROOT / "benchmarks/README.md").read_text()
+
+
+def test_pictures_can_be_read_and_name_every_line(results: dict[str, Any]) -> None:
+    """At the width that a README shows; those of the study and of the images are drawn by other tests."""
+    for name, module in (("speed", report_speed), ("bits", report_bits), ("attribution", report_attribution)):
+        assert illegible(module.picture(results[name])) == []
+    assert set(report_memory.LINES) == set(METHODS) - {"training"}
+    figure = report_memory.picture(results["memory"])
+    assert illegible(figure) == []
+    handles, names = figure.legends[0].legend_handles, [text.get_text() for text in figure.legends[0].get_texts()]
+    named = {(h.get_color(), h.get_marker(), h.get_linestyle()): name for h, name in zip(handles, names, strict=True)}
+    assert len(named) == len(names)
+    for ax, entry in zip(figure.axes, results["memory"]["tasks"], strict=True):
+        measured = [m["method"] for m in entry["methods"] if m["runs"]]
+        drawn = [named[line.get_color(), line.get_marker(), line.get_linestyle()] for line in ax.lines]
+        assert drawn == [METHODS[method].title for method in measured]
+    plt.close("all")
+
+
+@pytest.mark.parametrize("path", sorted((pages.ROOT / "benchmarks/results").glob("*.png")), ids=lambda path: path.name)
+def test_committed_pictures_are_no_wider_than_they_need_to_be(path: Path) -> None:
+    """And not large: what is shown at 830 pixels."""
+    with Image.open(path) as image:
+        assert 400 < image.width <= 1.02 * WIDTH * DPI
+    assert path.stat().st_size < 700_000
 
 
 def rows(text: str) -> list[list[str]]:

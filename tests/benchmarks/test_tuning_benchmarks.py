@@ -11,6 +11,7 @@ import maclaurin2015
 import methods
 import pytest
 import report_tuning
+import report_tuning_pictures
 import tasks
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ import trainings
 
 import revdistill as rd
 from revdistill.outer.data import load
+from tests.outer.legible import illegible
 from tests.outer.test_image_files import write_mnist
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -66,7 +68,6 @@ def test_the_random_search_finds_what_is_best(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("experiment", ["schedule", "penalties", "images"])
 def test_an_experiment_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str) -> None:
-    monkeypatch.setattr(maclaurin2015, "FOLDER", tmp_path)
     monkeypatch.setattr(maclaurin2015, "STEPS", 5)
     monkeypatch.setattr(maclaurin2015, "RESTARTS", 2)
     monkeypatch.setattr(maclaurin2015, "SMALL", 100)
@@ -76,7 +77,12 @@ def test_an_experiment_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exp
     assert found["peak_bytes"] > 0
     for who in report_tuning.WHO:
         assert 0 <= found[who]["test_accuracy"] <= 1
-    assert (tmp_path / f"maclaurin_{experiment}.png").exists()
+    ((name, figure),) = report_tuning_pictures.pictures({"experiments": {experiment: found["drawn"]}})
+    assert name == f"maclaurin_{experiment}"
+    assert illegible(figure) == []
+    if experiment == "images":
+        monkeypatch.setattr(maclaurin2015, "random_search", lambda *_: pytest.fail("nothing is measured"))
+        assert maclaurin2015.images(mnist, True, learn_only=True) == {"drawn": found["drawn"]}
 
 
 def test_the_tables_have_every_figure() -> None:

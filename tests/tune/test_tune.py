@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot as plt
 from revdistill.cli import main as command
 from torch import nn
 
@@ -35,6 +36,7 @@ from revdistill.tune.plots import schedule_figure
 from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
 from revdistill.tune.tuner import Tuner
 from revdistill.tune.tuning import Tuning
+from tests.outer.legible import illegible
 
 QUICK = TuneConfig(
     dataset="moons", arch="MoreNonLinearNet", steps=20, outer_steps=4, learn=LEARNABLE, outer_batch=64, batch_size=32
@@ -308,6 +310,8 @@ def test_the_picture_has_every_group() -> None:
     figure = schedule_figure(a_schedule(), a_schedule())
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["0", "2", "start"]
+    assert illegible(figure) == []
+    plt.close(figure)
 
 
 ARGUMENTS = [

@@ -307,7 +307,7 @@ def test_rows_are_distilled_measured_and_reported(
         assert "43.2%" in text
         assert "a GPU" in text
     assert "(2 networks)" in full
-    assert main.count("\n| MNIST") == 2  # lines, however many versions
+    assert main.count("\n| [MNIST") == 2  # lines, however many versions
 
 
 def test_rows_of_another_machine_are_taken_in(

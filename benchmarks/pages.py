@@ -82,12 +82,12 @@ def write(sections: Mapping[str, str], root: Path = ROOT) -> None:
     Raises:
         MarkError: a section has no marks in any page; or as `filled`. Nothing is written then.
     """
+    new = {path: filled(path, sections, root) for path in pages(root)}  # first, as a misspelt mark is a missing one too
     if missing := homeless(sections, root):
         raise MarkError(
             f"no page has the marks of {', '.join(missing)}; README.md and docs/*.md are looked through for "
             f"<!-- {missing[0]}: written by benchmarks/report.py -->"
         )
-    new = {path: filled(path, sections, root) for path in pages(root)}
     for path, content in new.items():
         if content != path.read_text():
             path.write_text(content)

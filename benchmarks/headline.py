@@ -1,5 +1,5 @@
-"""What does a user get in the first ten minutes: is the engine exact on this machine, what does the default run give, at
-rest and beside other work, and what does a process's first unroll cost?
+"""What does a user get in the first ten minutes: is the engine exact on this machine, what does the default run give,
+at rest and beside other work, and what does a process's first unroll cost?
 
     python benchmarks/headline.py     about five minutes
 
@@ -29,8 +29,8 @@ from revdistill.engine.selfcheck import checks
 
 ARGUMENTS = ["train", "--steps", "30", "--epochs", "3"]
 ROUNDS = 3  # processes whose first unroll is measured, each way
-# In a process of its own: seconds and bytes of torch's first product of a Hessian and a vector, for which it loads sympy;
-# then of `import revdistill`, and of the first unroll and way back.
+# In a process of its own: seconds and bytes of torch's first product of a Hessian and a vector, for which it loads
+# sympy; then of `import revdistill`, and of the first unroll and way back.
 FIRST = """
 import json, time, torch
 

@@ -67,10 +67,10 @@ def first_unroll(results: dict[str, Any]) -> str:
     kept, fresh = results["first_unroll"]["later"], results["first_unroll"]["nothing kept"]["first"]
     torch, loaded, first, second = (_cost(kept[part]) for part in ("torch", "import", "first", "second"))
     return (
-        f"`import revdistill` takes {loaded} beside torch. The first unroll of a process and its way back (four steps of "
-        f"a small network) take {first}, the second {second}: the loops on integers are loaded as machine code. (torch's "
-        f"own first product of a Hessian and a vector takes {torch} besides, as it loads sympy.) The first unroll ever on "
-        f"a machine compiles the loops by numba, {_cost(fresh)}, and keeps them in the user's cache "
+        f"`import revdistill` takes {loaded} beside torch. The first unroll of a process and its way back (four steps "
+        f"of a small network) take {first}, the second {second}: the loops on integers are loaded as machine code. "
+        f"(torch's own first product of a Hessian and a vector takes {torch} besides, as it loads sympy.) The first "
+        f"unroll ever on a machine compiles the loops by numba, {_cost(fresh)}, and keeps them in the user's cache "
         "(`$XDG_CACHE_HOME/revdistill` or `~/.cache/revdistill`); where nothing can be kept, each process pays that."
     )
 

@@ -72,24 +72,22 @@ def homeless(sections: Mapping[str, str], root: Path = ROOT) -> list[str]:
     return [name for name in sections if name not in found]
 
 
-def write(sections: Mapping[str, str], optional: frozenset[str], root: Path = ROOT) -> None:
+def write(sections: Mapping[str, str], root: Path = ROOT) -> None:
     """Write each section to every page that has its marks.
 
     Args:
         sections: name -> Markdown.
-        optional: names of those that need not stand in any page.
         root: of the repository.
 
     Raises:
-        MarkError: a section that is not optional has no marks in any page; or as `filled`. Nothing is written then.
+        MarkError: a section has no marks in any page; or as `filled`. Nothing is written then.
     """
-    missing = [name for name in homeless(sections, root) if name not in optional]
-    if missing:
+    new = {path: filled(path, sections, root) for path in pages(root)}  # first, as a misspelt mark is a missing one too
+    if missing := homeless(sections, root):
         raise MarkError(
             f"no page has the marks of {', '.join(missing)}; README.md and docs/*.md are looked through for "
             f"<!-- {missing[0]}: written by benchmarks/report.py -->"
         )
-    new = {path: filled(path, sections, root) for path in pages(root)}
     for path, content in new.items():
         if content != path.read_text():
             path.write_text(content)

@@ -27,20 +27,13 @@ import report_study_pictures
 import report_tuning
 import report_tuning_pictures
 from matplotlib.figure import Figure
-from measuring import HERE, RESULTS, load
+from measuring import HERE, MIB, RESULTS, load
 from tables import where
 
 from revdistill.distill.artifact import read
 from revdistill.distill.image_grid import images
 from revdistill.outer.drawing import save
 
-# sections that need not stand in any page: benchmarks/README.md has all of their figures
-OPTIONAL = frozenset(
-    {
-        *("memory", "speed", "attribution", "attribution-cost", "images", "image-lines", "adam", "study"),
-        *("schedules", "cuda"),
-    }
-)
 DEVICES = (("cpu", "", ""), ("cuda", "-cuda", " on a GPU"))
 TIMED = {"speed": ("Speed", report_speed), "memory": ("Memory", report_memory)}
 
@@ -56,11 +49,34 @@ def headline_summary(results: dict[str, Any]) -> str:
             f"On {where(results)}:",
             "",
             f"- `{run['command']}`: {evaluation['mean']:.1%} +- {evaluation['std']:.1%} test accuracy, {name}, "
-            f"{evaluation['restarts']} fresh networks, in {run['seconds']:.0f} s.",
+            f"{evaluation['restarts']} fresh networks, in {run['seconds']:.0f} s"
+            f"{_beside(results.get('beside_others'))}.",
             f"- `revdistill verify`: hypergradients against float64 autograd, worst relative error {worst:.1e} "
             f"({len(gradients)} combinations).",
         ]
     )
+
+
+def _beside(run: dict[str, Any] | None) -> str:
+    """How long it takes where every core has other work as well."""
+    return f" ({run['seconds']:.0f} s beside {run['others']} other busy processes)" if run else ""
+
+
+def first_unroll(results: dict[str, Any]) -> str:
+    """What a process pays once."""
+    kept, fresh = results["first_unroll"]["later"], results["first_unroll"]["nothing kept"]["first"]
+    torch, loaded, first, second = (_cost(kept[part]) for part in ("torch", "import", "first", "second"))
+    return (
+        f"`import revdistill` takes {loaded} beside torch. The first unroll of a process and its way back (four steps "
+        f"of a small network) take {first}, the second {second}: the loops on integers are loaded as machine code. "
+        f"(torch's own first product of a Hessian and a vector takes {torch} besides, as it loads sympy.) The first "
+        f"unroll ever on a machine compiles the loops by numba, {_cost(fresh)}, and keeps them in the user's cache "
+        "(`$XDG_CACHE_HOME/revdistill` or `~/.cache/revdistill`); where nothing can be kept, each process pays that."
+    )
+
+
+def _cost(found: dict[str, float]) -> str:
+    return f"{found['seconds']:.2g} s and {found['bytes'] / MIB:.0f} MiB"
 
 
 def everything() -> dict[str, Any]:
@@ -140,16 +156,17 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
     add("front-attribution", report_front.attribution, "attribution")
     add("front-distillation", report_front.distillation, "images")
     add("headline", headline_summary, "headline")
+    add("first-unroll", first_unroll, "headline")
     add("speed", lambda r: f"{report_speed.summary(r)}\n\nOn {where(r)}.", "speed")
     add("memory", report_memory.summary, "memory")
     add("images", report_images.summary, "images")
     add("image-lines", report_images_lines.lines_table, "images")
     add("adam", _placed(report_tuning.adam_summary), "adam")
     add("schedules", report_tuning.schedules_table, "maclaurin2015")
-    add("attribution", _placed(report_attribution.summary), "attribution")
     add("attribution-cost", report_attribution.cost_table, "attribution_cost")
     add("flipped", _placed(report_flipped.summary), "flipped")
     add("cuda", report_cuda.summary, "cuda")
+    add("front-gpu", report_cuda.front, "cuda")
     add("study", report_study.summary, "medvedev2020")
     return found
 
@@ -158,7 +175,7 @@ def main() -> None:
     """Write everything that there is JSON for."""
     results = everything()
     written = sections(results)
-    pages.write(written, OPTIONAL)  # first: it says what is wrong with the pages before anything is drawn
+    pages.write(written)  # first: it says what is wrong with the pages before anything is drawn
     (HERE / "README.md").write_text(own_page(results))
     for name, figure in pictures(results):
         save(figure, RESULTS / f"{name}.png")

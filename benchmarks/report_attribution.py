@@ -116,33 +116,6 @@ def section(results: dict[str, Any], where: str) -> str:
     return "\n\n".join(parts)
 
 
-def summary(results: dict[str, Any], where: str) -> str:
-    """The table of the main README: at the smaller rates, beside the best of the others, and ours at all drops."""
-    rows = []
-    for cell in results["cells"]:
-        if cell["lr"] not in (0.01, 0.001) or cell["inputs"] != INPUTS[0]:
-            continue
-        rival = best_rival(cell, 0)
-        rows.append(
-            [
-                cell_title(cell),
-                ", ".join(str(row["retrainings"]) for row in cell["drops"]),
-                f"{cell['smoothness']:.2f}",
-                *(f"{row['methods'][OURS]['lds']:.3f}" for row in cell["drops"]),
-                f"{rival[1]:.3f} ({TITLES[rival[0]]})" if rival else "-",
-            ]
-        )
-    drops = [f"{row['drop']:.0%}" for row in results["cells"][0]["drops"]]
-    header = [
-        f"{results['settings']['examples']:,} MNIST images, {results['settings']['queries']} queries",
-        "retrainings",
-        "smoothness",
-        *(f"LDS, {d} left out" for d in drops),
-        f"best other way, {drops[0]}",
-    ]
-    return f"{table(header, rows)}\n\n{verdict(results)} On {where}."
-
-
 @styled
 def picture(results: dict[str, Any]) -> Figure:
     """LDS against smoothness, each way in a colour and with a marker of its own."""

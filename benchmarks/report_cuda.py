@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from report_cuda_lines import Line, cell, load, of
 from report_cuda_memory import gpt2, long, memory
-from report_cuda_speed import capture, compiled, kernels, speed, speed_summary
+from report_cuda_speed import REPLAYED, capture, compiled, kernels, speed, speed_summary, times
 from tables import table
 from tasks import KINDS
 
 OUT_OF_TIME = (124, 137)  # timeout's exit codes: ended, killed
 
-__all__ = ["load", "section", "summary"]
+__all__ = ["front", "load", "section", "summary"]
 
 
 def where(lines: list[Line]) -> str:
@@ -48,9 +48,14 @@ def section(lines: list[Line]) -> str:
 
 
 def summary(lines: list[Line]) -> str:
-    """The block of the main README."""
+    """The block of docs/how-to-choose.md."""
     parts = (right(lines), speed_summary(lines), memory(lines), long(lines), gpt2(lines), f"On {where(lines)}.")
     return "\n\n".join(part for part in parts if part)
+
+
+def front(lines: list[Line]) -> str:
+    """A sentence or two for the README."""
+    return f"On {where(lines)}: {right(lines)} {times(lines, 'With replayed steps', (REPLAYED,))}"
 
 
 def right(lines: list[Line]) -> str:

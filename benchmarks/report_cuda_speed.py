@@ -75,13 +75,16 @@ def speed_summary(lines: list[Line]) -> str:
     ratios = {task: {name: m["ratio_to_autograd"] for name, m in methods.items()} for task, methods in found.items()}
     rows = [[task, *(f"{mine[name]:.2f}" if name in mine else "-" for name in names)] for task, mine in ratios.items()]
     told = [table(["one hypergradient on a GPU, plain autograd = 1", *(METHODS[name].title for name in names)], rows)]
-    for words, group in (("Step by step", EAGER), ("With replayed steps", (REPLAYED,))):
-        these = [mine[name] for mine in ratios.values() for name in group if name in mine]
-        if these:
-            told.append(
-                f"{words}, a hypergradient takes {min(these):.2g} to {max(these):.2g} times as long as plain autograd."
-            )
-    return "\n\n".join(told)
+    told += [times(lines, "Step by step", EAGER), times(lines, "With replayed steps", (REPLAYED,))]
+    return "\n\n".join(filter(None, told))
+
+
+def times(lines: list[Line], words: str, group: tuple[str, ...]) -> str:
+    """The range of some methods' multiples in a sentence; nothing where none was measured."""
+    these = [mine[n]["ratio_to_autograd"] for mine in measured(lines).values() for n in group if n in mine]
+    if not these:
+        return ""
+    return f"{words}, a hypergradient takes {min(these):.2g} to {max(these):.2g} times as long as plain autograd."
 
 
 def kernels(lines: list[Line]) -> str:

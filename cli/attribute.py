@@ -41,7 +41,9 @@ _RATES = ", ".join(f"{rate:g} with {name}" for name, rate in RATES.items())
 
 
 @click.command(short_help="Which training examples helped, and which harmed.")
-@_option("--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.")
+@_option(
+    "--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.", type=options.DATASET
+)
 @options.data_dir
 @click.option(
     "--arch",

@@ -21,7 +21,7 @@ from .errors import user_input
 
     DATASET is what the other commands take as --dataset: {", ".join(NAMES)}, or {ACCEPTED}.""",
 )
-@click.argument("dataset")
+@click.argument("dataset", type=options.DATASET)
 @options.data_dir
 def data(dataset: str, data_dir: Path) -> None:
     """Print the description of a dataset."""

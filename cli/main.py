@@ -12,7 +12,6 @@ from contextlib import ExitStack
 import click
 import torch
 
-import revdistill
 from revdistill.engine import RankError, RevdistillError
 from revdistill.outer.directory import DirectoryInUseError
 from revdistill.outer.job import NotSavedError
@@ -27,10 +26,18 @@ from .show import show
 from .train import train
 from .tune import tune
 from .verify import verify
+from .version import print_version
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(revdistill.__version__, prog_name="revdistill")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_version,
+    help="Show the versions of revdistill, torch and Python and the devices that torch sees, and exit.",
+)
 def cli() -> None:
     """Distil datasets by differentiating through whole training runs, exactly, in the memory of one step.
 

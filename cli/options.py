@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from revdistill.outer import models
 from revdistill.outer.configuration import MANY, MOST_THREADS
-from revdistill.outer.data import DATA_DIR
+from revdistill.outer.data import DATA_DIR, NAMES
 from revdistill.outer.device import check_device
 from revdistill.outer.image_files import FROM_FILES
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.own_files import ACCEPTED
+from revdistill.outer.tensorboard import FOLDER, MISSING, check_installed
 
-if TYPE_CHECKING:
-    _ParamType = click.ParamType[Any]
-else:
-    _ParamType = click.ParamType  # older releases of click have it without a parameter
+from .completion import Named
 
 FC = TypeVar("FC", bound=Callable[..., Any])
 COUNT = click.IntRange(min=1)
@@ -63,11 +61,12 @@ class _Seconds(click.FloatRange):
         return found
 
 
-class _Checked(_ParamType):
+class _Checked(Named):
     """A text that a function of the library checks."""
 
-    def __init__(self, name: str, check: Any) -> None:
-        self.name, self._check = name, check
+    def __init__(self, name: str, check: Any, names: Sequence[str]) -> None:
+        super().__init__(name, names)
+        self._check = check
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
@@ -85,8 +84,9 @@ def _device_name(name: str) -> str:
     return name
 
 
-ARCHITECTURE = _Checked("name", models.canonical)
-DEVICE = _Checked("device", _device_name)
+ARCHITECTURE = _Checked("name", models.canonical, list(models.ARCHITECTURES))
+DEVICE = _Checked("device", _device_name, ("auto", "cpu", "cuda"))
+DATASET = Named("text", NAMES, files=True)
 
 _called: dict[str, list[str]] = {}  # what other optimizers call it, and which these are
 for _family in OPTIMIZERS.values():
@@ -114,6 +114,7 @@ data_dir = click.option(
 )
 dataset = click.option(
     "--dataset",
+    type=DATASET,
     help=f"Use this real dataset (a name, or {ACCEPTED}) instead of the one that RUN names. It must be given where "
     "RUN was distilled from a file: the result of somebody else does not choose which of your files is read.",
 )
@@ -135,6 +136,23 @@ device = click.option(
     default="auto",
     show_default=True,
     help="cpu, cuda, cuda:N, or auto. Under torchrun, cuda is each process's own.",
+)
+
+
+def _installed(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    if value:
+        try:
+            check_installed()
+        except ImportError:
+            raise click.ClickException(f"--tensorboard {MISSING}") from None
+    return value
+
+
+tensorboard = click.option(
+    "--tensorboard",
+    is_flag=True,
+    callback=_installed,
+    help=f"Also write each outer step to event files for TensorBoard, in OUT/{FOLDER}. (Needs the extra [log].)",
 )
 
 

@@ -63,7 +63,8 @@ def stopping(
     except InterruptedRunError as stopped:
         click.echo(f"stopped after {step} {stopped.outer_step} of {job.total}; go on with:", err=True)
         where = f" --data-dir {shlex.quote(str(data_dir))}" if dataset in FROM_FILES else ""
-        click.echo(f"  revdistill {ctx.command.name} --resume --out {shlex.quote(str(job.directory))}{where}", err=True)
+        again = f"revdistill {ctx.command.name} --resume --out {shlex.quote(str(job.directory))}{where}"
+        click.echo(f"  {again}{' --tensorboard' * bool(ctx.params.get('tensorboard'))}", err=True)
         ctx.exit(128 + stopped.signum)
 
 

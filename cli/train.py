@@ -53,7 +53,9 @@ _option = options.Fields(_DEFAULT)
     type=click.Choice([str(n) for n in BUDGETS]),
     help="With --preset best: its images take the numbers of this many per class.  [default: 10]",
 )
-@_option("--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.")
+@_option(
+    "--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.", type=options.DATASET
+)
 @options.data_dir
 @options.arch
 @_option("--steps", "How many synthetic batches are learned.", type=COUNT)
@@ -166,6 +168,7 @@ _option = options.Fields(_DEFAULT)
 @options.threads
 @_option("--seed", "Seed of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("run", "runs/DATASET, or the next free runs/DATASET-N")
+@options.tensorboard
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -176,6 +179,7 @@ def train(
     out: Path | None,
     resume: bool,
     save_every: float,
+    tensorboard: bool,
     **values: Any,
 ) -> None:
     """Distil a dataset: learn a small synthetic one, with step sizes, so that a fresh network trained on it does well
@@ -209,7 +213,7 @@ def train(
     with user_input():
         distiller = Distiller(config, data, processes)
     with user_input("--out"):
-        run = Distillation(out, distiller, resume=resume, save_every=save_every)
+        run = Distillation(out, distiller, resume=resume, save_every=save_every, tensorboard=tensorboard)
     click.echo("\n".join([_headline(distiller), *remarks(data)]))
     if resume:
         click.echo(f"resuming after outer step {distiller.outer_step} of {config.outer_steps}")

@@ -19,6 +19,7 @@ from revdistill.tune.tuner import Tuner
 from revdistill.tune.tuning import Tuning
 
 from . import options
+from .completion import Named
 from .described import remarks
 from .errors import check_out, user_input
 from .options import COUNT, RATE
@@ -32,7 +33,9 @@ _option = options.Fields(_DEFAULT)
 
 
 @click.command(short_help="Learn a training schedule for a model.")
-@_option("--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.")
+@_option(
+    "--dataset", f"{', '.join(NAMES)}, or {ACCEPTED}; revdistill data says what is read of it.", type=options.DATASET
+)
 @options.data_dir
 @click.option(
     "--arch",
@@ -44,6 +47,7 @@ _option = options.Fields(_DEFAULT)
 @_option("--steps", "Training steps, each on a minibatch of the real data.", type=COUNT)
 @click.option(
     "--learn",
+    type=Named("text", LEARNABLE, separator=","),
     default=",".join(_DEFAULT.learn),
     show_default=True,
     metavar="LIST",
@@ -72,9 +76,18 @@ _option = options.Fields(_DEFAULT)
 @options.threads
 @_option("--seed", "Seed of every random draw.", type=click.IntRange(0, 2**31 - 1))
 @options.kept("tuning", "runs/tune-DATASET")
+@options.tensorboard
 @click.pass_context
 def tune(
-    ctx: click.Context, /, data_dir: Path, out: Path | None, resume: bool, save_every: float, learn: str, **values: Any
+    ctx: click.Context,
+    /,
+    data_dir: Path,
+    out: Path | None,
+    resume: bool,
+    save_every: float,
+    tensorboard: bool,
+    learn: str,
+    **values: Any,
 ) -> None:
     """Learn a training schedule: differentiate the held-out loss through whole trainings of fresh networks.
 
@@ -97,7 +110,7 @@ def tune(
     with user_input():
         tuner = Tuner(config, data, processes)
     with user_input("--out"):
-        tuning = Tuning(out, tuner, resume=resume, save_every=save_every)
+        tuning = Tuning(out, tuner, resume=resume, save_every=save_every, tensorboard=tensorboard)
     click.echo(
         f"{Path(data.name).name}: {config.arch}, {config.steps} steps of {config.optimizer}; learning "
         f"{', '.join(config.learn)}"

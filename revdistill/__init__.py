@@ -36,6 +36,7 @@ from revdistill.outer.orders import epochs
 
 if TYPE_CHECKING:
     from revdistill import distributed
+    from revdistill.outer.tensorboard import TensorBoard
     from revdistill.tune.schedule import Schedule, ScheduleLR, schedule_lr
 
 __version__ = "0.2.0"  # setup.cfg reads it here; CITATION.cff and CHANGELOG.md say the same
@@ -65,6 +66,7 @@ __all__ = [
     "UnrollStats",
     "Schedule",
     "ScheduleLR",
+    "TensorBoard",
     "UnsupportedError",
     "attribute",
     "distributed",
@@ -83,6 +85,10 @@ def __getattr__(name: str) -> Any:
         from revdistill.tune import schedule
 
         return getattr(schedule, name)
+    if name == "TensorBoard":
+        from revdistill.outer import tensorboard
+
+        return tensorboard.TensorBoard
     if name == "distributed":
         return importlib.import_module("revdistill.distributed")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

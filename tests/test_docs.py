@@ -82,7 +82,7 @@ def test_commands_are_ones_that_there_are(page: Path) -> None:
         found = cli.commands.get(command)
         assert found is not None, line
         try:
-            found.make_context(command, arguments, resilient_parsing=False)
+            found.make_context(command, arguments, parent=click.Context(cli, **cli.context_settings))
         except click.exceptions.Exit:
             pass  # --help
         except click.ClickException as error:

@@ -153,27 +153,30 @@ def test_the_pages_of_the_sdist_lead_somewhere(built: Built) -> None:
 
 def test_the_command_works_outside_the_sources(python: Path, elsewhere: Path) -> None:
     script = next(path for path in (python.parent / "revdistill", python.parent / "revdistill.exe") if path.exists())
-    assert revdistill.__version__ in run(script, "--version", cwd=elsewhere)
     sizes = ("--steps", "2", "--epochs", "1", "--outer-steps", "2", "--inits", "1")
-    run(python, "-m", "revdistill.cli", "train", "--dataset", "moons", *sizes, "--out", "run", cwd=elsewhere)
+    run(script, "train", "--dataset", "moons", *sizes, "--out", "run", cwd=elsewhere)
     assert {"distilled.h5", "metrics.jsonl"} <= {path.name for path in (elsewhere / "run").iterdir()}
 
 
 def test_the_example_of_the_description_runs_outside_the_sources(python: Path, elsewhere: Path) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "DESCRIPTION.md").read_text(), flags=re.M | re.S)
     after = """
+import runpy, sys
 assert x.grad.shape == x.shape and bool(x.grad.any())
 assert lr.grad.shape == (90,) and bool(lr.grad.all())
 import importlib.util
 import revdistill.cli
 print(rd.__file__, revdistill.cli.__file__, *map(importlib.util.find_spec, ("cli", "tests", "benchmarks")), sep="\\n")
+sys.argv = ["revdistill", "--version"]
+runpy.run_module("revdistill.cli", run_name="__main__")  # python -m revdistill.cli
 """
     (elsewhere / "example.py").write_text(example + after)
-    library, command, *others = run(python, "-W", "error", "example.py", cwd=elsewhere).split("\n")[:5]
+    library, command, *others, version = run(python, "-W", "error", "example.py", cwd=elsewhere).splitlines()[:6]
     (own,) = python.parents[1].rglob("site-packages")
     assert Path(library) == own / "revdistill/__init__.py"
     assert Path(command) == own / "revdistill/cli/__init__.py"
     assert others == ["None"] * 3
+    assert revdistill.__version__ in version
 
 
 def test_types_reach_a_users_script(python: Path, elsewhere: Path) -> None:

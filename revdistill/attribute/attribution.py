@@ -16,10 +16,11 @@ from revdistill.attribute.retraining import retrain
 from revdistill.attribute.run import Params, Run
 from revdistill.attribute.smoothness import smoothness
 from revdistill.engine import UnsupportedError
+from revdistill.engine.showing import Shown, brief
 
 
-@dataclass(frozen=True)
-class Ranked:
+@dataclass(frozen=True, repr=False)
+class Ranked(Shown):
     """Examples by the size of their scores, largest first.
 
     indices: int64 [m]; scores: [m].
@@ -29,8 +30,8 @@ class Ranked:
     scores: Tensor
 
 
-@dataclass(frozen=True)
-class Top:
+@dataclass(frozen=True, repr=False)
+class Top(Shown):
     """The examples that did most to one query.
 
     helpful: leaving them out raises its loss (scores below 0); harmful: leaving them out lowers it (above 0).
@@ -66,7 +67,9 @@ class Attribution:
 
     def __repr__(self) -> str:
         queries, n = self.scores.shape
-        return f"Attribution(queries={queries}, examples={n})"
+        found = f"scores={brief(self.scores)}, mean loss={brief(float(self.losses.double().mean()))}"
+        lds = "" if self.checked is None else f", LDS={brief(self.checked.mean)}"
+        return f"Attribution(queries={queries}, examples={n}, {found}{lds})"
 
     def predict(self, dropped: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """The queries' losses after a training without some examples, to first order: losses - sum of their scores.

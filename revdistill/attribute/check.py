@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from revdistill.attribute.arguments import dropped_at_once
+from revdistill.engine.showing import Shown
 
 _RESAMPLES = 1000
 _AT_ONCE = 2**19  # numbers ranked in one call
@@ -24,8 +25,8 @@ ADVICE = (
 Interval = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Check:
+@dataclass(frozen=True, repr=False)
+class Check(Shown):
     """Predicted and true losses of R trainings without random subsets of the examples.
 
     An LDS is the Spearman rank correlation of both over the trainings. Where a query's true losses do not vary, it has

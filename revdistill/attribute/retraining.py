@@ -11,11 +11,12 @@ from torch import Tensor
 from revdistill.attribute.arguments import checked_weights
 from revdistill.attribute.run import Params, Run
 from revdistill.attribute.side_by_side import Stack, how_many
+from revdistill.engine.showing import Shown
 from revdistill.outer.ranks import ALONE, Processes
 
 
-@dataclass(frozen=True)
-class Retrained:
+@dataclass(frozen=True, repr=False)
+class Retrained(Shown):
     """Trainings with other weights.
 
     losses: [R, K], of the queries. theta: name -> [R, ...], the trained parameters; None where they were not asked for.

@@ -14,6 +14,7 @@ import torch
 
 import revdistill
 from revdistill.distill.parametrization import MOST_PACKED, REDUCED, form_of, too_large
+from revdistill.engine.showing import brief, shares
 from revdistill.outer.hdf5 import Reader, reading, writing
 from revdistill.outer.labels import Label
 from revdistill.outer.optimizers import DEFAULT, OPTIMIZERS, accepted
@@ -81,6 +82,16 @@ class Artifact:
     whitening: Whitening | None = None
     revdistill_version: str = ""
     torch_version: str = ""
+
+    def __repr__(self) -> str:
+        labels = f"soft labels of {self.y.shape[-1]} classes" if self.has_soft_labels else "hard labels"
+        inputs = " x ".join(map(str, self.x.shape[2:]))
+        reached = shares(self.evaluation, "mean")
+        return (
+            f"Artifact({self.dataset}: {self.batches} batches of {self.x.shape[1]}, inputs {inputs}, {labels}; "
+            f"{self.inner_steps} steps of {self.optimizer}, lr {brief(self.lr)}; for {', '.join(self.architectures)}"
+            + (f"; test accuracy {reached})" if reached else ")")
+        )
 
     @property
     def batches(self) -> int:

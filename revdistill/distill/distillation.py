@@ -12,6 +12,7 @@ from revdistill.distill import checkpoint as checkpoints
 from revdistill.distill.distiller import Distiller, OuterStep
 from revdistill.distill.evaluation import evaluate_all
 from revdistill.outer.job import Job
+from revdistill.outer.tensorboard import numbers_of
 
 RESTARTS = 10
 
@@ -24,16 +25,30 @@ class Distillation(Job[artifacts.Artifact]):
         distiller: what makes the steps.
         resume: see Job.
         save_every: see Job.
+        tensorboard: see Job.
     """
 
     noun, verb = "run", "distil"
     checkpoint, results = checkpoints.FILE_NAME, (artifacts.FILE_NAME,)
 
     def __init__(
-        self, directory: Path, distiller: Distiller, *, resume: bool = False, save_every: float = 60.0
+        self,
+        directory: Path,
+        distiller: Distiller,
+        *,
+        resume: bool = False,
+        save_every: float = 60.0,
+        tensorboard: bool = False,
     ) -> None:
         self.distiller, self._accuracy = distiller, math.nan
-        super().__init__(directory, resume=resume, save_every=save_every, processes=distiller.processes)
+        self._entry: dict[str, Any] = {}
+        super().__init__(
+            directory,
+            resume=resume,
+            save_every=save_every,
+            processes=distiller.processes,
+            tensorboard=tensorboard,
+        )
 
     @property
     def total(self) -> int:
@@ -52,7 +67,14 @@ class Distillation(Job[artifacts.Artifact]):
         shown = f"loss {report.loss:.4f}" + (
             "" if math.isnan(self._accuracy) else f", held-out accuracy {self._accuracy:.1%}"
         )
-        return _entry(report, self._accuracy if validated else None) if logged else None, shown
+        self._entry = _entry(report, self._accuracy if validated else None)
+        return self._entry if logged else None, shown
+
+    def numbers(self) -> dict[str, float]:
+        return numbers_of(self._entry)
+
+    def reached(self, result: artifacts.Artifact) -> dict[str, float]:
+        return {f"test_accuracy/{name}": found["mean"] for name, found in result.evaluation.items()}
 
     def save(self, path: Path) -> None:
         checkpoints.save(path, self.distiller)

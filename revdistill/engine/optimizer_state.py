@@ -14,6 +14,7 @@ from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.optimizers.start import Start
 from revdistill.engine.scalars import is_integer
+from revdistill.engine.showing import Shown
 from revdistill.engine.tensors import check_plain
 
 _NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
@@ -21,8 +22,8 @@ _TORCHS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMS
 _MOST_STEPS = 2**53  # which floats count one by one
 
 
-@dataclass(frozen=True, eq=False)
-class OptimizerState:
+@dataclass(frozen=True, eq=False, repr=False)
+class OptimizerState(Shown):
     """Where an optimizer is: `rd.unroll(..., return_state=True)` returns one, `rd.unroll(..., state=)` goes on from
     one.
 

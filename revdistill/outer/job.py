@@ -22,6 +22,7 @@ from revdistill.engine import RankError
 from revdistill.outer.directory import METRICS, DirectoryInUseError, DirectoryLock, Log, resumed_log
 from revdistill.outer.files import remove_leftovers
 from revdistill.outer.ranks import ALONE, Processes, StoppedError
+from revdistill.outer.tensorboard import FOLDER, Events, check_installed
 
 # Ctrl-C; what a batch system sends before it kills; a terminal that was closed
 _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -54,10 +55,12 @@ class Job(ABC, Generic[R]):
         save_every: seconds between checkpoints.
         processes: that make the steps together. Each has the whole job; the first alone keeps it in the directory,
             which the others read where it is resumed.
+        tensorboard: whether each step's numbers also go to event files for TensorBoard, in `tensorboard` there.
 
     Raises:
         ValueError: the directory is not as it must be. Nothing is written before that is checked.
         ArtifactError: the checkpoint is damaged.
+        ImportError: tensorboard is asked for, and not installed.
     """
 
     noun: ClassVar[str]  # in messages
@@ -67,9 +70,18 @@ class Job(ABC, Generic[R]):
     results: ClassVar[tuple[str, ...]]  # the names of the files of the result, the main one first
 
     def __init__(
-        self, directory: Path, *, resume: bool = False, save_every: float = 60.0, processes: Processes = ALONE
+        self,
+        directory: Path,
+        *,
+        resume: bool = False,
+        save_every: float = 60.0,
+        processes: Processes = ALONE,
+        tensorboard: bool = False,
     ) -> None:
+        if tensorboard:
+            check_installed()
         self.directory, self._save_every, self.processes = directory, save_every, processes
+        self._tensorboard = tensorboard
         if resume:
             self.restore(directory / self.checkpoint)
         elif self.started_in(directory):
@@ -120,6 +132,14 @@ class Job(ABC, Generic[R]):
         it.
         """
 
+    def numbers(self) -> dict[str, float]:
+        """Of the last step, by name, for event files."""
+        return {}
+
+    def reached(self, result: R) -> dict[str, float]:
+        """Of the result, likewise."""
+        return {}
+
     def fingerprint(self) -> int:
         """Below 2^53, of what all processes have alike: it is compared now and then."""
         return 0
@@ -143,16 +163,25 @@ class Job(ABC, Generic[R]):
             RankError: another process is gone, or has something else.
         """
         with DirectoryLock(self.directory) if self.processes.first else nullcontext() as lock:
-            loop = _Loop(self, lock, self._save_every)
-            with interruptible(loop.at_once) as interrupted:
-                loop.run(interrupted, progress)
-                return self.finish()
+            events = Events(self.directory / FOLDER, self.outer_step) if lock and self._tensorboard else None
+            loop = _Loop(self, lock, self._save_every, events)
+            try:
+                with interruptible(loop.at_once) as interrupted:
+                    loop.run(interrupted, progress)
+                    result = self.finish()
+                loop.add(self.reached(result))
+                return result
+            finally:
+                loop.close()
 
 
 class _Loop:
     """The steps. lock: of the process that writes; None in the others."""
 
-    def __init__(self, job: Job[Any], lock: DirectoryLock | None, save_every: float) -> None:
+    def __init__(
+        self, job: Job[Any], lock: DirectoryLock | None, save_every: float, events: Events | None = None
+    ) -> None:
+        self._events = events
         self._job, self._directory, self._lock, self._save_every = job, job.directory, lock, save_every
         self._processes = job.processes
         self._checkpoint = job.directory / job.checkpoint
@@ -182,18 +211,33 @@ class _Loop:
                     entry, shown = self._step(interrupted)
                     if entry is not None and log is not None:
                         self._append(log, entry | {"seconds": round(before + time.monotonic() - started, 1)})
+                    if job.outer_step > done:
+                        self.add(job.numbers(), done)
                     self._logged = job.outer_step
                     signum = self._agree(interrupted(), look=job.outer_step % _COMPARED == 0 or job.outer_step == total)
                 bar.set_postfix_str(shown)
                 bar.update(job.outer_step - done)
                 last = signum is not None or job.outer_step == total
                 if self._lock and (last or time.monotonic() - saved > self._save_every):
+                    if self._events is not None:
+                        self._written(self._events.flush)  # first: what is not in the file is to be made again
                     fine = self._written(lambda: job.save(self._checkpoint))
                     saved = time.monotonic()
                     if last and not fine:
                         self._rescue()
                 if signum is not None and job.outer_step < total:
                     raise InterruptedRunError(job.outer_step, signum)
+
+    def add(self, numbers: dict[str, float], step: int | None = None) -> None:
+        """To the event file, where there is one; by default of the end."""
+        events = self._events
+        if events is not None:
+            self._written(lambda: events.add(self._job.total if step is None else step, numbers))
+
+    def close(self) -> None:
+        """The event file is whole."""
+        if self._events is not None:
+            self._written(self._events.close)
 
     def _started(self) -> tuple[Log | None, float]:
         """The log, and the seconds that its steps took; there is a checkpoint then."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import revdistill
+from revdistill.engine.showing import brief, shares
 from revdistill.outer.files import replacing
 from revdistill.outer.hdf5 import Reader, reading, writing
 from revdistill.outer.optimizers import OPTIMIZERS, accepted
@@ -47,6 +48,14 @@ class Schedule:
     groups: list[str]
     config: dict[str, Any] = field(default_factory=dict)
     comparison: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        found = [f"{name} {brief(getattr(self, name))}" for name in _ARRAYS]
+        of = f" of {len(self.groups)} layers" if self.groups != [ALL] else ""
+        reached = shares(self.comparison, "accuracy")
+        return f"Schedule({self.steps} steps of {self.optimizer}{of}; {'; '.join(found)}" + (
+            f"; test accuracy {reached})" if reached else ")"
+        )
 
     @property
     def steps(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revdistill.outer.job import Job
+from revdistill.outer.tensorboard import numbers_of
 from revdistill.tune import checkpoint as checkpoints
 from revdistill.tune import schedule as schedules
 from revdistill.tune.comparison import measure_all
@@ -24,14 +25,26 @@ class Tuning(Job[Schedule]):
         tuner: what makes the steps.
         resume: see Job.
         save_every: see Job.
+        tensorboard: see Job.
     """
 
     noun, verb = "tuning", "tune"
     checkpoint, results = checkpoints.FILE_NAME, (schedules.FILE_NAME, schedules.JSON_NAME)
 
-    def __init__(self, directory: Path, tuner: Tuner, *, resume: bool = False, save_every: float = 60.0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        tuner: Tuner,
+        *,
+        resume: bool = False,
+        save_every: float = 60.0,
+        tensorboard: bool = False,
+    ) -> None:
         self.tuner = tuner
-        super().__init__(directory, resume=resume, save_every=save_every, processes=tuner.processes)
+        self._entry: dict[str, Any] = {}
+        super().__init__(
+            directory, resume=resume, save_every=save_every, processes=tuner.processes, tensorboard=tensorboard
+        )
 
     @property
     def total(self) -> int:
@@ -44,7 +57,14 @@ class Tuning(Job[Schedule]):
     def step(self) -> tuple[dict[str, Any], str]:
         report = self.tuner.step()
         exploding = "" if report.explosion is None else f", hypergradient explodes from step {report.explosion} down"
-        return _entry(report), f"held-out loss {report.loss:.4f}{exploding}"
+        self._entry = _entry(report)
+        return self._entry, f"held-out loss {report.loss:.4f}{exploding}"
+
+    def numbers(self) -> dict[str, float]:
+        return numbers_of(self._entry)
+
+    def reached(self, result: Schedule) -> dict[str, float]:
+        return {f"test_accuracy/{name}": found["accuracy"] for name, found in result.comparison.items()}
 
     def save(self, path: Path) -> None:
         checkpoints.save(path, self.tuner)

@@ -45,13 +45,13 @@ def root(tmp_path: Path) -> Path:
 
 def test_a_section_is_written_wherever_its_marks_are(root: Path) -> None:
     sections = {"speed": "fast, [x](benchmarks/results/x.h5), [y](https://benchmarks/)", "memory": "flat"}
-    pages.write(sections, frozenset(), root)
+    pages.write(sections, root)
     assert (root / "README.md").read_text() == "before\n" + MARKS.format("speed", sections["speed"]) + "between\n"
     there = "fast, [x](../benchmarks/results/x.h5), [y](https://benchmarks/)"
     assert (root / "docs/page.md").read_text() == MARKS.format("memory", "flat") + MARKS.format("speed", there)
     (root / "docs/more/deep.md").write_text((root / "docs/page.md").read_text())
     (root / "docs/page.md").write_text("moved\n")
-    pages.write(sections, frozenset(), root)
+    pages.write(sections, root)
     assert "(../../benchmarks/results/x.h5)" in (root / "docs/more/deep.md").read_text()
     assert (root / "docs/page.md").read_text() == "moved\n"
 
@@ -76,13 +76,13 @@ def test_marks_that_are_missing_or_wrong_are_named(root: Path, name: str, conten
     (root / name).write_text(content)
     sections = {"speed": "new", "memory": "new"} | ({"bits": "new"} if "bits" in message else {})
     with pytest.raises(pages.MarkError, match=re.escape(message)):
-        pages.write(sections, frozenset({"speed", "memory"}), root)
+        pages.write(sections, root)
     assert {path: path.read_text() for path in pages.pages(root)} == before
 
 
 def test_the_committed_pages_are_what_report_writes(results: dict[str, Any], sections: dict[str, str]) -> None:
     """Otherwise: python benchmarks/report.py."""
-    assert set(pages.homeless(sections)) <= report.OPTIONAL
+    assert pages.homeless(sections) == []
     for path in pages.pages():
         assert path.read_text() == pages.filled(path, sections), f"{path} is stale: python benchmarks/report.py"
     assert report.own_page(results) == (pages.ROOT / "benchmarks/README.md").read_text()

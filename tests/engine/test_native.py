@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,10 @@ def least_bits(bits: Any, numel: int, start: int) -> Any:
 
 
 def calls_numba(target: Any, numel: int, most: int) -> None:
+    if most < 0:
+        raise ValueError  # which calls the interpreter
     for i in range(numel):
-        target[i] = max(target[i], most)  # numba's max may raise
+        target[i] = max(target[i], most)
 
 
 @pytest.fixture
@@ -84,6 +88,18 @@ def test_results_and_integers_of_the_same_bits(folder: Path) -> None:
 def test_other_threads_run_meanwhile(folder: Path) -> None:
     run = Loop(scaled, (FLOAT,))._make((torch.float64, torch.float32))
     assert not type(run)._flags_ & ctypes._FUNCFLAG_PYTHONAPI  # type: ignore[attr-defined]
+
+
+def test_the_code_lasts_as_long_as_its_function(folder: Path) -> None:
+    """Regression: it was gone with the machine that had loaded it, and the function called what was there then."""
+    run = Loop(scaled, (FLOAT,))._make((torch.float64, torch.float32))
+    machine = weakref.ref(native._Machine.this())
+    native._Machine.this.cache_clear()
+    gc.collect()
+    assert machine() is not None
+    del run
+    gc.collect()
+    assert machine() is None
 
 
 def flipped(file: Path) -> None:

@@ -11,9 +11,10 @@ from revdistill.engine.adjoints.amplification import Amplification
 from revdistill.engine.adjoints.result import Result
 from revdistill.engine.adjoints.trajectory import Trajectory
 from revdistill.engine.problem import Problem
+from revdistill.engine.showing import size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnrollStats:
     """What one forward pass kept, and how the way back went.
 
@@ -27,6 +28,15 @@ class UnrollStats:
     state_bytes: int
     history_bytes: int | None
     _amplification: Amplification = field(default_factory=Amplification, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        found = [f"steps={self.steps}", f"parameters={self.parameters}", f"state={size(self.state_bytes)}"]
+        if self.history_bytes is not None:
+            bits = f"{self.history_bits_per_parameter_step:.3g} bits per parameter and step"
+            found.append(f"history={size(self.history_bytes)} ({bits})")
+        if self.amplification is not None:
+            found.append(f"amplification={self.amplification:.3g}")
+        return f"UnrollStats({', '.join(found)})"
 
     @property
     def history_bits_per_parameter_step(self) -> float | None:

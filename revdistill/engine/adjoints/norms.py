@@ -18,6 +18,13 @@ class BackwardNorms:
             self.norms = {}
         self.norms[k], self._last = norm, k
 
+    def __repr__(self) -> str:
+        if not self.norms:
+            return "BackwardNorms(no way back yet)"
+        at, first = self.explosion(), f"{self.norms[max(self.norms)]:.4g} at step {max(self.norms)}"
+        exploding = "" if at is None else f", explodes from step {at} down"
+        return f"BackwardNorms({first}, {self.norms[min(self.norms)]:.4g} at step {min(self.norms)}{exploding})"
+
     def explosion(self, factor: float = 1_000.0) -> int | None:
         """The step k, met first on the way back, where the norm passes `factor` times the smallest met before it; None
         if none.

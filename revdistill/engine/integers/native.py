@@ -98,8 +98,10 @@ def _loaded(function: Callable[..., Any], signature: _Signature) -> Any:
                 object_cache.write(name, code)
         address = machine.load(code, name) if code is not None else made.address
     result = None if signature.result is None else _C[signature.result]
-    made = ctypes.CFUNCTYPE(result, *[ctypes.c_void_p] * len(signature.pointed), *(_C[s] for s in signature.scalars))
-    return made(address)
+    kind = ctypes.CFUNCTYPE(result, *[ctypes.c_void_p] * len(signature.pointed), *(_C[s] for s in signature.scalars))
+    run: Any = kind(address)
+    run.machine = machine  # whose memory the code is in: it must last as long as the function
+    return run
 
 
 def _text(function: Callable[..., Any]) -> str:
@@ -173,7 +175,7 @@ class _Machine:
         return code
 
     def load(self, code: bytes, name: str) -> int:
-        """The address of the symbol, in memory that stays as long as the process does."""
+        """The address of the symbol, in memory that stays as long as this object does."""
         self._engine.add_object_file(self._llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         address: int = self._engine.get_function_address(name)

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from revdistill.engine.loss.batches import is_table
 from revdistill.engine.loss.tree import check_form, leaves
+from revdistill.engine.showing import Shown
 from revdistill.engine.tensors import check_tensor
 
 _DATA, _ORDER = "Minibatches: data", "Minibatches: order"
 
 
-@dataclass(frozen=True, eq=False)
-class Minibatches:
+@dataclass(frozen=True, eq=False, repr=False)
+class Minibatches(Shown):
     """Batches for `rd.unroll`: step k gets the examples of a data set that a row of `order` names.
 
     `rd.unroll(loss, params, rd.Minibatches((x, y), torch.tensor([[2, 0, 1], [3, 4, -1]])), optimizer, steps=2)` takes

@@ -55,7 +55,7 @@ from revdistill.engine.optimizers.start import AT_REST, Start
 from revdistill.engine.optimizers.update import Update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adam(Optimizer):
     """torch.optim.Adam's update, with weight_decay as an L2 penalty: g <- gradient + weight_decay theta.
 
@@ -143,7 +143,7 @@ class Adam(Optimizer):
         return Update(layout, tables, tuple(moves), dict.fromkeys(("m", "s", "s_max"), Wide()), clipping)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdamW(Adam):
     """torch.optim.AdamW's update: Adam, and theta <- (1 - lr weight_decay) theta, a factor that acts as the nearest n /
     2^30.

@@ -11,9 +11,10 @@ from revdistill.engine.layout import Layout
 from revdistill.engine.optimizers.hyperparameters import Hyperparameter
 from revdistill.engine.optimizers.start import AT_REST, Start
 from revdistill.engine.optimizers.update import Update
+from revdistill.engine.showing import Shown
 
 
-class Optimizer(ABC):
+class Optimizer(Shown, ABC):
     """What rd.unroll takes: `SGD`, `Adam`, `AdamW` or `RMSprop`.
 
     slot_names: by the name of each running average, torch.optim's name for it.

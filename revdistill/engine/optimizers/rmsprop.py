@@ -29,7 +29,7 @@ from revdistill.engine.optimizers.start import AT_REST, Start
 from revdistill.engine.optimizers.update import Update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RMSprop(Optimizer):
     """torch.optim.RMSprop's update. `Reversible` walks it back where momentum is above 0; else use `Checkpoint`.
 

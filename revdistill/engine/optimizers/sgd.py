@@ -26,7 +26,7 @@ from revdistill.engine.optimizers.update import Update
 from revdistill.engine.scalars import as_float, is_real
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SGD(Optimizer):
     """torch.optim.SGD's update, after torch.nn.utils.clip_grad_norm_'s where max_norm is given.
 

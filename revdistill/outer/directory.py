@@ -102,9 +102,9 @@ class DirectoryLock:
                     error.errno, f"cannot lock {self._path}: {error.strerror}; another --out may be on a disk that can"
                 ) from error
         assert self._file is not None
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
+        number = self._file.fileno()  # past the buffer: on a full disk it would keep what nobody can write, until the end
+        os.ftruncate(number, 0)
+        os.write(number, str(os.getpid()).encode())
 
     def _is_held(self) -> bool:
         if self._file is None:

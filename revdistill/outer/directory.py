@@ -102,7 +102,7 @@ class DirectoryLock:
                     error.errno, f"cannot lock {self._path}: {error.strerror}; another --out may be on a disk that can"
                 ) from error
         assert self._file is not None
-        number = self._file.fileno()  # past the buffer: on a full disk it would keep what nobody can write, until the end
+        number = self._file.fileno()  # past the buffer: on a full disk it would keep what it cannot write, to the end
         os.ftruncate(number, 0)
         os.write(number, str(os.getpid()).encode())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,23 @@ def test_whether_a_directory_can_be_written_to_is_tried_without_a_trace(tmp_path
         with pytest.raises(NotADirectoryError):
             check_writable(place)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "there"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files as Linux does")
+def test_a_lock_on_a_full_disk_keeps_nothing_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: the file that nobody closed tried again in the end, which Python 3.13 reports with a traceback."""
+    import resource
+
+    files = []
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda *args: files.append(opened(*args)) or files[-1])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            DirectoryLock(tmp_path).__enter__()
+        (file,) = files
+        file.flush()  # nothing is left to be written
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    file.close()

@@ -20,8 +20,8 @@ FRONT = """# The command line
 
 <!-- written by docs/make_cli.py; do not edit -->
 
-Every command has `-h`, `--help`; `revdistill --version` says what a report of a fault should. `python -m revdistill` is the same command. A shell
-completes options, architectures, datasets and files after
+Every command has `-h`, `--help`; `revdistill --version` says what a report of a fault should. `python -m revdistill` is
+the same command. A shell completes options, architectures, datasets and files after
 
     eval "$(_REVDISTILL_COMPLETE=bash_source revdistill)"    likewise zsh_source and fish_source
 

@@ -147,8 +147,11 @@ def test_the_pages_of_the_sdist_lead_somewhere(built: Built) -> None:
         for first, second in re.findall(r"\]\(([^)\s]+)[^)]*\)|src=\"([^\"]+)\"", text):
             target = (first or second).partition("#")[0]
             if target and "://" not in target and not target.startswith("mailto:"):
-                found = (page.parent / target).exists()
-                assert found, f"{page.relative_to(built.sdist)}: {target} is not in the sdist; MANIFEST.in says what is"
+                found = (page.parent / target).resolve()
+                name = found.relative_to(built.sdist.resolve()).as_posix()
+                too_large = re.fullmatch(r"benchmarks/results/[^/]+\.h5", name) and (ROOT / name).exists()
+                said = f"{page.relative_to(built.sdist)}: {target} is not in the sdist; MANIFEST.in says what is"
+                assert found.exists() or too_large, said
 
 
 def test_the_command_works_outside_the_sources(python: Path, elsewhere: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from revdistill.engine.adjoints.adjoint import Adjoint
 from revdistill.engine.adjoints.backprop import Backprop
+from revdistill.engine.callables import check_callable
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.loss.batches import function_of, is_table
 from revdistill.engine.loss.gradient import check_arity
@@ -43,7 +44,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if not isinstance(given["optimizer"], Optimizer):
         raise TypeError(
             "optimizer must be rd.SGD(...), rd.Adam(...), rd.AdamW(...) or rd.RMSprop(...), "
-            f"got {_kind(given['optimizer'])}"
+            f"got {_optimizer(given['optimizer'])}"
         )
     for label, value in vars(given["optimizer"]).items():
         for path, t in leaves(value, label):
@@ -55,9 +56,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             "adjoint must be rd.Reversible(), rd.Checkpoint(), rd.StoreAll(), rd.Backprop() or None, "
             f"got {adjoint.__name__ if isinstance(adjoint, type) else _kind(adjoint)}"
         )
-    for name, form in (("on_step", "on_step(k, params, loss)"), ("on_step_back", "on_step_back(k, norm)")):
-        if given[name] is not None and not callable(given[name]):
-            raise TypeError(f"{name} must be callable as {form}, got {_kind(given[name])}")
+    for name, form in (("on_step", "on_step(k, theta, loss)"), ("on_step_back", "on_step_back(k, norm)")):
+        if given[name] is not None:
+            check_callable(name, given[name], form, form.count(",") + 1)
     _check_clip(given["clip_back"])
     if given["seed"] is not None:
         _check_int("seed", given["seed"], least=0)
@@ -125,6 +126,17 @@ def check_average(average: Any, steps: int) -> list[float]:
     if not 0 <= average <= 1:
         raise ValueError(f"average must be a decay from 0 to 1, got {average}")
     return [average**steps] + [(1 - average) * average ** (steps - k) for k in range(1, steps + 1)]
+
+
+def _optimizer(given: Any) -> str:
+    """What it is, and what to write in its place."""
+    kind = given if isinstance(given, type) else type(given)
+    if issubclass(kind, torch.optim.Optimizer):
+        return (
+            f"torch.optim.{kind.__name__}; write its numbers as rd's, and give state=rd.OptimizerState.from_torch(...) "
+            "to go on from its state"
+        )
+    return f"the class {kind.__name__}, not an instance" if kind is given else kind.__name__
 
 
 def _check_clip(clip_back: Any) -> None:

@@ -7,7 +7,6 @@ that is one bit different on the way back ruins the reversal (invariant 1 of the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revdistill.engine.callables import check_callable
 from revdistill.engine.errors import UnsupportedError
 from revdistill.engine.integers.fingerprint import Fingerprints
 from revdistill.engine.layout import Layout
@@ -256,16 +256,10 @@ def check_arity(loss: Loss, has_hyper: bool) -> None:
     Raises:
         TypeError: it is not callable, or not with these arguments.
     """
-    if not callable(loss):
-        raise TypeError(f"loss must be callable as loss(params, batch), got {type(loss).__name__}")
-    arguments = [None] * (3 if has_hyper else 2)
-    try:
-        inspect.signature(loss).bind(*arguments)
-    except TypeError:
-        wanted = "loss(params, batch, hyper), because hyper= is given" if has_hyper else "loss(params, batch)"
-        raise TypeError(f"loss must be callable as {wanted}; its signature is {inspect.signature(loss)}") from None
-    except ValueError:
-        return  # a builtin without a signature: the call itself will tell
+    if has_hyper and callable(loss):
+        check_callable("loss", loss, "loss(params, batch, hyper), because hyper= is given", 3)
+    else:
+        check_callable("loss", loss, "loss(params, batch)", 2)
 
 
 def _leaves(tensors: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:

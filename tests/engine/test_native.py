@@ -18,7 +18,7 @@ import torch
 
 import revdistill as rd
 from revdistill.engine.integers import native, object_cache
-from revdistill.engine.integers.native import BITS, FLOAT, INT, Loop
+from revdistill.engine.integers.loops import BITS, FLOAT, INT, Loop
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owner here, and nothing is kept")
 
@@ -171,9 +171,9 @@ def test_where_nothing_can_be_kept_loops_are_compiled(folder: Path, monkeypatch:
 
 def test_another_machine_source_or_number_is_another_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = native._Machine.this()
-    signature = native._Signature(("int64",), (INT,), None)
+    signature = native.Signature(("int64",), (INT,), None)
     names = [machine.digest("source", signature), machine.digest("other", signature)]
-    names.append(machine.digest("source", native._Signature(("int32",), (INT,), None)))
+    names.append(machine.digest("source", native.Signature(("int32",), (INT,), None)))
     for name in ("_cpu", "_features", "_triple"):
         with monkeypatch.context() as patched:
             patched.setattr(machine, name, "another")

@@ -15,10 +15,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revdistill.engine.integers import native
 from revdistill.engine.integers.backend import FIRST, SECOND, STEP, Backend, Numerator, Scalar
 from revdistill.engine.integers.fixedpoint import Format
-from revdistill.engine.integers.native import BITS, FLOAT, INT, Loop
 from revdistill.engine.integers.radix import COARSE, Radix
+
+INT, FLOAT, BITS = "int64", "float64", "bits"  # BITS: an integer as wide as the tensor's floats
+_POINTED = {torch.int64: "int64", torch.float32: "float32", torch.float64: "float64"}
+_AS_BITS = {torch.float32: "int32", torch.float64: "int64"}
+
+
+class Loop:
+    """A function of tensors' elements: f(first, second, ..., numel, scalars).
+
+    Args:
+        function: in the part of Python that numba compiles; tensors reach it as pointers, all to `numel` elements.
+        scalars: INT, FLOAT or BITS, the types of the arguments after numel.
+        result: likewise, or None.
+        bits: whether float tensors reach it as integers of the same bits.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], scalars: tuple[str, ...], result: str | None = None, bits: bool = False
+    ) -> None:
+        self._function, self._scalars, self._result, self._bits = function, scalars, result, bits
+        self._compiled: dict[tuple[torch.dtype, ...], Any] = {}
+
+    def __call__(self, tensors: tuple[Tensor, ...], *scalars: Any) -> Any:
+        """Run over tensors on the CPU, contiguous and of as many elements; changes them as the function does."""
+        numel = tensors[0].numel()
+        dtypes, pointers = [], []
+        for t in tensors:
+            if not (t.is_cpu and t.is_contiguous() and t.numel() == numel):  # a C function would not notice
+                raise AssertionError(f"loop {self._function.__name__} over {[(t.shape, t.stride()) for t in tensors]}")
+            dtypes.append(t.dtype)
+            pointers.append(t.data_ptr())
+        key = tuple(dtypes)
+        run = self._compiled.get(key) or self._make(key)
+        return run(*pointers, numel, *scalars)
+
+    def _make(self, key: tuple[torch.dtype, ...]) -> Any:
+        types = _AS_BITS if self._bits else _POINTED
+        signature = native.Signature(
+            tuple(types[dtype] for dtype in key),
+            tuple(types[key[0]] if name == BITS else name for name in (INT, *self._scalars)),
+            types[key[0]] if self._result == BITS else self._result,
+        )
+        run = self._compiled[key] = native.loaded(self._function, signature)
+        return run
 
 
 def _loop(*scalars: str, result: str | None = None, bits: bool = False) -> Callable[[Callable[..., Any]], Loop]:

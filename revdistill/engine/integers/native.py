@@ -17,20 +17,14 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from revdistill.engine.integers import object_cache
 
 _FORMAT = 1  # of what is kept
-INT, FLOAT, BITS = "int64", "float64", "bits"  # BITS: an integer as wide as the tensor's floats
-_POINTED = {torch.int64: "int64", torch.float32: "float32", torch.float64: "float64"}
-_AS_BITS = {torch.float32: "int32", torch.float64: "int64"}
 _C: dict[str, Any] = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float64": ctypes.c_double}
 
 
 @dataclass(frozen=True)
-class _Signature:
+class Signature:
     """Names of types: what the tensors' elements are, the other arguments, and what is returned."""
 
     pointed: tuple[str, ...]
@@ -41,51 +35,11 @@ class _Signature:
         return f"{self.result}({', '.join([*(f'{name}*' for name in self.pointed), *self.scalars])})"
 
 
-class Loop:
-    """A function of tensors' elements: f(first, second, ..., numel, scalars).
-
-    Args:
-        function: in the part of Python that numba compiles; tensors reach it as pointers, all to `numel` elements.
-        scalars: INT, FLOAT or BITS, the types of the arguments after numel.
-        result: likewise, or None.
-        bits: whether float tensors reach it as integers of the same bits.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], scalars: tuple[str, ...], result: str | None = None, bits: bool = False
-    ) -> None:
-        self._function, self._scalars, self._result, self._bits = function, scalars, result, bits
-        self._compiled: dict[tuple[torch.dtype, ...], Any] = {}
-
-    def __call__(self, tensors: tuple[Tensor, ...], *scalars: Any) -> Any:
-        """Run over tensors on the CPU, contiguous and of as many elements; changes them as the function does."""
-        numel = tensors[0].numel()
-        dtypes, pointers = [], []
-        for t in tensors:
-            if not (t.is_cpu and t.is_contiguous() and t.numel() == numel):  # a C function would not notice
-                raise AssertionError(f"loop {self._function.__name__} over {[(t.shape, t.stride()) for t in tensors]}")
-            dtypes.append(t.dtype)
-            pointers.append(t.data_ptr())
-        key = tuple(dtypes)
-        run = self._compiled.get(key) or self._make(key)
-        return run(*pointers, numel, *scalars)
-
-    def _make(self, key: tuple[torch.dtype, ...]) -> Any:
-        types = _AS_BITS if self._bits else _POINTED
-        signature = _Signature(
-            tuple(types[dtype] for dtype in key),
-            tuple(types[key[0]] if name == BITS else name for name in (INT, *self._scalars)),
-            types[key[0]] if self._result == BITS else self._result,
-        )
-        run = self._compiled[key] = _loaded(self._function, signature)
-        return run
-
-
 _lock = threading.Lock()
 _kept: list[Any] = []  # what numba has compiled in this process
 
 
-def _loaded(function: Callable[..., Any], signature: _Signature) -> Any:
+def loaded(function: Callable[..., Any], signature: Signature) -> Any:
     """The function as a C function: as it was kept, or compiled now, and kept where that is possible."""
     with _lock:
         machine = _Machine.this()
@@ -115,7 +69,7 @@ def _text(function: Callable[..., Any]) -> str:
     return source + repr([(name, value) for name, value in named if isinstance(value, int | float)])
 
 
-def _compiled_by_numba(function: Callable[..., Any], signature: _Signature) -> Any:
+def _compiled_by_numba(function: Callable[..., Any], signature: Signature) -> Any:
     """With `native_name`, `inspect_llvm` and `address`; it must be kept where its address is called."""
     from numba import cfunc, types
 
@@ -150,7 +104,7 @@ class _Machine:
     def this() -> _Machine:
         return _Machine()
 
-    def digest(self, source: str, signature: _Signature) -> str:
+    def digest(self, source: str, signature: Signature) -> str:
         """Of all that the machine code depends on."""
         releases = [version("numba"), version("llvmlite")]
         parts = [_FORMAT, source, signature.text(), *releases, self._triple, self._cpu, self._features]

@@ -44,9 +44,10 @@ def headline_summary(results: dict[str, Any]) -> str:
     (name, evaluation), *_ = run["evaluation"].items()
     gradients = [check for check in results["verify"] if check["kind"] == "gradients"]
     worst = max(float(check["found"].split()[-1]) for check in gradients)
+    place = where(results | {"machine": results["machine"] | {"threads": run["threads"]}})
     return "\n".join(
         [
-            f"On {where(results)}:",
+            f"On {place}:",
             "",
             f"- `{run['command']}`: {evaluation['mean']:.1%} +- {evaluation['std']:.1%} test accuracy, {name}, "
             f"{evaluation['restarts']} fresh networks, in {run['seconds']:.0f} s"

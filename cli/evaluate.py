@@ -42,7 +42,7 @@ from .threads import default_for, set_outside, work_of
 @options.data_dir
 @options.side_by_side
 @options.device
-@options.threads
+@options.threads_of_run
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @click.pass_context
 def evaluate(

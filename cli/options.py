@@ -124,12 +124,20 @@ side_by_side = click.option(
     help="How many networks are trained in one stack, the unit that several processes share out. The result depends on "
     "it in its last bits, and not on the number of processes.  [default: all; 1 under torchrun]",
 )
-threads = click.option(
-    "--threads",
-    type=click.IntRange(1, MOST_THREADS),
-    help="Threads that torch computes with on the CPU. The result depends on it in its last bits.  [default: 1 where "
-    "more save little, else torch's own number; OMP_NUM_THREADS where that is set]",
-)
+
+
+def _threads(first: str = "") -> Callable[[FC], FC]:
+    """first: a default that goes before the usual ones."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(1, MOST_THREADS),
+        help="Threads that torch computes with on the CPU. The result depends on it in its last bits.  [default: "
+        f"{first}1 where more save little, else torch's own number; OMP_NUM_THREADS where that is set]",
+    )
+
+
+threads = _threads()
+threads_of_run = _threads("as at the end of RUN; ")
 device = click.option(
     "--device",
     type=DEVICE,

@@ -38,7 +38,8 @@ def quiet(processes: Processes) -> Iterator[None]:
 
 def check_same(processes: Processes, config: dict[str, Any], data: Dataset) -> None:
     """UserError unless all processes have the same configuration and data, threads and release of torch."""
-    own = config | {f"the data's {name}": value for name, value in data.summary().items()}
+    own = {name: value for name, value in config.items() if name != "threads"}  # compared as those in use
+    own |= {f"the data's {name}": value for name, value in data.summary().items()}
     own |= {"threads (OMP_NUM_THREADS)": torch.get_num_threads(), "torch": torch.__version__}
     first, *others = [json.loads(text) for text in processes.texts(json.dumps(own))]
     for rank, other in enumerate(others, 1):

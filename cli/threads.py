@@ -14,7 +14,7 @@ from revdistill.attribute.config import AttributeConfig
 from revdistill.distill.config import Config
 from revdistill.outer.data import Dataset
 from revdistill.outer.networks import NetworkStack
-from revdistill.outer.threads import default_threads, using_threads
+from revdistill.outer.threads import default_threads, own_threads, using_threads
 from revdistill.tune.config import TuneConfig
 
 from .processes import processes_of
@@ -47,7 +47,7 @@ def with_threads(ctx: click.Context, config: C, data: Dataset, *, networks: int,
 
 def default_for(ctx: click.Context, device: str, work: Callable[[], Iterable[float]]) -> int | None:
     """See `default_threads`; on a CPU torch's own number where somebody has set it."""
-    return torch.get_num_threads() if device == "cpu" and set_outside(ctx) else default_threads(device, work)
+    return own_threads() if device == "cpu" and set_outside(ctx) else default_threads(device, work)
 
 
 def set_outside(ctx: click.Context) -> bool:

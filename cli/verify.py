@@ -6,6 +6,7 @@ import click
 import torch
 
 from revdistill.engine.selfcheck import checks
+from revdistill.outer.threads import shown
 
 from . import options
 
@@ -19,9 +20,7 @@ def verify(ctx: click.Context, /, device: str) -> None:
 
     Exits with 1 if any check fails.
     """
-    name = (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
-    )
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else shown(device)
     click.echo(f"torch {torch.__version__} on {name}")
     failed = 0
     for check in checks(torch.device(device)):

@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 _MOST = 4  # entries of a mapping or sequence
@@ -20,6 +19,8 @@ class Shown:
     """For dataclasses with repr=False: their fields, tensors by shape and range; those of repr=False are left out."""
 
     def __repr__(self) -> str:
+        if not hasattr(self, "__dataclass_fields__"):  # somebody's own optimizer
+            return object.__repr__(self)
         named = [(f.name, getattr(self, f.name)) for f in fields(self) if f.repr]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(f'{name}={brief(value)}' for name, value in named)})"
 
@@ -59,17 +60,17 @@ def _more(count: int) -> list[str]:
 
 
 def _numbers(values: Tensor | np.ndarray) -> str:
-    dtype, shape = str(values.dtype).removeprefix("torch."), list(values.shape)
+    dtype = str(values.dtype).removeprefix("torch.")
     learned = ", requires grad" if isinstance(values, Tensor) and values.requires_grad else ""
     try:
-        numbers = torch.as_tensor(values).detach()
-        if numbers.numel() == 1:
-            return f"{brief(numbers.item())} ({dtype} {shape}{learned})" if shape or learned else brief(numbers.item())
+        shape = list(values.shape)
+    except RuntimeError:  # nested
+        return f"{dtype}{learned}"
+    numbers = values.detach() if isinstance(values, Tensor) else values
+    try:
         least, most = numbers.min().item(), numbers.max().item()
-    except (
-        RuntimeError,
-        TypeError,
-        NotImplementedError,
-    ):  # no numbers, none at all, or under one of torch's transforms
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # no numbers, none at all, or in a transform
         return f"{dtype} {shape}{learned}"
+    if math.prod(shape) == 1:
+        return f"{brief(least)} ({dtype} {shape}{learned})" if shape or learned else brief(least)
     return f"{dtype} {shape}, {brief(least)} to {brief(most)}{learned}"

@@ -17,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from revdistill.outer.configuration import MOST_THREADS
+
 SMALL = 5e7  # floating-point operations of a forward pass, below which one thread is the default
 
 
@@ -33,8 +35,13 @@ def default_threads(device: str, work: Callable[[], Iterable[float]]) -> int | N
     """
     if device != "cpu":
         return None
-    own = torch.get_num_threads()
+    own = own_threads()
     return 1 if own > 1 and max(work()) < SMALL else own
+
+
+def own_threads() -> int:
+    """torch's own number, or as many as a configuration may have."""
+    return min(torch.get_num_threads(), MOST_THREADS)
 
 
 @contextmanager

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import linecache
 import os
 import subprocess
 import sys
 import threading
+import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +238,12 @@ def test_the_users_cache_goes_first(monkeypatch: pytest.MonkeyPatch, cache: str,
 
 
 _UNROLL = """
-w = {"w": torch.ones(3, dtype=torch.float64, requires_grad=True)}
-theta = rd.unroll(lambda p, b: p["w"].square().sum(), w, lambda k: (), rd.SGD(0.1, 0.9), steps=3)
-theta["w"].sum().backward()
-found = w["w"].grad.tolist()
+found = []
+for optimizer in (rd.SGD(0.1, 0.9), rd.Adam(0.1), rd.AdamW(0.1), rd.RMSprop(0.1, momentum=0.9, centered=True)):
+    w = {"w": torch.ones(3, dtype=torch.float64, requires_grad=True)}
+    theta = rd.unroll(lambda p, b: p["w"].square().sum(), w, lambda k: (), optimizer, steps=3)
+    theta["w"].sum().backward()
+    found.append(w["w"].grad.tolist())
 """
 _LATER = f"import sys, torch, revdistill as rd\n{_UNROLL}assert 'numba' not in sys.modules\nprint(found)"
 
@@ -248,3 +254,53 @@ def test_a_later_process_does_without_numba() -> None:
     done = subprocess.run([sys.executable, "-c", _LATER], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{names['found']}\n"
+
+
+def test_a_file_that_changes_under_a_process_poisons_nothing(folder: Path, tmp_path: Path) -> None:
+    """What is kept belongs to the code that was imported, not to what stands in its file by now."""
+    file, source = tmp_path / "released.py", "def rounded(target, numel):\n    for i in range(numel):\n        {}\n"
+    found = []
+    before, after = ("target[i] = target[i] + 1", "target[i] = target[i] + 2")
+    file.write_text(source.format(before))
+    old: dict[str, Any] = {}
+    exec(compile(file.read_text(), str(file), "exec"), old)
+    file.write_text(source.format(after))  # an upgrade, while a notebook is open
+    linecache.checkcache()
+    new: dict[str, Any] = {}
+    exec(compile(file.read_text(), str(file), "exec"), new)
+    for module in (old, new):
+        native._Machine.this.cache_clear()
+        target = torch.zeros(2, dtype=torch.int64)
+        Loop(module["rounded"], ())((target,))
+        found.append(target.tolist())
+    assert found == [[1, 1], [2, 2]]
+
+
+def test_a_process_is_not_forked_while_a_thread_compiles() -> None:
+    holding, done = threading.Event(), threading.Event()
+
+    def compiles() -> None:
+        with native.LOCK:
+            holding.set()
+            done.wait(0.3)
+
+    thread = threading.Thread(target=compiles)
+    thread.start()
+    holding.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a fork beside a thread
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if native.LOCK.acquire(timeout=5) else 1)
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_threads_that_want_a_loop_at_once_have_it_loaded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, loaded = [], native.loaded
+    monkeypatch.setattr(native, "loaded", lambda *a: (time.sleep(0.1), made.append(a), loaded(*a))[2])
+    loop, key = Loop(scaled, (FLOAT,)), (torch.float64, torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: loop._make(key), range(4)))
+    assert len(made) == 1
+    assert all(run is found[0] for run in found)

@@ -13,6 +13,7 @@ from revdistill.attribute.attribution import Ranked, Top
 from revdistill.attribute.check import Check
 from revdistill.attribute.retraining import Retrained
 from revdistill.distill.artifact import Artifact
+from revdistill.engine.optimizers.optimizer import Optimizer
 from revdistill.engine.showing import brief, size
 from revdistill.tune.schedule import Schedule
 
@@ -154,6 +155,8 @@ def test_the_way_back_is_in_the_stats() -> None:
         (torch.tensor([True, False]), "bool [2], False to True"),
         (torch.zeros(2, dtype=torch.complex64), "complex64 [2]"),
         (np.array(["a", "b"]), "<U1 [2]"),
+        (np.arange(5.0)[::-1], "float64 [5], 0 to 4"),
+        (np.arange(3, dtype=">i4"), ">i4 [3], 0 to 2"),
         ((1.23456789,), "(1.235,)"),
         ([1, 2, 3, 4, 5], "[1, 2, 3, 4, ... (5 in all)]"),
         ("x" * 100, f"'{'x' * 56}..."),
@@ -175,3 +178,17 @@ def test_under_torchs_transforms_it_still_shows() -> None:
     seen = []
     torch.func.vmap(lambda t: (seen.append(repr(rd.SGD(t))), t)[1])(torch.ones(3, 2))
     assert seen[0].startswith("SGD(lr=float32 [2]")
+
+
+def test_an_array_that_nobody_may_write_is_shown_without_a_warning() -> None:
+    values = np.arange(3.0)
+    values.flags.writeable = False
+    assert brief(values) == "float64 [3], 0 to 2"
+
+
+def test_an_optimizer_that_is_no_dataclass_is_shown() -> None:
+    class Own(Optimizer):
+        def resolve(self, *_: Any) -> Any:
+            raise AssertionError
+
+    assert "Own object" in repr(Own())

@@ -18,7 +18,7 @@ from revdistill.distill.config import Config
 from revdistill.distill.distiller import Distiller
 from revdistill.outer.data import load
 from revdistill.outer.networks import NetworkStack
-from revdistill.outer.threads import SMALL, default_threads, shown, using_threads
+from revdistill.outer.threads import MOST_THREADS, SMALL, default_threads, own_threads, shown, using_threads
 from revdistill.tune.config import TuneConfig
 
 CPU = torch.device("cpu")
@@ -75,6 +75,11 @@ def test_one_thread_where_several_save_little(work: tuple[float, ...], expected:
     with using_threads(1):
         assert shown("cpu") == "cpu, 1 thread"
         assert default_threads("cpu", lambda: work) == 1  # never more than torch has
+
+
+def test_a_machine_of_very_many_threads_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 300)
+    assert default_threads("cpu", lambda: [SMALL]) == own_threads() == MOST_THREADS
 
 
 @pytest.mark.parametrize("config", [Config, TuneConfig, AttributeConfig])

@@ -61,8 +61,10 @@ class Loop:
             tuple(types[key[0]] if name == BITS else name for name in (INT, *self._scalars)),
             types[key[0]] if self._result == BITS else self._result,
         )
-        run = self._compiled[key] = native.loaded(self._function, signature)
-        return run
+        with native.LOCK:  # another thread may have made it meanwhile
+            if key not in self._compiled:
+                self._compiled[key] = native.loaded(self._function, signature)
+            return self._compiled[key]
 
 
 def _loop(*scalars: str, result: str | None = None, bits: bool = False) -> Callable[[Callable[..., Any]], Loop]:

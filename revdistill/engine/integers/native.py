@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import inspect
+import os
 import platform
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 
 from revdistill.engine.integers import object_cache
 
-_FORMAT = 1  # of what is kept
+_FORMAT = 2  # of what is kept
 _C: dict[str, Any] = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float64": ctypes.c_double}
 
 
@@ -35,16 +36,19 @@ class Signature:
         return f"{self.result}({', '.join([*(f'{name}*' for name in self.pointed), *self.scalars])})"
 
 
-_lock = threading.Lock()
+LOCK = threading.RLock()  # one thread compiles or loads
+if hasattr(os, "register_at_fork"):  # in the middle of that a process is not forked: numba has a lock of its own
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 _kept: list[Any] = []  # what numba has compiled in this process
+_LIBRARY = ("sqrt",)  # of the C library that Python and torch have loaded; correctly rounded (IEEE 754)
 
 
 def loaded(function: Callable[..., Any], signature: Signature) -> Any:
     """The function as a C function: as it was kept, or compiled now, and kept where that is possible."""
-    with _lock:
+    with LOCK:
         machine = _Machine.this()
         name = f"{function.__name__}-{machine.digest(_text(function), signature)}"
-        code = object_cache.read(name)
+        code = object_cache.read(name) if machine.has_library else None
         if code is None:
             made = _compiled_by_numba(function, signature)
             code = machine.object_of(made, name)
@@ -59,14 +63,13 @@ def loaded(function: Callable[..., Any], signature: Signature) -> Any:
 
 
 def _text(function: Callable[..., Any]) -> str:
-    """The function's source, with the numbers of the module that it names."""
+    """What numba compiles: the byte code, with the numbers of the module that it names. Not the source: since this
+    process has read it, the file may have become another release's.
+    """
     code = function.__code__
-    try:
-        source = inspect.getsource(function)
-    except OSError:  # there is none beside the byte code
-        source = repr((code.co_code, code.co_consts, code.co_names))
     named = ((name, function.__globals__.get(name)) for name in sorted(code.co_names))
-    return source + repr([(name, value) for name, value in named if isinstance(value, int | float)])
+    numbers = [(name, value) for name, value in named if isinstance(value, int | float)]
+    return repr((sys.implementation.cache_tag, code.co_code, code.co_consts, code.co_names, code.co_varnames, numbers))
 
 
 def _compiled_by_numba(function: Callable[..., Any], signature: Signature) -> Any:
@@ -98,6 +101,7 @@ class _Machine:
             cpu=self._cpu, features=self._features, opt=3, codemodel="jitdefault", jit=True
         )
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self._target)
+        self.has_library = all(llvm.address_of_symbol(name) for name in _LIBRARY)
 
     @staticmethod
     @cache
@@ -111,14 +115,16 @@ class _Machine:
         return hashlib.sha256("\0".join(map(str, [*parts, platform.machine()])).encode()).hexdigest()[:40]
 
     def object_of(self, made: Any, name: str) -> bytes | None:
-        """The object file of what numba has compiled, with one public symbol, `name`; None where it calls numba or the
-        interpreter: a process without numba would be aborted by loading it.
+        """The object file of what numba has compiled, with one public symbol, `name`; None where it calls numba, the
+        interpreter, or what is not in _LIBRARY: a process that has no such symbol would be aborted by loading it.
         """
+        if not self.has_library:
+            return None
         module = self._llvm.parse_assembly(made.inspect_llvm())
         module.triple = self._triple
         for symbol in (*module.functions, *module.global_variables):
             if symbol.is_declaration:
-                if not symbol.name.startswith("llvm."):  # those are instructions
+                if symbol.name not in _LIBRARY and not symbol.name.startswith("llvm."):  # those are instructions
                     return None
             elif symbol.name == made.native_name:
                 symbol.name = name

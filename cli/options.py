@@ -17,7 +17,7 @@ from revdistill.outer.device import check_device
 from revdistill.outer.image_files import FROM_FILES
 from revdistill.outer.optimizers import OPTIMIZERS
 from revdistill.outer.own_files import ACCEPTED
-from revdistill.outer.tensorboard import FOLDER, MISSING, check_installed
+from revdistill.outer.tensorboard import FOLDER, unusable
 
 from .completion import Named
 
@@ -148,11 +148,10 @@ device = click.option(
 
 
 def _installed(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
-    if value:
-        try:
-            check_installed()
-        except ImportError:
-            raise click.ClickException(f"--tensorboard {MISSING}") from None
+    if value and not ctx.resilient_parsing:  # a shell that completes the line does not wait for tensorboard
+        reason = unusable()
+        if reason is not None:
+            raise click.ClickException(f"--tensorboard {reason}")
     return value
 
 

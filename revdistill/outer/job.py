@@ -22,7 +22,7 @@ from revdistill.engine import RankError
 from revdistill.outer.directory import METRICS, DirectoryInUseError, DirectoryLock, Log, resumed_log
 from revdistill.outer.files import remove_leftovers
 from revdistill.outer.ranks import ALONE, Processes, StoppedError
-from revdistill.outer.tensorboard import FOLDER, Events, check_installed
+from revdistill.outer.tensorboard import FOLDER, Events, check_folder
 
 # Ctrl-C; what a batch system sends before it kills; a terminal that was closed
 _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -60,7 +60,7 @@ class Job(ABC, Generic[R]):
     Raises:
         ValueError: the directory is not as it must be. Nothing is written before that is checked.
         ArtifactError: the checkpoint is damaged.
-        ImportError: tensorboard is asked for, and not installed.
+        ImportError: tensorboard is asked for, and cannot be imported.
     """
 
     noun: ClassVar[str]  # in messages
@@ -79,7 +79,7 @@ class Job(ABC, Generic[R]):
         tensorboard: bool = False,
     ) -> None:
         if tensorboard:
-            check_installed()
+            check_folder(directory / FOLDER)
         self.directory, self._save_every, self.processes = directory, save_every, processes
         self._tensorboard = tensorboard
         if resume:
@@ -147,7 +147,7 @@ class Job(ABC, Generic[R]):
     def run(self, *, progress: bool | None = None) -> R:
         """Make all outer steps that are left, then the result.
 
-        What cannot be written meanwhile (a full disk) is reported on standard error, and tried again later.
+        What cannot be written meanwhile (a full disk) is said on standard error (of event files once), and tried later.
 
         Args:
             progress: whether to show a bar on standard error; by default only where that is a terminal.
@@ -181,7 +181,7 @@ class _Loop:
     def __init__(
         self, job: Job[Any], lock: DirectoryLock | None, save_every: float, events: Events | None = None
     ) -> None:
-        self._events = events
+        self._events, self._events_failed = events, False
         self._job, self._directory, self._lock, self._save_every = job, job.directory, lock, save_every
         self._processes = job.processes
         self._checkpoint = job.directory / job.checkpoint
@@ -219,8 +219,6 @@ class _Loop:
                 bar.update(job.outer_step - done)
                 last = signum is not None or job.outer_step == total
                 if self._lock and (last or time.monotonic() - saved > self._save_every):
-                    if self._events is not None:
-                        self._written(self._events.flush)  # first: what is not in the file is to be made again
                     fine = self._written(lambda: job.save(self._checkpoint))
                     saved = time.monotonic()
                     if last and not fine:
@@ -232,12 +230,15 @@ class _Loop:
         """To the event file, where there is one; by default of the end."""
         events = self._events
         if events is not None:
-            self._written(lambda: events.add(self._job.total if step is None else step, numbers))
+            # At once, so before a checkpoint that has this step behind it: after a kill the step is not made again.
+            events.put(self._job.total if step is None else step, numbers)
+            self._events_failed = not self._written(events.flush, events.directory, said=self._events_failed)
 
     def close(self) -> None:
-        """The event file is whole."""
-        if self._events is not None:
-            self._written(self._events.close)
+        """The event file is whole, or what it lacks is said."""
+        events = self._events
+        if events is not None and not self._written(events.close, said=True) and events.waiting is not None:
+            tqdm.write(f"revdistill: {events.directory} lacks outer steps from {events.waiting} on", file=sys.stderr)
 
     def _started(self) -> tuple[Log | None, float]:
         """The log, and the seconds that its steps took; there is a checkpoint then."""
@@ -288,17 +289,20 @@ class _Loop:
     def _append(self, log: Log, entry: dict[str, Any]) -> None:
         self._written(lambda: log.append(entry))
 
-    def _written(self, write: Callable[[], None]) -> bool:
-        """Whether it was written. Where it was not, the job goes on: a disk full for a minute must not cost hours."""
+    def _written(self, write: Callable[[], None], place: Path | None = None, said: bool = False) -> bool:
+        """Whether it was written. If not, the job goes on (a disk full for a minute must not cost hours), and says so
+        of `place`, by default the directory, unless that was `said`.
+        """
         try:
             if self._lock is not None:
                 self._lock.renew()
             write()
         except (OSError, DirectoryInUseError) as error:
-            tqdm.write(
-                f"revdistill: {self._directory} took nothing ({error}); going on, and trying again later",
-                file=sys.stderr,
-            )
+            if not said:
+                tqdm.write(
+                    f"revdistill: {place or self._directory} took nothing ({error}); going on, and trying again later",
+                    file=sys.stderr,
+                )
             return False
         return True
 

@@ -72,9 +72,9 @@ def first_unroll(results: dict[str, Any]) -> str:
         f"of a small network) take {first}, the second {second}: the loops on integers are loaded as machine code. "
         f"(torch's own first product of a Hessian and a vector takes {torch} besides, as it loads sympy.) The first "
         f"unroll ever on a machine compiles the loops by numba, {_cost(fresh)}, and keeps them in the user's cache "
-        "(`$XDG_CACHE_HOME/revdistill` or `~/.cache/revdistill`; where that takes nothing, beside the package). Where nothing "
-        "can be kept, each process pays that. What is there may be deleted at any time; what others could have written is "
-        "not loaded."
+        "(`$XDG_CACHE_HOME/revdistill` or `~/.cache/revdistill`; where that takes nothing, beside the package). Where "
+        "nothing can be kept, each process pays that. What is there may be deleted at any time; what others could have "
+        "written is not loaded."
     )
 
 

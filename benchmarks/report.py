@@ -16,7 +16,6 @@ import report_cuda
 import report_flipped
 import report_front
 import report_images
-import report_images_lines
 import report_images_race
 import report_language_model
 import report_memory
@@ -163,7 +162,6 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
     add("speed", lambda r: f"{report_speed.summary(r)}\n\nOn {where(r)}.", "speed")
     add("memory", report_memory.summary, "memory")
     add("images", report_images.summary, "images")
-    add("image-lines", report_images_lines.lines_table, "images")
     add("adam", _placed(report_tuning.adam_summary), "adam")
     add("schedules", report_tuning.schedules_table, "maclaurin2015")
     add("attribution-cost", report_attribution.cost_table, "attribution_cost")

@@ -16,7 +16,6 @@ import report_cuda
 import report_flipped
 import report_front
 import report_images
-import report_images_lines
 import report_images_race
 import report_language_model
 import report_memory
@@ -72,9 +71,9 @@ def first_unroll(results: dict[str, Any]) -> str:
         f"of a small network) take {first}, the second {second}: the loops on integers are loaded as machine code. "
         f"(torch's own first product of a Hessian and a vector takes {torch} besides, as it loads sympy.) The first "
         f"unroll ever on a machine compiles the loops by numba, {_cost(fresh)}, and keeps them in the user's cache "
-        "(`$XDG_CACHE_HOME/revdistill` or `~/.cache/revdistill`; where that takes nothing, beside the package). Where nothing "
-        "can be kept, each process pays that. What is there may be deleted at any time; what others could have written is "
-        "not loaded."
+        "(`$XDG_CACHE_HOME/revdistill` or `~/.cache/revdistill`; where that takes nothing, beside the package). Where "
+        "nothing can be kept, each process pays that. What is there may be deleted at any time; what others could have "
+        "written is not loaded."
     )
 
 
@@ -163,7 +162,6 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
     add("speed", lambda r: f"{report_speed.summary(r)}\n\nOn {where(r)}.", "speed")
     add("memory", report_memory.summary, "memory")
     add("images", report_images.summary, "images")
-    add("image-lines", report_images_lines.lines_table, "images")
     add("adam", _placed(report_tuning.adam_summary), "adam")
     add("schedules", report_tuning.schedules_table, "maclaurin2015")
     add("attribution-cost", report_attribution.cost_table, "attribution_cost")

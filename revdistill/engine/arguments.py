@@ -36,10 +36,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             "autograd; use backward() or torch.autograd.grad on what is computed from its result (rd.jacobian for many "
             "outputs at once), and rd.stack_modules for several networks at once"
         )
-    check_arity(given["loss"], given["hyper"] is not None)
+    _check_loss(given["loss"], given["hyper"] is not None)
     device = _check_params(given["params"])
     _check_int("steps", given["steps"], least=0)
     _check_batches(given["batches"], device)
+    _warn_of_single_examples(given["loss"], given["batches"])
     _check_hyper(given["hyper"], device)
     if not isinstance(given["optimizer"], Optimizer):
         raise TypeError(
@@ -139,6 +140,31 @@ def _optimizer(given: Any) -> str:
     return f"the class {kind.__name__}, not an instance" if kind is given else kind.__name__
 
 
+def _check_loss(loss: Any, has_hyper: bool) -> None:
+    if not isinstance(loss, nn.Module):
+        return check_arity(loss, has_hyper)
+    try:
+        check_arity(loss.forward, has_hyper)
+    except TypeError as error:
+        raise TypeError(f"{error}. A network is no loss: write loss, params = rd.from_module(net, criterion)") from None
+
+
+def _warn_of_single_examples(loss: Any, batches: Any) -> None:
+    """A data set (x [n, ...], y [n]) in the place of a table of batches trains on one example per step."""
+    entries = tuple(batches.values()) if isinstance(batches, Mapping) else batches
+    if getattr(loss, "networks", None) != 1 or not isinstance(entries, (tuple, list)) or not is_table(batches):
+        return
+    target = entries[-1]
+    if isinstance(target, Tensor) and target.ndim == 1 and len(target) > 1:
+        warnings.warn(
+            f"batches is a table, whose row k is step k's batch, and its last entry has shape {list(target.shape)}: "
+            "each step gets a single example. Give [(x, y)] for all examples at each step, or rd.Minibatches((x, y), "
+            f"rd.epochs({len(target)}, batch_size, epochs)) for batches of them; one example as a batch is [1, ...]",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
 def _check_clip(clip_back: Any) -> None:
     if clip_back is None:
         return
@@ -150,7 +176,8 @@ def _check_clip(clip_back: Any) -> None:
 
 def _check_params(params: Any) -> torch.device:
     if not isinstance(params, Mapping):
-        raise TypeError(f"params must be a dict from name to tensor, got {_kind(params)}")
+        hint = "; write loss, params = rd.from_module(net, criterion)" if isinstance(params, nn.Module) else ""
+        raise TypeError(f"params must be a dict from name to tensor, got {_kind(params)}{hint}")
     if not params:
         raise ValueError("params is empty; it must hold at least one tensor")
     for name, p in params.items():

@@ -435,6 +435,21 @@ BAD = {
         TypeError,
         r"optimizer must be rd.SGD.*got torch.optim.SGD; write .*state=rd.OptimizerState.from_torch",
     ),
+    "a network as the loss": (
+        dict(loss=torch.nn.Linear(2, 3)),
+        TypeError,
+        r"loss must be callable as loss\(params, batch\).* A network is no loss: write loss, params = rd.from_module",
+    ),
+    "a network as params": (
+        dict(params=torch.nn.Linear(2, 3)),
+        TypeError,
+        "got Linear; write loss, params =",
+    ),
+    "a data set": (
+        dict(batches=torch.utils.data.TensorDataset(torch.zeros(4, 3))),
+        TypeError,
+        r"batches is a TensorDataset, which gives single examples; .*rd.Minibatches\(dataset.tensors, rd.epochs",
+    ),
     "optimizer's class": (dict(optimizer=rd.SGD), TypeError, "got the class SGD, not an instance"),
     "steps type": (dict(steps=2.5), TypeError, "steps must be an int, got float"),
     "steps negative": (dict(steps=-1), ValueError, "steps must be at least 0, got -1"),
@@ -506,3 +521,16 @@ def test_arguments_are_named(name: str) -> None:
 def test_settings_are_checked_when_made(make: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_data_set_in_the_place_of_batches_is_warned_about() -> None:
+    """It trains on one example per step, as it is asked to; a stack, or a loss of one's own, may mean it."""
+    loss, params = rd.from_module(torch.nn.Linear(4, 3), torch.nn.functional.cross_entropy)
+    x, y = torch.randn(5, 4), torch.zeros(5, dtype=torch.int64)
+    for batches in ((x, y), {"input": x, "target": y}):
+        with pytest.warns(UserWarning, match=r"last entry has shape \[5\]: each step gets a single example") as seen:
+            rd.unroll(loss, params, batches, rd.SGD(0.1), steps=2)
+        assert seen[0].filename == __file__
+    for fine in ([(x, y)], (x[:, None], y[:, None]), rd.Minibatches((x, y), rd.epochs(5, 2, 1))):
+        rd.unroll(loss, params, fine, rd.SGD(0.1), steps=2)
+    rd.unroll(lambda p, batch: loss(p, batch), params, (x, y), rd.SGD(0.1), steps=2)

@@ -103,7 +103,9 @@ class KeptData:
                     f"a tensor of shape {list(t.shape)}, to which the loss refers beside params, batch and hyper (a "
                     "teacher, say, or class weights), is not what it was on the way forward: its memory was changed "
                     "through .data or by another library, so the hypergradient would be wrong and is not returned. "
-                    "Change it after backward() only; what changes from step to step goes into batches or hyper="
+                    "Change it after backward() only; what changes from step to step goes into batches or hyper=. "
+                    "(BatchNorm under torch.func.functional_call changes its running statistics: call "
+                    "rd.from_module's loss instead.)"
                 )
         hypers, self._hypers = self._hypers, None
         row = k if self._data.function is not None else self._data.row(k) if self._data.gives_views else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 _EACH = "give batches as a function of k"
 
@@ -56,6 +56,11 @@ def function_of(batches: Any) -> Callable[[int], Any]:
         )
     sized = hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not isinstance(batches, (Tensor, str))
     if sized and not isinstance(batches, (tuple, list, Mapping)):
+        if isinstance(batches, TensorDataset):
+            raise TypeError(
+                "batches is a TensorDataset, which gives single examples; for batches of them give rd.Minibatches("
+                "dataset.tensors, rd.epochs(len(dataset), batch_size, epochs)), or a DataLoader without shuffling"
+            )
         raise TypeError(
             f"batches must be a tuple of tensors [s, ...], a list of batches or a function k -> batch, got "
             f"{type(batches).__name__}; {_EACH}: lambda k: batches[k % len(batches)]"

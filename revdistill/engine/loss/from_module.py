@@ -74,6 +74,7 @@ def from_module(net: nn.Module, criterion: Callable[..., Tensor]) -> tuple[PureL
             lambda fresh: evaluate(params, fresh, batch), params, lambda: call.rebound | judge.rebound
         )
 
+    loss.networks = 1  # type: ignore[attr-defined]  # rd.unroll knows what its batches are
     return loss, params
 
 

@@ -24,7 +24,7 @@ class Minibatches(Shown):
     `rd.unroll(loss, params, rd.Minibatches((x, y), torch.tensor([[2, 0, 1], [3, 4, -1]])), optimizer, steps=2)` takes
     the batch `(x[[2, 0, 1]], y[[2, 0, 1]])`, and then the last two examples.
 
-    Step k gets `tuple(t[order[k % T]] for t in data)`, without the entries of -1: in the form of `data`, as a table
+    Step k gets `tuple(t[order[k % T]] for t in data)`, without the entries of -1: in the form of `data`, as a tuple
     would give it. Gradients flow to the tensors of `data` that require grad: [n, ...], summed over the steps and over
     what a batch has twice. Where each batch has different examples, they have the same bits every time, on any device;
     where one has an example twice, torch adds up on CUDA in any order, unless

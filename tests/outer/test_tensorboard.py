@@ -180,8 +180,11 @@ def test_a_file_is_where_the_event_files_go(tmp_path: Path, capsys: pytest.Captu
 def test_an_event_file_that_somebody_removes(tmp_path: Path) -> None:
     events = Events(tmp_path / "run")
     events.add(0, {"loss": 1.0})
-    shutil.rmtree(tmp_path / "run")
-    events.add(1, {"loss": 2.0})
+    (path,) = (tmp_path / "run").iterdir()
+    with file_size_limit(path.stat().st_size + 10), pytest.raises(OSError, match="File too large"):
+        events.add(1, {"loss": 2.0})
+    shutil.rmtree(tmp_path / "run")  # with the beginning of a point
+    events.flush()
     events.add(2, {"loss": 3.0})
     assert curves(tmp_path / "run") == {"loss": [(1, 2.0), (2, 3.0)]}
 

@@ -85,7 +85,7 @@ class Events:
         if numbers and self._path is None:
             self._begin(step)
         for name, number in numbers.items():
-            value = summary.Summary.Value(tag=name, simple_value=number)
+            value = summary.Summary.Value(tag=name, simple_value=float(number))
             self._waiting.append((step, _record(step=step, summary=summary.Summary(value=[value]))))
             self._last = step
 

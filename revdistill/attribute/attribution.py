@@ -149,7 +149,7 @@ class Attribution:
                 f"{asked}() trains again, but this attribution was loaded from a file, which holds no loss and no "
                 "data; call it on what rd.attribute returns, and save() afterwards: the file keeps what check() found"
             )
-        if self.run.group is not None:
+        if self.run.on_many_ranks:
             raise UnsupportedError(
                 f"{asked}() trains without examples of all ranks, and with a group each rank knows its own; call it on "
                 "what rd.attribute returns without a group, on one process"

@@ -14,6 +14,7 @@ from revdistill.engine import Adjoint, Minibatches, NonFiniteError, Optimizer, U
 from revdistill.engine.arguments import check_arguments
 from revdistill.engine.loss.randomness import draw_seed, seeded
 from revdistill.engine.loss.tree import leaves
+from revdistill.engine.ranks.borrowed import Borrowed
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -34,7 +35,7 @@ class Run:
             made of params and order alone.
 
     Attributes:
-        loss, data, optimizer, queries, adjoint, group, shard: as given.
+        loss, data, optimizer, queries, adjoint, shard: as given.
         params: copies of theta_0.
         order: int64 [T, B] on the CPU.
         measure: the loss, where none was given.
@@ -74,7 +75,7 @@ class Run:
                 "queries the same parts, or measure=, which is called as measure(params, queries)"
             )
         self.loss, self.optimizer, self.adjoint = loss, optimizer, adjoint
-        self.group, self.shard = group, shard
+        self._borrowed, self.shard = None if group is None else Borrowed(group), shard
         self.measure = loss if measure is None else measure
         self._measured_by = "loss" if measure is None else "measure"
         self.params: Params = {name: p.detach().clone() for name, p in params.items()}
@@ -84,6 +85,16 @@ class Run:
         self._versions = self._count_changes()
         self._first = self._probe()
         self.measured_dtype = self._first[-1].dtype
+
+    @property
+    def on_many_ranks(self) -> bool:
+        """Whether there was a group."""
+        return self._borrowed is not None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """As given. Raises: RankError where it was destroyed."""
+        return None if self._borrowed is None else self._borrowed.get()
 
     @property
     def examples(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from revdistill.engine import errors
 from revdistill.engine.errors import RankError, RevdistillError, UnsupportedError
+from revdistill.engine.ranks.borrowed import Borrowed
 
 # Where ranks meet, in words for messages.
 POINTS = (
@@ -83,7 +84,7 @@ class Ranks:
                 f"group has no backend for tensors on {device.type}; give init_process_group the backend "
                 f"{'nccl' if device.type == 'cuda' else 'gloo'}, or put params where the group's backend is"
             ) from error
-        self._group, self._device = group, device
+        self._borrowed, self._device = Borrowed(group), device
         self._kinds: dict[str, Any] = {kind.__name__: kind for kind in (*OWN, *kinds)}
         self._known: BaseException | None = None  # an error that all ranks have
         self.sent = 0
@@ -101,8 +102,8 @@ class Ranks:
                 f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}; "
                 "torch.distributed.group.WORLD is that of all processes, once init_process_group was called"
             )
-        found = _shared.get((id(group), device))  # which holds the group: no other has its id
-        if found is None:
+        found = _shared.get((id(group), device))
+        if found is None or not found._borrowed.is_of(group):  # ids are given again
             found = _shared[id(group), device] = cls(group, device)
         return found
 
@@ -141,14 +142,14 @@ class Ranks:
         """Every rank's x [n], of one shape and dtype: [ranks, n]."""
         out = torch.empty(self.size * x.numel(), dtype=x.dtype, device=x.device)
         with self._answered():
-            _all_gather(out, x.contiguous().detach(), self._group)
+            _all_gather(out, x.contiguous().detach(), self._borrowed.get())
         self.sent += (self.size - 1) * x.nbytes
         return out.view(self.size, *x.shape)
 
     def sum_of_integers(self, q: Tensor) -> None:
         """Of int64 tensors [n], in place: the same whatever the order, and on all ranks."""
         with self._answered():
-            dist.all_reduce(q, group=self._group)
+            dist.all_reduce(q, group=self._borrowed.get())
         self.sent += 2 * (self.size - 1) * q.nbytes // self.size
 
     def sum_in_order(self, x: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class Ranks:
         """x [ranks, n], a row for each rank: [ranks, n] from each rank what was for this one."""
         out = torch.empty_like(x)
         with self._answered():
-            dist.all_to_all_single(out, x.contiguous(), group=self._group)
+            dist.all_to_all_single(out, x.contiguous(), group=self._borrowed.get())
         self.sent += (self.size - 1) * x.nbytes // self.size
         return out
 
@@ -176,7 +177,7 @@ class Ranks:
         """Rank 0's x, of one shape and dtype on all ranks, in a new tensor."""
         out = x.contiguous().clone()
         with self._answered():
-            dist.broadcast(out, group=self._group, group_src=0)
+            dist.broadcast(out, group=self._borrowed.get(), group_src=0)
         self.sent += x.nbytes if self.rank == 0 else 0
         return out
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from revdistill.engine.scalars import is_integer
 
 FOLDER = "tensorboard"  # in the directory of a job
-_MISSING = "needs the package tensorboard, which is not installed: pip install 'revdistill[log]'"
+_MISSING = "needs the package tensorboard, which is not installed: python -m pip install tensorboard"
 
 
 def unusable() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import time
@@ -21,6 +20,7 @@ from revdistill.outer.descent import ClipTo, Descent, cosine
 from revdistill.outer.directory import LOCK, DirectoryInUseError, DirectoryLock, read_metrics
 from revdistill.outer.hdf5 import reading, writing
 from revdistill.outer.job import InterruptedRunError, Job, NotSavedError
+from tests.full_disk import file_size_limit
 
 TOTAL = 12
 FILES = ["checkpoint.h5", "metrics.jsonl", "result.h5"]
@@ -98,19 +98,6 @@ def at_step(monkeypatch: pytest.MonkeyPatch, happens: dict[int, Callable[[], obj
     with monkeypatch.context() as patch:
         patch.setattr(Fit, "step", stepping)
         yield
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: a disk that is full, for this process alone."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 # a full disk

@@ -6,12 +6,11 @@ import importlib
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from revdistill.distill.distillation import Distillation
 from revdistill.distill.distiller import Distiller
 from revdistill.outer.directory import LOCK, read_metrics
 from revdistill.outer.tensorboard import Events
+from tests.full_disk import file_size_limit
 
 MOONS = ["--dataset", "moons", "--arch", "linearnet", "--device", "cpu", "--threads", "1"]
 TRAIN = ["train", *MOONS, "--steps", "2", "--epochs", "1", "--outer-steps", "6", "--batch-size", "8"]
@@ -83,19 +83,6 @@ def at_step(monkeypatch: pytest.MonkeyPatch, at: int, event: Callable[[], object
         return made(self)
 
     monkeypatch.setattr(Distiller, "step", step)
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: a disk that is full, for this process alone."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.usefixtures("heard_signals")
@@ -199,7 +186,7 @@ def test_without_the_package_a_line_says_what_to_install(
     err = capsys.readouterr().err
     assert err == (
         "revdistill: --tensorboard needs the package tensorboard, which is not installed: "
-        "pip install 'revdistill[log]'\n"
+        "python -m pip install tensorboard\n"
     )
     assert not (tmp_path / "run").exists()
     with pytest.raises(ImportError, match=r"TensorBoard needs .* pip install 'revdistill\[log\]'"):

@@ -189,7 +189,7 @@ def test_without_the_package_a_line_says_what_to_install(
         "python -m pip install tensorboard\n"
     )
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ImportError, match=r"TensorBoard needs .* pip install 'revdistill\[log\]'"):
+    with pytest.raises(ImportError, match=r"TensorBoard needs .* python -m pip install tensorboard"):
         rd.TensorBoard(tmp_path)
 
 

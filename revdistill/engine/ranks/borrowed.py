@@ -5,10 +5,17 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 from revdistill.engine.errors import RankError
 
+if dist.is_available() and not dist.is_initialized():
+    # Its functions have the group of all processes for a default, as it is at their import. torch._dynamo imports them,
+    # so torch.optim does: after init_process_group, they would keep the group for ever.
+    import torch.distributed.nn.functional  # noqa: F401
+
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch.distributed import ProcessGroup
 
 
 class Borrowed:
@@ -19,10 +26,10 @@ class Borrowed:
     exception") in some of its ends.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self._reference = weakref.ref(group)
 
-    def get(self) -> dist.ProcessGroup:
+    def get(self) -> ProcessGroup:
         """The group. Raises: RankError where it was destroyed."""
         group = self._reference()
         if group is None:
@@ -32,6 +39,6 @@ class Borrowed:
             )
         return group
 
-    def is_of(self, group: dist.ProcessGroup) -> bool:
+    def is_of(self, group: ProcessGroup) -> bool:
         """Whether it refers to this one."""
         return self._reference() is group

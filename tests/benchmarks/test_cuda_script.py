@@ -34,9 +34,10 @@ pytestmark = pytest.mark.skipif(
 
 def run(out: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     assert BASH is not None
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # it is no worker's
     return subprocess.run(
         [BASH, str(SCRIPT), *options],
-        env=os.environ | {"OUT": str(out)} | environment,
+        env=own | {"OUT": str(out)} | environment,
         capture_output=True,
         text=True,
         check=False,

@@ -20,6 +20,7 @@ def test_nothing_keeps_the_group(tmp_path: Path) -> None:
     kept = []
     with group_of_one(tmp_path) as group:
         seen = weakref.ref(group)
+        torch.optim.Adam(params.values())  # which imports torch._dynamo
         order = rd.epochs(6, 3, 2)
         for shard in (False, True):
             batches = x.view(2, 3, 4).clone().requires_grad_(), y.view(2, 3)

@@ -159,7 +159,8 @@ tensorboard = click.option(
     "--tensorboard",
     is_flag=True,
     callback=_installed,
-    help=f"Also write each outer step to event files for TensorBoard, in OUT/{FOLDER}. (Needs the package tensorboard.)",
+    help=f"Also write each outer step to event files for TensorBoard, in OUT/{FOLDER}. (Needs the package "
+    "tensorboard.)",
 )
 
 

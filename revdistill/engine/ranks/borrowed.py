@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -14,9 +13,6 @@ if dist.is_available() and not dist.is_initialized():
     # so torch.optim does: after init_process_group, they would keep the group for ever.
     import torch.distributed.nn.functional  # noqa: F401
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 class Borrowed:
     """Refers to a group without keeping it.
@@ -26,10 +22,10 @@ class Borrowed:
     exception") in some of its ends.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self._reference = weakref.ref(group)
 
-    def get(self) -> ProcessGroup:
+    def get(self) -> dist.ProcessGroup:
         """The group. Raises: RankError where it was destroyed."""
         group = self._reference()
         if group is None:
@@ -39,6 +35,6 @@ class Borrowed:
             )
         return group
 
-    def is_of(self, group: ProcessGroup) -> bool:
+    def is_of(self, group: dist.ProcessGroup) -> bool:
         """Whether it refers to this one."""
         return self._reference() is group
